@@ -1,0 +1,4 @@
+"""Guests in other engines, one folder each, imported only by their hosts.
+
+Knows: an engine's seam. Must not know: the inside of the store beyond `kvstore.client`.
+"""

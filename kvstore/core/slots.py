@@ -1,0 +1,87 @@
+"""The slot word and the one table of slot states.
+
+A slot word is an unsigned 64-bit integer in shared memory, written only by the node that owns
+the arena and read by everyone who maps it:
+
+    bit  63 ............ 24 | 23 ...... 4 | 3 ... 0
+         generation (40)    | session (20)| state (4)
+
+An aligned 8-byte store is atomic on x86-64 and arm64, so readers need no lock. The generation
+grows by one whenever a slot is given to a new name, which is how a reader whose lease ended
+notices (DESIGN §5, "Slots"). 2**40 reuses of one slot at 1,000 a second last 34 years.
+"""
+
+from enum import IntEnum
+from typing import Final, NamedTuple
+
+
+class SlotState(IntEnum):
+    """Where a slot stands in its life; see docs/life_of_a_block.md for the diagram."""
+
+    FREE = 0
+    """Nobody's. Bytes are meaningless."""
+    RESERVED = 1
+    """Given to one session's writer, and to nobody else until settled or its process exits."""
+    COMMITTED = 2
+    """Written. Readable on this host under a lease; its sum is not known yet."""
+    SEALED = 3
+    """Hashed. May be listed to others, demoted, sent, and re-adopted after a restart."""
+    EVICTING = 4
+    """Chosen as a victim; being written to a lower tier. Still readable, no new leases."""
+    DRAINING = 5
+    """Nobody may use it, yet a device or a reader has not let go. Not free until it does."""
+
+
+TRANSITIONS: Final[dict[SlotState, frozenset[SlotState]]] = {
+    SlotState.FREE: frozenset({SlotState.RESERVED}),
+    SlotState.RESERVED: frozenset({SlotState.COMMITTED, SlotState.DRAINING, SlotState.FREE}),
+    SlotState.COMMITTED: frozenset({SlotState.SEALED, SlotState.DRAINING, SlotState.FREE}),
+    SlotState.SEALED: frozenset({SlotState.EVICTING, SlotState.DRAINING, SlotState.FREE}),
+    SlotState.EVICTING: frozenset({SlotState.SEALED, SlotState.DRAINING, SlotState.FREE}),
+    SlotState.DRAINING: frozenset({SlotState.FREE}),
+}
+"""Every change a slot word may make. Anything else is a bug and asserts."""
+
+READABLE: Final = frozenset({SlotState.COMMITTED, SlotState.SEALED, SlotState.EVICTING})
+"""States whose bytes a lease holder on this host may read."""
+
+_STATE_BITS = 4
+_SESSION_BITS = 20
+_GENERATION_SHIFT = _STATE_BITS + _SESSION_BITS
+MAX_SESSION = (1 << _SESSION_BITS) - 1
+MAX_GENERATION = (1 << 40) - 1
+
+
+class SlotWord(NamedTuple):
+    """A decoded slot word. `session` is 0 when no writer holds the slot."""
+
+    generation: int
+    state: SlotState
+    session: int
+
+    def pack(self) -> int:
+        """Return the 64-bit integer that stands in shared memory."""
+        assert 0 <= self.generation <= MAX_GENERATION
+        assert 0 <= self.session <= MAX_SESSION
+        return (
+            (self.generation << _GENERATION_SHIFT) | (self.session << _STATE_BITS) | int(self.state)
+        )
+
+    def to(self, state: SlotState, *, session: int = 0) -> "SlotWord":
+        """Return the word after a legal change; a new reservation bumps the generation."""
+        assert state in TRANSITIONS[self.state], f"{self.state.name} -> {state.name}"
+        assert (session != 0) == (state is SlotState.RESERVED), "only a reservation has a session"
+        generation = self.generation + (1 if state is SlotState.RESERVED else 0)
+        return SlotWord(generation, state, session)
+
+
+def unpack(word: int) -> SlotWord:
+    """Decode a slot word read from shared memory.
+
+    Raises `ValueError` for a state that does not exist: the memory is not a slot table.
+    """
+    return SlotWord(
+        generation=word >> _GENERATION_SHIFT,
+        state=SlotState(word & ((1 << _STATE_BITS) - 1)),
+        session=(word >> _STATE_BITS) & MAX_SESSION,
+    )

@@ -1,0 +1,185 @@
+"""Every metric family in one table, so that names, labels and units agree everywhere.
+
+Rooms get one of these bundles passed in; none of them touches a global registry, so several nodes
+can live in one process (tests, simulation). Units are base units: seconds, bytes, tokens.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_SECONDS: Final = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+)  # fmt: skip
+
+
+class NodeMetrics:
+    """What a cache node counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.hit_blocks = Counter(
+            "kvstore_node_hit_blocks", "Blocks leased to a caller", ["tier"], registry=registry
+        )
+        self.hit_bytes = Counter(
+            "kvstore_node_hit_bytes", "Bytes leased to a caller", ["tier"], registry=registry
+        )
+        self.misses = Counter(
+            "kvstore_node_misses",
+            "Acquires whose prefix ended early",
+            ["reason"],
+            registry=registry,
+        )
+        self.reserved_blocks = Counter(
+            "kvstore_node_reserved_blocks", "Slots handed to writers", registry=registry
+        )
+        self.settled = Counter(
+            "kvstore_node_settled_blocks", "Settled items", ["kind", "outcome"], registry=registry
+        )
+        self.sealed_bytes = Counter(
+            "kvstore_node_sealed_bytes", "Bytes hashed and sealed", registry=registry
+        )
+        self.evictions = Counter(
+            "kvstore_node_evicted_blocks", "Blocks dropped", ["tier", "reason"], registry=registry
+        )
+        self.corrupt = Counter(
+            "kvstore_node_corrupt_blocks",
+            "Blocks that failed their sum",
+            ["tier"],
+            registry=registry,
+        )
+        self.leases_expired = Counter(
+            "kvstore_node_expired_leases", "Leases that ran out unreleased", registry=registry
+        )
+        self.sessions = Gauge("kvstore_node_sessions", "Open sessions", registry=registry)
+        self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
+        self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
+        self.used_bytes = Gauge(
+            "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
+        )
+        self.capacity_bytes = Gauge(
+            "kvstore_tier_capacity_bytes", "Bytes that fit", ["tier"], registry=registry
+        )
+        self.rpc_seconds = Histogram(
+            "kvstore_node_rpc_seconds",
+            "Handler time of a call",
+            ["method"],
+            buckets=_LATENCY_SECONDS,
+            registry=registry,
+        )
+        self.rpc_errors = Counter(
+            "kvstore_node_rpc_errors",
+            "Calls refused or failed",
+            ["method", "error"],
+            registry=registry,
+        )
+        self.failures = Counter(
+            "kvstore_node_task_failures", "Unexpected failures of a background task", ["task"],
+            registry=registry,
+        )  # fmt: skip
+
+
+class RouterMetrics:
+    """What a router and its frontends count."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "kvstore_requests", "Requests by how they ended", ["outcome"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "kvstore_prompt_tokens", "Prompt tokens received", registry=registry
+        )
+        self.cached_tokens = Counter(
+            "kvstore_cached_tokens", "Prompt tokens that came from a cache", ["tier"],
+            registry=registry,
+        )  # fmt: skip
+        self.misses = Counter(
+            "kvstore_request_misses", "Why cached prefixes ended", ["reason"], registry=registry
+        )
+        self.ttft_seconds = Histogram(
+            "kvstore_ttft_seconds", "Time to first token at the frontend", ["cached"],
+            buckets=_LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.tpot_seconds = Histogram(
+            "kvstore_tpot_seconds", "Time per output token after the first",
+            buckets=_LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.decisions_seconds = Histogram(
+            "kvstore_route_seconds", "Time of one routing decision", buckets=_LATENCY_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.retries = Counter(
+            "kvstore_request_retries", "Requests moved to another worker", ["reason"],
+            registry=registry,
+        )  # fmt: skip
+        self.predicted_hit_error_tokens = Histogram(
+            "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
+            buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,
+        )  # fmt: skip
+        self.in_flight = Gauge("kvstore_requests_in_flight", "Requests running", registry=registry)
+        self.workers = Gauge(
+            "kvstore_workers", "Workers by state as the router sees them", ["state"],
+            registry=registry,
+        )  # fmt: skip
+        self.view_blocks = Gauge("kvstore_view_blocks", "Blocks in the view", registry=registry)
+        self.view_resyncs = Counter(
+            "kvstore_view_resyncs", "Snapshots fetched again", ["reason"], registry=registry
+        )
+
+
+class WorkerMetrics:
+    """What a GPU worker counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "kvstore_worker_requests", "Requests by how they ended", ["outcome"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "kvstore_worker_prompt_tokens", "Prompt tokens by source", ["source"], registry=registry
+        )
+        self.output_tokens = Counter(
+            "kvstore_worker_output_tokens", "Tokens generated", registry=registry
+        )
+        self.misses = Counter(
+            "kvstore_worker_misses", "Why cached prefixes ended", ["reason"], registry=registry
+        )
+        self.ttft_seconds = Histogram(
+            "kvstore_worker_ttft_seconds", "Arrival to first token", buckets=_LATENCY_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.tpot_seconds = Histogram(
+            "kvstore_worker_tpot_seconds", "Time per output token after the first",
+            buckets=_LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.queue_seconds = Histogram(
+            "kvstore_worker_queue_seconds", "Arrival to first step", buckets=_LATENCY_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.step_seconds = Histogram(
+            "kvstore_worker_step_seconds", "Time of one engine step", buckets=_LATENCY_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.moved_bytes = Counter(
+            "kvstore_worker_moved_bytes", "Bytes between arena and pages", ["direction"],
+            registry=registry,
+        )  # fmt: skip
+        self.store_failures = Counter(
+            "kvstore_worker_store_failures", "Cache calls that failed; requests went on without",
+            ["call", "error"], registry=registry,
+        )  # fmt: skip
+        self.evictions = Counter(
+            "kvstore_worker_evicted_pages", "Pages dropped from HBM", registry=registry
+        )
+        self.running = Gauge("kvstore_worker_running", "Requests in the batch", registry=registry)
+        self.waiting = Gauge("kvstore_worker_waiting", "Requests queued", registry=registry)
+        self.kv_used_bytes = Gauge(
+            "kvstore_worker_kv_used_bytes", "Bytes of pages in use or cached", registry=registry
+        )
+        self.kv_capacity_bytes = Gauge(
+            "kvstore_worker_kv_capacity_bytes", "Bytes of the page pool", registry=registry
+        )
+
+
+def exposition(registry: CollectorRegistry) -> Callable[[], bytes]:
+    """Return a function that renders the registry in Prometheus' text format."""
+    return lambda: generate_latest(registry)

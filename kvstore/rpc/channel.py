@@ -1,0 +1,69 @@
+"""Channels and servers with the same bounds everywhere."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from kvstore.core.errors import BadInput
+from kvstore.core.limits import MAX_MESSAGE_BYTES
+from kvstore.rpc.interceptors import ErrorInterceptor
+
+_OPTIONS: Final[list[tuple[str, int]]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A node restarted by its keeper is back within a second; the default backoff grows to 120 s.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """Return a plaintext channel; `address` is `unix:/path` or `host:port` on loopback."""
+    # A proxy from the environment must never see loopback or cluster traffic.
+    return grpc.aio.insecure_channel(address, options=[*_OPTIONS, ("grpc.enable_http_proxy", 0)])
+
+
+def make_server(
+    *, interceptors: Sequence[Any] = (), max_concurrent: int = 4_096
+) -> tuple[grpc.aio.Server, HealthServicer]:
+    """Return an unstarted server with error mapping, bounds and the standard health service.
+
+    Beyond `max_concurrent` calls in flight gRPC answers RESOURCE_EXHAUSTED by itself.
+    """
+    options = [
+        *_OPTIONS,
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ]
+    server = grpc.aio.server(
+        interceptors=[ErrorInterceptor(), *interceptors],
+        options=options,
+        maximum_concurrent_rpcs=max_concurrent,
+    )
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return server, health
+
+
+def listen(server: grpc.aio.Server, address: str) -> str:
+    """Bind `address` (`unix:/path` or `host:port`, port 0 for a free one); return the bound one.
+
+    Raises `BadInput` naming the address when it cannot be bound.
+    """
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise BadInput(f"cannot listen on {address}: {error}") from error
+    if address.startswith("unix:"):
+        return address
+    host = address.rpartition(":")[0]
+    return f"{host}:{port}"

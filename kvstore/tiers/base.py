@@ -1,0 +1,79 @@
+"""The seam of a tier: bytes at rest, read and written in batches, never lying.
+
+Contract (the suite in tests/contract/test_tiers.py runs it over every tier and its faulty twin):
+
+- a read answers one outcome per item, in order; only HIT means that `into` holds the block's
+  bytes, and they were verified against their sum; on any other outcome `into` is rubbish;
+- a write that answers HIT can be read back until evicted; after any other outcome a read
+  gives MISS or the whole block, never a part;
+- `deadline_ms` is a stall deadline: it passes when nothing moved for so long. At a deadline the
+  waiter leaves with LATE; the device may still be using the buffer, so the caller keeps it in
+  `draining` until `drained` is set;
+- nothing raises for a fault of the device; only a caller's bug asserts.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvstore.core.names import BlockName, Root
+from kvstore.core.outcomes import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """What identifies and verifies a block wherever its bytes lie."""
+
+    root: Root
+    name: BlockName
+    payload_bytes: int
+    """Before padding; a multiple of `shares`."""
+    shares: int
+    sum: bytes
+    """16 bytes: `kvstore.tiers.sums.block_sum` of the payload."""
+    position: int = 0
+    """Index of the block in its prompt (keys are stored after RoPE)."""
+    group: str = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadItem:
+    """One block wanted; `into` has its padded size."""
+
+    root: Root
+    name: BlockName
+    into: memoryview
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when no device writes `into` any more, whatever the outcome was."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteItem:
+    """One block given; `source` has its padded size and must not change until `drained`."""
+
+    header: BlockHeader
+    source: memoryview
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Tier(Protocol):
+    """A place blocks can live. Reads may miss, writes may be refused; neither may lie."""
+
+    name: str
+
+    async def read(self, batch: Sequence[ReadItem], *, deadline_ms: int) -> list[Outcome]: ...
+
+    async def write(self, batch: Sequence[WriteItem], *, deadline_ms: int) -> list[Outcome]: ...
+
+    async def remove(self, blocks: Sequence[tuple[Root, BlockName]]) -> None:
+        """Forget blocks; unknown ones are ignored. When it returns no read gives HIT for them."""
+        ...
+
+    def holds(self, root: Root, name: BlockName) -> bool:
+        """Say whether a read would probably hit: a hint from memory, never a device access."""
+        ...
+
+    async def close(self) -> None:
+        """Stop. Operations in flight end with LATE or REFUSED; buffers drain."""
+        ...
