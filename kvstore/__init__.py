@@ -1,4 +1,4 @@
-"""kvstore: every prompt prefix that any GPU of the cluster computed, given back faster than recomputing.
+"""A KV-cache service for LLM serving: computed prefixes, given back faster than recomputing.
 
 The public surface is `Client`, `AsyncClient`, the nouns they use and the errors they raise.
 """

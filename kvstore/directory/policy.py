@@ -59,7 +59,7 @@ class Policy(Protocol):
         ...
 
     def remove(self, block: BlockKey) -> None:
-        """Forget a block that is gone for another reason than eviction. Unknown ones are ignored."""
+        """Forget a block that is gone, evicted or not. Unknown ones are ignored."""
         ...
 
     def victims(

@@ -1,7 +1,8 @@
 """Sums of blocks: xxh3-128 of each share, and of those sums for the whole block.
 
 Hashing by share lets a tensor-parallel rank verify its part of a block by itself once the share
-sums travel with it; the block sum over the share sums is what a slot record and an on-disk header hold.
+sums travel with it; the block sum over the share sums is what a slot record and
+an on-disk header hold.
 """
 
 import xxhash
