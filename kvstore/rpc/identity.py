@@ -32,8 +32,8 @@ class Principal:
 class Identity(Protocol):
     """Turns credentials into a principal.
 
-    `identify` raises `Unauthenticated` when there is no acceptable credential. It must
-    neither block nor be influenced by anything but credentials: `metadata` (lower-case keys) and `peer`
+    `identify` raises `Unauthenticated` when there is no acceptable credential. It must neither
+    block nor be influenced by anything but credentials: `metadata` (lower-case keys) and `peer`
     (gRPC's peer string, or `unix:uid=N` for a session socket).
     """
 
