@@ -52,15 +52,6 @@ class NodeMetrics:
         self.leases_expired = Counter(
             "kvstore_node_expired_leases", "Leases that ran out unreleased", registry=registry
         )
-        self.sessions = Gauge("kvstore_node_sessions", "Open sessions", registry=registry)
-        self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
-        self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
-        self.used_bytes = Gauge(
-            "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
-        )
-        self.capacity_bytes = Gauge(
-            "kvstore_tier_capacity_bytes", "Bytes that fit", ["tier"], registry=registry
-        )
         self.rpc_seconds = Histogram(
             "kvstore_node_rpc_seconds",
             "Handler time of a call",
@@ -78,6 +69,18 @@ class NodeMetrics:
             "kvstore_node_task_failures", "Unexpected failures of a background task", ["task"],
             registry=registry,
         )  # fmt: skip
+        self._add_gauges(registry)
+
+    def _add_gauges(self, registry: CollectorRegistry) -> None:
+        self.sessions = Gauge("kvstore_node_sessions", "Open sessions", registry=registry)
+        self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
+        self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
+        self.used_bytes = Gauge(
+            "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
+        )
+        self.capacity_bytes = Gauge(
+            "kvstore_tier_capacity_bytes", "Bytes that fit", ["tier"], registry=registry
+        )
 
 
 class RouterMetrics:

@@ -16,8 +16,8 @@ class EventSource(Protocol):
 
     `events` yields, in order: `Began`, snapshot `Changed`s without numbers, `Ended`, numbered
     `Changed`s, `Marked`s and `Loaded`s; after a lost connection it starts again with `Began`. It
-    yields `Lost` at once when the publisher is known to be gone, and never raises for a fault of the
-    publisher or the network. Cancelling the iterator closes the subscription.
+    yields `Lost` at once when the publisher is known to be gone, and never raises for a fault of
+    the publisher or the network. Cancelling the iterator closes the subscription.
     """
 
     publisher: str

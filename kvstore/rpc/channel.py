@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
-import grpc
+import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissingImports]
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import MAX_MESSAGE_BYTES

@@ -6,7 +6,7 @@ raised; a peer that does not know the class still gets the closest status code.
 
 from typing import Final
 
-import grpc
+import grpc.aio
 
 from kvstore.core import errors
 from kvstore.core.errors import KvStoreError

@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import KvStoreError
 from kvstore.rpc.errors import status_of

