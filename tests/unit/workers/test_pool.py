@@ -1,0 +1,57 @@
+from kvstore.core.names import BlockName, Root
+from kvstore.directory.lru import Lru
+from kvworkers.pages.pool import PageKey, PagePool, PoolUse
+
+ROOT = Root(b"r" * 32)
+
+
+def named(count: int) -> list[BlockName]:
+    return [BlockName(bytes([i + 1]) * 32) for i in range(count)]
+
+
+def filled(pool: PagePool, names: list[BlockName], now_ms: float) -> list[int]:
+    pages = pool.allocate(len(names), now_ms=now_ms)
+    assert pages is not None
+    for position, (page, name) in enumerate(zip(pages, names, strict=True)):
+        assert pool.publish(page, PageKey(ROOT, name), position=position, now_ms=now_ms)
+    return pages
+
+
+def test_a_suffix_goes_before_its_prefix() -> None:
+    pool = PagePool(4, block_bytes=4096, policy=Lru())
+    names = named(4)
+    pool.release(filled(pool, names, 1.0), now_ms=2.0)
+    assert pool.allocate(1, now_ms=3.0) is not None
+    assert pool.count_prefix(ROOT, names) == 3
+    assert pool.allocate(2, now_ms=4.0) is not None
+    assert pool.count_prefix(ROOT, names) == 1
+    assert pool.evictions == 3
+
+
+def test_a_request_that_does_not_fit_evicts_nothing() -> None:
+    pool = PagePool(4, block_bytes=4096, policy=Lru())
+    held = pool.allocate(2, now_ms=0.0)
+    assert held is not None
+    names = named(2)
+    pool.release(filled(pool, names, 1.0), now_ms=2.0)
+    assert pool.allocate(3, now_ms=3.0) is None
+    assert pool.count_prefix(ROOT, names) == 2
+    assert pool.use() == PoolUse(free=0, held=2, cached=2)
+
+
+def test_the_second_copy_of_a_block_stays_private_and_is_freed() -> None:
+    pool = PagePool(3, block_bytes=4096, policy=Lru())
+    name = named(1)
+    first = filled(pool, name, 0.0)
+    second = pool.allocate(1, now_ms=1.0)
+    assert second is not None
+    assert not pool.publish(second[0], PageKey(ROOT, name[0]), position=0, now_ms=1.0)
+    pool.release(second, now_ms=2.0)
+    assert pool.use() == PoolUse(free=2, held=1, cached=0)
+    assert pool.match(ROOT, name) == first
+
+
+def test_names_under_another_root_do_not_match() -> None:
+    pool = PagePool(3, block_bytes=4096, policy=Lru())
+    filled(pool, named(2), 0.0)
+    assert pool.match(Root(b"s" * 32), named(2)) == []

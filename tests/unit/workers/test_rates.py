@@ -1,0 +1,50 @@
+import pytest
+
+from kvworkers.engine.rates import RateFit
+
+
+def test_the_fit_finds_both_coefficients() -> None:
+    fit = RateFit()
+    for tokens, position in [(512, 0), (512, 512), (476, 1024), (16, 1500), (128, 4000)] * 3:
+        seconds = 2e-3 * tokens + 3e-7 * tokens * (position + tokens / 2)
+        fit.prefill(tokens, position, seconds)
+    rates = fit.rates()
+    assert rates.prefill_linear_s == pytest.approx(2e-3, rel=1e-6)
+    assert rates.prefill_quadratic_s == pytest.approx(3e-7, rel=1e-6)
+
+
+def test_steps_all_alike_are_charged_to_the_tokens() -> None:
+    fit = RateFit()
+    for _ in range(5):
+        fit.prefill(100, 0, 0.2)
+    rates = fit.rates()
+    assert rates.prefill_linear_s == pytest.approx(2e-3)
+    assert rates.prefill_quadratic_s == 0
+    assert rates.prefill_tokens_per_s == pytest.approx(500)
+
+
+def test_noise_never_gives_a_negative_coefficient() -> None:
+    fit = RateFit()
+    fit.prefill(100, 0, 0.2)
+    fit.prefill(100, 1000, 0.1)
+    rates = fit.rates()
+    assert rates.prefill_linear_s > 0 and rates.prefill_quadratic_s == 0
+
+
+def test_the_fit_follows_a_slower_machine() -> None:
+    fit = RateFit()
+    for _ in range(300):
+        fit.prefill(64, 0, 0.064)
+    for _ in range(300):
+        fit.prefill(64, 0, 0.128)
+    assert fit.rates().prefill_linear_s == pytest.approx(2e-3, rel=0.05)
+
+
+def test_decode_rate_counts_tokens_of_all_sequences() -> None:
+    fit = RateFit()
+    fit.decode(4, 0.1)
+    assert fit.rates().decode_tokens_per_s == pytest.approx(40)
+    fit.decode(4, 0.05)
+    assert 40 < fit.rates().decode_tokens_per_s < 80
+    fit.decode(1, 0.0)
+    assert fit.rates().decode_tokens_per_s < 80

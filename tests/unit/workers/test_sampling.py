@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+
+from kvstore.core.errors import BadInput
+from kvworkers.engine.sampling import Sampler, SamplingParams
+
+
+def test_greedy_takes_the_lowest_of_equal_maxima() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 3.0])
+    assert Sampler(SamplingParams(max_tokens=1)).sample(logits).token == 1
+
+
+def test_a_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    logits = torch.linspace(0, 1, 1000)
+
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(SamplingParams(max_tokens=1, temperature=1.0, seed=seed))
+        return [sampler.sample(logits).token for _ in range(20)]
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+
+
+def test_top_k_and_top_p_cut_the_tail() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
+    top_k = Sampler(SamplingParams(max_tokens=1, temperature=1.0, top_k=2, seed=1))
+    assert {top_k.sample(logits).token for _ in range(200)} == {1, 2}
+    # 0.5 does not reach 0.6, so the second token is in as well.
+    top_p = Sampler(SamplingParams(max_tokens=1, temperature=1.0, top_p=0.6, seed=1))
+    assert {top_p.sample(logits).token for _ in range(200)} == {1, 2}
+    tiny = Sampler(SamplingParams(max_tokens=1, temperature=1.0, top_p=1e-6, seed=1))
+    assert {tiny.sample(logits).token for _ in range(50)} == {1}
+
+
+def test_draws_follow_the_temperature() -> None:
+    logits = torch.log(torch.tensor([0.8, 0.2]))
+    sampler = Sampler(SamplingParams(max_tokens=1, temperature=2.0, seed=5))
+    share = sum(sampler.sample(logits).token == 0 for _ in range(4000)) / 4000
+    expected = math.sqrt(0.8) / (math.sqrt(0.8) + math.sqrt(0.2))
+    assert abs(share - expected) < 0.03
+
+
+def test_logprobs_are_the_models_own_and_name_the_choice_first() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.6, 0.3]))
+    sampled = Sampler(SamplingParams(max_tokens=1, logprobs=2)).sample(logits)
+    assert sampled.logprobs is not None
+    assert sampled.logprobs.token_ids == (1, 1, 2)
+    assert sampled.logprobs.values == pytest.approx([math.log(0.6), math.log(0.6), math.log(0.3)])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_p", math.nan),
+        ("top_k", -1),
+        ("logprobs", 21),
+    ],
+)
+def test_senseless_parameters_are_refused_by_name(field: str, value: float) -> None:
+    with pytest.raises(BadInput, match=field):
+        SamplingParams(**{"max_tokens": 1, field: value})  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""How the next token is chosen from a row of logits.
+
+Greedy is exact: the largest logit, ties to the lowest id. Everything else draws from a
+generator of its own per request, so that a seed gives the same tokens whatever runs beside it.
+"""
+
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvstore.core.errors import BadInput
+
+GREEDY_BELOW: Final = 1e-4
+"""Temperatures under this are greedy: dividing by them would overflow float32."""
+MAX_LOGPROBS: Final = 20
+MAX_STOP_TOKENS: Final = 64
+MAX_TEMPERATURE: Final = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """What a request asks for; raises `BadInput` naming the field at fault."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    logprobs: int = 0
+    """How many top log-probabilities come with each token; 0: none."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens <= 0:
+            raise BadInput(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= MAX_TEMPERATURE):
+            raise BadInput(
+                f"temperature must be in [0, {MAX_TEMPERATURE:g}], got {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:  # false for NaN too
+            raise BadInput(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise BadInput(f"top_k must not be negative, got {self.top_k}")
+        if not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise BadInput(f"logprobs must be in [0, {MAX_LOGPROBS}], got {self.logprobs}")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise BadInput(f"{len(self.stop_token_ids)} stop tokens; {MAX_STOP_TOKENS} allowed")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the choice needs no random numbers."""
+        return self.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of one position under the model itself (before temperature)."""
+
+    token_ids: tuple[int, ...]
+    """The chosen token first, then the most likely ones in descending order."""
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One chosen token."""
+
+    token: int
+    logprobs: Logprobs | None = None
+
+
+class Sampler:
+    """Chooses tokens of one request."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator: torch.Generator | None = None
+        if not params.greedy:
+            self._generator = torch.Generator()
+            seed = params.seed if params.seed is not None else secrets.randbits(63)
+            self._generator.manual_seed(seed & ((1 << 63) - 1))
+
+    def sample(self, logits: Tensor) -> Sampled:
+        """Choose from `logits` [vocab] float32, all finite."""
+        token = self._choose(logits)
+        wanted = self.params.logprobs
+        return Sampled(token, top_logprobs(logits, token, wanted) if wanted else None)
+
+    def _choose(self, logits: Tensor) -> int:
+        params = self.params
+        if self._generator is None:
+            return int(torch.argmax(logits))  # the first of equal maxima, as documented
+        scaled = logits / params.temperature
+        kept = params.top_k if 0 < params.top_k < scaled.numel() else scaled.numel()
+        if kept == scaled.numel() and params.top_p >= 1:
+            probabilities = torch.softmax(scaled, dim=-1)
+            return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        values, ids = torch.topk(scaled, kept, sorted=True)
+        probabilities = torch.softmax(values, dim=-1)
+        if params.top_p < 1:
+            before = torch.cumsum(probabilities, dim=-1) - probabilities
+            # The first token whose predecessors reach top_p ends the nucleus; one always stays.
+            probabilities = torch.where(before < params.top_p, probabilities, 0.0)
+        return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
+
+
+def top_logprobs(logits: Tensor, chosen: int, count: int) -> Logprobs:
+    """Return log-probabilities of `chosen` and of the `count` most likely tokens."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    values, ids = torch.topk(logprobs, min(count, logprobs.numel()), sorted=True)
+    return Logprobs(
+        token_ids=(chosen, *ids.tolist()), values=(float(logprobs[chosen]), *values.tolist())
+    )

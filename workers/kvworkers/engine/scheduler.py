@@ -1,0 +1,225 @@
+"""Who runs next: admission by pages, and steps that mix decodes with chunks of prefill. Pure.
+
+Admission is first come, first served. A sequence gets every page that it can ever need when it
+is admitted, so nothing admitted can get stuck for memory; what can never fit is refused before any
+work. A sequence whose next block is being computed by another one is held back until
+that one has passed (or a deadline has): two users with one document compute it once.
+
+A step has a budget of tokens. Decodes go first, one token each, then prefills in order of
+admission share the rest in chunks. Time is passed in as milliseconds of a monotonic clock.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore.core.errors import BadInput, Refused, TooLarge
+from kvstore.core.limits import BLOCK_TOKENS
+from kvworkers.engine.sequence import Sequence, SequenceState
+from kvworkers.pages.pool import PageKey, PagePool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Bounds of batching."""
+
+    max_model_tokens: int
+    """Prompt and output of one sequence together."""
+    step_tokens: int = 512
+    """Tokens computed in one step: a chunk on CPU takes about a second."""
+    max_running: int = 16
+    """Sequences that have pages at once."""
+    max_waiting: int = 64
+    """Sequences without pages; beyond it requests are refused."""
+    hold_ms: float = 10_000
+    """How long one sequence waits for another that computes the same prefix."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_tokens", "step_tokens", "max_running", "max_waiting", "hold_ms"):
+            if getattr(self, name) <= 0:
+                raise BadInput(f"scheduler {name} must be positive, got {getattr(self, name)}")
+        if self.step_tokens < self.max_running:
+            raise BadInput(
+                f"step_tokens {self.step_tokens} is below max_running {self.max_running}: "
+                "a step has to fit one decode of every sequence"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Part of a step: compute tokens `[start, start + count)` of one sequence."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    """Whether the last of them is the last known token, so that the next one is chosen."""
+
+
+class Scheduler:
+    """Decides; the engine executes and reports back by `advance` and `finish`."""
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+        self.config = config
+        self._pool = pool
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._computing: dict[PageKey, Sequence] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without pages."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences with pages."""
+        return len(self._running)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens admitted or waiting and not yet computed."""
+        return sum(max(0, s.prompt_tokens - s.computed) for s in self.sequences())
+
+    def sequences(self) -> Iterator[Sequence]:
+        """Iterate over everything that is not finished."""
+        yield from self._running
+        yield from self._waiting
+
+    def submit(self, sequence: Sequence, *, retry_after_ms: int = 0) -> None:
+        """Queue a sequence. Raises `TooLarge` when it can never run, `Refused` when full."""
+        wanted = sequence.prompt_tokens + sequence.request.sampling.max_tokens
+        if wanted > self.config.max_model_tokens:
+            raise TooLarge(
+                f"prompt of {sequence.prompt_tokens} tokens and max_tokens "
+                f"{sequence.request.sampling.max_tokens} make {wanted}; the model's context is "
+                f"{self.config.max_model_tokens}"
+            )
+        if sequence.pages_needed > self._pool.pages:
+            raise TooLarge(
+                f"{wanted} tokens of prompt and output; this worker's pages hold "
+                f"{self._pool.pages * BLOCK_TOKENS}"
+            )
+        if len(self._waiting) >= self.config.max_waiting:
+            raise Refused(f"{len(self._waiting)} requests are waiting already", retry_after_ms)
+        self._waiting.append(sequence)
+
+    def admit(self, now_ms: float) -> list[Sequence]:
+        """Give pages to those whose turn it is; returns them in state LOADING.
+
+        Its own pages are matched here: `hbm_blocks`, `computed` and `pages` are set. Stops at the
+        first one that does not fit (no overtaking for memory); those held back for a
+        prefix are overtaken.
+        """
+        admitted: list[Sequence] = []
+        held: list[Sequence] = []
+        while self._waiting and len(self._running) < self.config.max_running:
+            sequence = self._waiting.popleft()
+            if self._must_hold(sequence, now_ms):
+                held.append(sequence)
+            elif self._give_pages(sequence, now_ms):
+                admitted.append(sequence)
+            else:
+                self._waiting.appendleft(sequence)
+                break
+        self._waiting.extendleft(reversed(held))
+        return admitted
+
+    def next_hold_end_ms(self) -> float | None:
+        """Return when the first sequence held back for a prefix has waited enough."""
+        since = [s.held_since_ms for s in self._waiting if s.held_since_ms is not None]
+        return min(since) + self.config.hold_ms if since else None
+
+    def plan(self) -> list[Work]:
+        """Choose what the next step computes; empty when nothing is ready."""
+        budget = self.config.step_tokens
+        ready = [s for s in self._running if s.state is SequenceState.RUNNING and s.finish is None]
+        works = [Work(s, s.computed, 1, True) for s in ready if s.pending_tokens == 1]
+        budget -= len(works)
+        assert budget >= 0
+        for sequence in ready:
+            if sequence.pending_tokens == 1:
+                continue
+            count = min(budget, sequence.pending_tokens)
+            if count == 0:
+                break
+            works.append(Work(sequence, sequence.computed, count, count == sequence.pending_tokens))
+            budget -= count
+        return works
+
+    def loaded(self, sequence: Sequence, blocks: int, *, now_ms: float) -> None:
+        """Take note that `blocks` more leading blocks were copied into its pages."""
+        assert sequence.state is SequenceState.LOADING
+        assert sequence.hbm_blocks + blocks <= sequence.hit_limit
+        sequence.computed = (sequence.hbm_blocks + blocks) * BLOCK_TOKENS
+        sequence.state = SequenceState.RUNNING
+        self._publish(sequence, now_ms)
+
+    def advance(self, work: Work, *, now_ms: float) -> None:
+        """Take note that `work` was computed; full blocks become known by name."""
+        sequence = work.sequence
+        assert sequence.computed == work.start
+        sequence.computed += work.count
+        assert sequence.computed <= len(sequence.pages) * BLOCK_TOKENS
+        self._publish(sequence, now_ms)
+
+    def finish(self, sequence: Sequence, *, now_ms: float) -> None:
+        """Give everything back. The caller knows that nobody writes its pages any more."""
+        assert not sequence.in_step and not sequence.loading
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+        self._forget_computing(sequence, 0)
+        self._pool.release(sequence.pages, now_ms=now_ms)
+        sequence.pages = []
+        sequence.state = SequenceState.FINISHED
+
+    def _must_hold(self, sequence: Sequence, now_ms: float) -> bool:
+        if sequence.request.no_read:
+            return False
+        known = self._pool.count_prefix(sequence.root, sequence.names[: sequence.hit_limit])
+        if known == sequence.hit_limit:
+            return False
+        if PageKey(sequence.root, sequence.names[known]) not in self._computing:
+            return False
+        if sequence.held_since_ms is None:
+            sequence.held_since_ms = now_ms
+        return now_ms - sequence.held_since_ms < self.config.hold_ms
+
+    def _give_pages(self, sequence: Sequence, now_ms: float) -> bool:
+        own: list[int] = []
+        if not sequence.request.no_read:
+            own = self._pool.match(sequence.root, sequence.names[: sequence.hit_limit])
+        fresh = self._pool.allocate(sequence.pages_needed - len(own), now_ms=now_ms)
+        if fresh is None:
+            self._pool.release(own, now_ms=now_ms)
+            return False
+        sequence.pages = own + fresh
+        sequence.hbm_blocks = sequence.published = len(own)
+        sequence.computed = len(own) * BLOCK_TOKENS
+        sequence.state = SequenceState.LOADING
+        sequence.held_since_ms = None
+        self._running.append(sequence)
+        if sequence.keeps:
+            for name in sequence.names[len(own) :]:
+                self._computing.setdefault(PageKey(sequence.root, name), sequence)
+        return True
+
+    def _publish(self, sequence: Sequence, now_ms: float) -> None:
+        if not sequence.keeps:
+            return
+        first, last = sequence.published, sequence.full_blocks
+        for block in range(first, last):
+            key = PageKey(sequence.root, sequence.names[block])
+            self._pool.publish(sequence.pages[block], key, position=block, now_ms=now_ms)
+        self._forget_computing(sequence, first, last)
+        sequence.published = max(first, last)
+
+    def _forget_computing(self, sequence: Sequence, first: int, last: int | None = None) -> None:
+        for name in sequence.names[first:last]:
+            key = PageKey(sequence.root, name)
+            if self._computing.get(key) is sequence:
+                del self._computing[key]

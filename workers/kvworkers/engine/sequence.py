@@ -1,0 +1,211 @@
+"""One request on its way through the engine: its tokens, names, pages and account.
+
+    WAITING ──admitted──▶ LOADING ──▶ RUNNING ──▶ FINISHED
+       │                     │           │           ▲
+       └─────────────────────┴───────────┴───────────┘    cancelled, failed, deadline
+
+Positions: `tokens` is the prompt and what was generated; K and V of the first `computed` tokens
+stand in `pages`. The last generated token is known and not yet computed.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from kvstore.core.errors import BadInput
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import BlockName, ExtraKey, Root, chain
+from kvstore.core.outcomes import MissReason
+from kvstore.directory.events import TierKind
+from kvworkers.engine.sampling import SamplingParams
+
+
+class SequenceState(StrEnum):
+    """Where a request stands."""
+
+    WAITING = "waiting"
+    """No pages yet."""
+    LOADING = "loading"
+    """Has all its pages; cached blocks are on their way into them."""
+    RUNNING = "running"
+    """Takes part in steps."""
+    FINISHED = "finished"
+    """Its pages are given back."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, as the wire says it."""
+
+    STOP = "stop"
+    """A stop token or the model's end of sequence."""
+    LENGTH = "length"
+    """`max_tokens` were generated."""
+    ABORT = "abort"
+    """Cancelled, or its deadline passed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a caller wants; validated here as far as it needs no model."""
+
+    request_id: str
+    tokens: bytes
+    """The prompt as packed u32 little endian."""
+    sampling: SamplingParams
+    no_store: bool = False
+    """Compute as usual, keep nothing: neither in the store nor as cached pages."""
+    no_read: bool = False
+    """Ignore every cache, the worker's own pages included."""
+    cache_salt: bytes = b""
+    deadline_ms: int = 0
+    """Of the whole request, from its arrival; 0: none."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            raise BadInput("tokens are empty: a prompt has at least one token")
+        if len(self.tokens) % 4:
+            raise BadInput(f"packed tokens have {len(self.tokens)} bytes, not a multiple of 4")
+        if self.deadline_ms < 0:
+            raise BadInput(f"deadline_ms must not be negative, got {self.deadline_ms}")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens in the prompt."""
+        return len(self.tokens) // 4
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """Tokens of one prompt by where they came from; `hbm + loaded + computed = prompt`."""
+
+    prompt_tokens: int
+    hbm_tokens: int
+    loaded_tokens: dict[TierKind, int]
+    miss_reason: MissReason
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that were not computed."""
+        return self.hbm_tokens + sum(self.loaded_tokens.values())
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that were computed."""
+        return self.prompt_tokens - self.cached_tokens
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """State of one request. Only the engine's event loop touches it."""
+
+    request: Request
+    root: Root
+    arrived_ms: float
+    tokens: "array[int]" = field(init=False)
+    names: list[BlockName] = field(init=False)
+    """Names of the full blocks of `tokens`; grows as tokens are generated."""
+    pages: list[int] = field(default_factory=list)
+    state: SequenceState = SequenceState.WAITING
+    computed: int = 0
+    """Tokens whose K and V stand in pages."""
+    published: int = 0
+    """Leading blocks that were offered to the pool under their names."""
+    stored: int = 0
+    """Leading blocks that the store is known to hold or is about to be given."""
+    hbm_blocks: int = 0
+    loaded: dict[TierKind, int] = field(default_factory=dict)
+    """Blocks that came from each lower tier."""
+    store_reason: MissReason = MissReason.ABSENT
+    """Why the store gave no more; what it answered last."""
+    held_since_ms: float | None = None
+    """Since when admission waits for another sequence that computes the same prefix."""
+    first_step_ms: float | None = None
+    first_token_ms: float | None = None
+    load_ms: float = 0.0
+    finish: FinishReason | None = None
+    in_step: bool = False
+    """The compute thread may be writing its pages."""
+    loading: bool = False
+    """A load may be writing its pages."""
+
+    def __post_init__(self) -> None:
+        self.tokens = array("I")
+        self.tokens.frombytes(self.request.tokens)
+        self.names = []
+        self.extend_names()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens in the prompt."""
+        return self.request.prompt_tokens
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def hit_limit(self) -> int:
+        """Blocks that may come from a cache: one prompt token at least has to be computed."""
+        return (self.prompt_tokens - 1) // BLOCK_TOKENS
+
+    @property
+    def prompt_blocks(self) -> int:
+        """Full blocks of the prompt."""
+        return self.prompt_tokens // BLOCK_TOKENS
+
+    @property
+    def pages_needed(self) -> int:
+        """Pages for the prompt and every token that it may generate.
+
+        The last generated token is never fed back, so it needs no place.
+        """
+        return -(-(self.prompt_tokens + self.request.sampling.max_tokens - 1) // BLOCK_TOKENS)
+
+    @property
+    def full_blocks(self) -> int:
+        """Blocks whose every token is computed."""
+        return self.computed // BLOCK_TOKENS
+
+    @property
+    def pending_tokens(self) -> int:
+        """Known tokens that are not computed: 1 while decoding, more in prefill."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def keeps(self) -> bool:
+        """Whether its blocks may be kept under their names."""
+        return not self.request.no_store
+
+    def extend_names(self) -> None:
+        """Name every full block of `tokens` that has no name yet."""
+        done = len(self.names)
+        if len(self.tokens) // BLOCK_TOKENS == done:
+            return
+        fresh = self.tokens[done * BLOCK_TOKENS :].tobytes()
+        if done:
+            self.names.extend(chain(self.names[-1], fresh))
+            return
+        salt = self.request.cache_salt
+        extras = (ExtraKey(0, salt),) if salt else ()
+        self.names.extend(chain(self.root, fresh, extra_keys=extras))
+
+    def cache_use(self) -> CacheUse:
+        """Return the account of the prompt."""
+        loaded = {tier: n * BLOCK_TOKENS for tier, n in self.loaded.items() if n}
+        cached = self.hbm_blocks + sum(self.loaded.values())
+        return CacheUse(
+            prompt_tokens=self.prompt_tokens,
+            hbm_tokens=self.hbm_blocks * BLOCK_TOKENS,
+            loaded_tokens=loaded,
+            miss_reason=self._miss_reason(cached),
+        )
+
+    def _miss_reason(self, cached: int) -> MissReason:
+        if self.prompt_blocks == 0:
+            return MissReason.PARTIAL_BLOCK
+        if cached == self.prompt_blocks:
+            return MissReason.NONE
+        if cached == self.hit_limit:
+            return MissReason.LAST_TOKENS
+        return MissReason.DISABLED if self.request.no_read else self.store_reason
