@@ -3,11 +3,11 @@
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from kvworkers.pages.pool import PageKey, PagePool
 
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.lru import Lru
 from kvstore.directory.policy import block_key
-from kvworkers.pages.pool import PageKey, PagePool
 
 ROOTS = (Root(b"a" * 32), Root(b"b" * 32))
 NAMES = tuple(BlockName(bytes([i]) * 32) for i in range(1, 8))

@@ -1,6 +1,7 @@
+from kvworkers.pages.pool import PageKey, PagePool, PoolUse
+
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.lru import Lru
-from kvworkers.pages.pool import PageKey, PagePool, PoolUse
 
 ROOT = Root(b"r" * 32)
 

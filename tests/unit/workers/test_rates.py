@@ -1,5 +1,4 @@
 import pytest
-
 from kvworkers.engine.rates import RateFit
 
 

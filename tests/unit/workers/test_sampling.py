@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from kvworkers.engine.sampling import Sampler, SamplingParams
 
 from kvstore.core.errors import BadInput
-from kvworkers.engine.sampling import Sampler, SamplingParams
 
 
 def test_greedy_takes_the_lowest_of_equal_maxima() -> None:

@@ -1,14 +1,14 @@
 import pytest
+from kvworkers.engine.sampling import SamplingParams
+from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
+from kvworkers.engine.sequence import Request, Sequence, SequenceState
+from kvworkers.pages.pool import PagePool
 
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.names import Root, pack_tokens
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.directory.lru import Lru
-from kvworkers.engine.sampling import SamplingParams
-from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
-from kvworkers.engine.sequence import Request, Sequence, SequenceState
-from kvworkers.pages.pool import PagePool
 
 ROOT = Root(b"r" * 32)
 

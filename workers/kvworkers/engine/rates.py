@@ -1,7 +1,9 @@
 """Measured rates of this worker, fitted online from its own steps. Pure.
 
 Prefill seconds of n tokens from position p are modelled as
-`linear * n + quadratic * n * (p + n / 2)`: the weights cost the same for every token, attention grows with what it looks back on.
+`linear * n + quadratic * n * (p + n / 2)`: the weights cost the same for every token,
+attention grows with what it looks back on.
+
 Older steps fade, so the fit follows the machine (a noisy neighbour, a clock change).
 """
 
