@@ -1,0 +1,225 @@
+"""Typed, checked entries to attention and movement over pages in the one layout.
+
+A *page* is a block (`kvstore.core.layout`) that sits in a worker's pool: 16 tokens, all layers,
+heads outermost. Callers use these functions only; which code runs is decided by the device of
+the tensors, so another implementation drops in without a change above:
+
+    ops (shapes, checks) ── implementation(device) ──▶ kvkernels.reference   cpu: vectorised torch
+                                                       a module per further device
+
+The reference is also the oracle that every later kernel is compared with. Shapes are checked on
+every call; values of index tensors are checked once per step by whoever builds the step
+(`kvworkers.models.step`), because looking at values costs a synchronisation on a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+from kvkernels.plans import AttentionPlan, Implementation
+from kvstore.core.errors import BadInput, Unsupported
+from kvstore.core.layout import BlockLayout, Codec
+from kvstore.core.limits import BLOCK_TOKENS
+
+_ELEMENT_TYPES = {
+    Codec.RAW32: (torch.float32,),
+    Codec.RAW16: (torch.bfloat16, torch.float16),
+}
+
+
+def implementation(device_type: str) -> Implementation:
+    """Return the code that serves tensors on `device_type` (`cpu`, `cuda` …).
+
+    Raises `Unsupported` naming the device where there is none.
+    """
+    if device_type == "cpu":
+        from kvkernels import reference
+
+        return reference
+    raise Unsupported(f"no kernels for device {device_type!r}; this build serves 'cpu'")
+
+
+def page_view(pool: Tensor, layout: BlockLayout, dtype: torch.dtype | None = None) -> Tensor:
+    """Return `pool` seen as K and V elements, without a copy and without the padding.
+
+    pool uint8 [pages, block_bytes], rows contiguous; the result is
+    [pages, kv_heads, layers, 2 (K, V), 16, head_dim] of `dtype`, by default float32 for RAW32
+    and bfloat16 for RAW16. Raises `Unsupported` for quantised codecs (their cells hold scales),
+    `BadInput` for a pool that does not fit the layout.
+    """
+    types = _ELEMENT_TYPES.get(layout.codec)
+    if types is None:
+        raise Unsupported(f"pages of codec {layout.codec.name} cannot be viewed as raw K and V")
+    element = types[0] if dtype is None else dtype
+    if element not in types:
+        raise BadInput(f"codec {layout.codec.name} does not hold {element}")
+    _check(
+        pool.dtype == torch.uint8 and pool.dim() == 2,
+        f"pool must be uint8 [n, bytes], got {_say(pool)}",
+    )
+    _check(
+        pool.shape[1] == layout.block_bytes,
+        f"pool rows have {pool.shape[1]} bytes, blocks {layout.block_bytes}",
+    )
+    _check(pool.stride(1) == 1, "pool rows must be contiguous")
+    elements = pool.view(element)
+    size = element.itemsize
+    return elements.as_strided(
+        (pool.shape[0], layout.kv_heads, layout.layers, 2, BLOCK_TOKENS, layout.head_dim),
+        (
+            elements.stride(0),
+            layout.share_bytes // size,
+            layout.cell_bytes // size,
+            layout.codes_bytes // size,
+            layout.head_dim,
+            1,
+        ),
+    )
+
+
+def write_pages(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
+    """Write the K and V of new tokens into their places.
+
+    key, value [tokens, kv_heads, head_dim]; pages as `page_view` gives them; slots int64
+    [tokens] = page * 16 + offset, unique and inside the pool.
+    """
+    _check_pages(pages, layer)
+    expected = (slots.shape[0], pages.shape[1], pages.shape[5])
+    _check(
+        slots.dim() == 1 and slots.dtype == torch.int64,
+        f"slots must be int64 [tokens], got {_say(slots)}",
+    )
+    _check(
+        tuple(key.shape) == expected and key.dtype == pages.dtype,
+        f"key must be {expected} of {pages.dtype}, got {_say(key)}",
+    )
+    _check(
+        value.shape == key.shape and value.dtype == key.dtype,
+        f"value must be like key, got {_say(value)}",
+    )
+    implementation(pages.device.type).write_pages(key, value, pages, slots, layer)
+
+
+def plan_attention(
+    block_tables: Tensor, context_lengths: Tensor, query_starts: Tensor, *, device_type: str = "cpu"
+) -> AttentionPlan:
+    """Prepare what every layer of one step shares; the arguments are `paged_attention`'s."""
+    sequences = context_lengths.shape[0]
+    _check(
+        block_tables.dim() == 2 and block_tables.shape[0] == sequences,
+        f"block_tables must be [{sequences}, max_pages], got {_say(block_tables)}",
+    )
+    _check(
+        query_starts.shape == (sequences + 1,),
+        f"query_starts must be [{sequences + 1}], got {_say(query_starts)}",
+    )
+    for name, tensor in (
+        ("block_tables", block_tables),
+        ("context_lengths", context_lengths),
+        ("query_starts", query_starts),
+    ):
+        _check(tensor.dtype == torch.int32, f"{name} must be int32, got {_say(tensor)}")
+    return implementation(device_type).plan_attention(block_tables, context_lengths, query_starts)
+
+
+def paged_attention(
+    query: Tensor,
+    pages: Tensor,
+    *,
+    layer: int,
+    block_tables: Tensor,
+    context_lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    """Attend causally from new tokens to everything their sequence holds in its pages.
+
+    query [tokens, query_heads, head_dim], the sequences' rows one after another; block_tables
+    int32 [sequences, max_pages] (entries past a sequence's pages are ignored); context_lengths
+    int32 [sequences], the new tokens included; query_starts int32 [sequences + 1]. The last row
+    of a sequence is its last token. K and V of the new tokens have been written already.
+    Query heads are a multiple of KV heads (MHA, GQA and MQA alike). Returns a tensor like
+    query. `plan` is `plan_attention`'s for the same three tensors: pass it where several layers
+    share them, or it is made anew.
+    """
+    _check_pages(pages, layer)
+    heads = pages.shape[1]
+    _check(
+        query.dim() == 3 and query.shape[2] == pages.shape[5],
+        f"query must be [tokens, heads, {pages.shape[5]}], got {_say(query)}",
+    )
+    _check(
+        query.shape[1] % heads == 0,
+        f"{query.shape[1]} query heads are no multiple of {heads} KV heads",
+    )
+    _check(query.dtype == pages.dtype, f"query is {query.dtype}, pages are {pages.dtype}")
+    if plan is None:
+        plan = plan_attention(
+            block_tables, context_lengths, query_starts, device_type=pages.device.type
+        )
+    _check(
+        plan.query_tokens == query.shape[0],
+        f"query has {query.shape[0]} tokens, its starts say {plan.query_tokens}",
+    )
+    return implementation(pages.device.type).paged_attention(
+        query, pages, layer=layer, plan=plan, scale=scale
+    )
+
+
+def load_blocks(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None:
+    """Copy whole blocks from arena memory into pages of a pool.
+
+    arena uint8 [bytes] (`torch.frombuffer` of the mapping); offsets int64 [n] in bytes; pool
+    uint8 [pages, block_bytes]; pages int64 [n], unique. On the CPU the copies release the GIL.
+    Raises `BadInput` before anything is written when a block lies outside arena or pool.
+    """
+    _check_movement(arena, offsets, pool, pages)
+    implementation(pool.device.type).load_blocks(arena, offsets, pool, pages)
+
+
+def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) -> None:
+    """Copy whole pages of a pool to arena memory; shapes, errors and GIL as `load_blocks`."""
+    _check_movement(arena, offsets, pool, pages)
+    implementation(pool.device.type).store_blocks(pool, pages, arena, offsets)
+
+
+def _check_pages(pages: Tensor, layer: int) -> None:
+    _check(
+        pages.dim() == 6 and pages.shape[3] == 2 and pages.shape[4] == BLOCK_TOKENS,
+        f"pages must come from page_view, got {_say(pages)}",
+    )
+    _check(0 <= layer < pages.shape[2], f"layer {layer} of {pages.shape[2]}")
+
+
+def _check_movement(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None:
+    _check(
+        arena.dtype == torch.uint8 and arena.dim() == 1 and arena.is_contiguous(),
+        f"arena must be contiguous uint8 [bytes], got {_say(arena)}",
+    )
+    _check(
+        pool.dtype == torch.uint8 and pool.dim() == 2 and pool.stride(1) == 1,
+        f"pool must be uint8 [pages, bytes], got {_say(pool)}",
+    )
+    for name, tensor, last in (
+        ("offsets", offsets, arena.shape[0] - pool.shape[1]),
+        ("pages", pages, pool.shape[0] - 1),
+    ):
+        _check(
+            tensor.dtype == torch.int64 and tensor.dim() == 1,
+            f"{name} must be int64 [n], got {_say(tensor)}",
+        )
+        if tensor.numel():
+            low, high = int(tensor.min()), int(tensor.max())
+            _check(
+                low >= 0 and high <= last, f"{name} reach from {low} to {high}; [0, {last}] allowed"
+            )
+    _check(offsets.shape == pages.shape, f"{offsets.shape[0]} offsets for {pages.shape[0]} pages")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise BadInput(message)
+
+
+def _say(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -1,0 +1,137 @@
+"""Vectorised torch over block tables: what the CPU runs, and the oracle of later kernels.
+
+Per sequence and layer: gather K and V of its pages into one contiguous tensor, cut it to the
+context (so nothing that lies in unused places can leak in, not even NaN), and call torch's
+fused attention on it. *Measured* on 2 cores, 1,500 tokens of 3 KV heads x 64 in fp32: the gather
+takes 105 us as one `index_select` on the permuted view (682 us when the page dimension is
+selected first and permuted later), attention of one new token 190 us, of sixteen 790 us.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvkernels.plans import AttentionPlan
+from kvstore.core.errors import BadInput
+from kvstore.core.limits import BLOCK_TOKENS
+
+_TILE = 128
+"""New tokens per attention call over a prefix: torch's fused kernel skips nothing under a mask,
+so shorter tiles, each cut to its own context, save most of the half that causality hides."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Up to `_TILE` new tokens of one sequence and the context that the last of them sees."""
+
+    start: int
+    stop: int
+    context: int
+    mask: Tensor | None
+    """float32 [stop - start, context], 0 or -inf; None where every token sees all of it."""
+    square: bool
+    """No prefix: the fused kernel's own causal mode applies, and skips the hidden half."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One sequence of a step: the pages that hold it and its tiles."""
+
+    table: Tensor
+    tiles: tuple[_Tile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePlan:
+    """Index tensors and masks that every layer of a step shares."""
+
+    query_tokens: int
+    sequences: tuple[_Sequence, ...]
+
+
+def write_pages(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
+    """See `kvkernels.ops.write_pages`."""
+    page = torch.div(slots, BLOCK_TOKENS, rounding_mode="floor")
+    offset = slots % BLOCK_TOKENS
+    pages[:, :, layer, 0][page, :, offset] = key
+    pages[:, :, layer, 1][page, :, offset] = value
+
+
+def plan_attention(
+    block_tables: Tensor, context_lengths: Tensor, query_starts: Tensor
+) -> ReferencePlan:
+    """See `kvkernels.ops.plan_attention`."""
+    starts: list[int] = query_starts.tolist()
+    contexts: list[int] = context_lengths.tolist()
+    tables = block_tables.to(torch.int64)
+    sequences = []
+    for index, context in enumerate(contexts):
+        start, stop = starts[index], starts[index + 1]
+        count = -(-context // BLOCK_TOKENS)
+        if not 0 < stop - start <= context or count > tables.shape[1]:
+            raise BadInput(
+                f"sequence {index}: {stop - start} new tokens, context {context}, "
+                f"{tables.shape[1]} pages in its table"
+            )
+        sequences.append(_Sequence(tables[index, :count], tuple(_tiles(start, stop, context))))
+    if starts[0] != 0:
+        raise BadInput(f"query_starts begin at {starts[0]}, not 0")
+    return ReferencePlan(starts[-1], tuple(sequences))
+
+
+def _tiles(start: int, stop: int, context: int) -> Sequence[_Tile]:
+    """Cut a sequence's new tokens so that each tile attends to its own context only."""
+    prefix = context - (stop - start)
+    if prefix == 0:
+        return [_Tile(start, stop, context, None, square=stop - start > 1)]
+    tiles = []
+    for first in range(start, stop, _TILE):
+        last = min(first + _TILE, stop)
+        seen = prefix + last - start
+        mask = None
+        if last - first > 1:
+            mask = torch.full((last - first, seen), float("-inf")).triu_(seen - (last - first) + 1)
+        tiles.append(_Tile(first, last, seen, mask, square=False))
+    return tiles
+
+
+def paged_attention(
+    query: Tensor, pages: Tensor, *, layer: int, plan: AttentionPlan, scale: float
+) -> Tensor:
+    """See `kvkernels.ops.paged_attention`."""
+    assert isinstance(plan, ReferencePlan)
+    heads, dim = pages.shape[1], pages.shape[5]
+    cells = pages[:, :, layer].permute(1, 2, 0, 3, 4)
+    grouped = query.shape[1] != heads
+    out = torch.empty_like(query)
+    for sequence in plan.sequences:
+        kv = cells.index_select(2, sequence.table).view(heads, 2, -1, dim)
+        for tile in sequence.tiles:
+            attended = scaled_dot_product_attention(
+                query[tile.start : tile.stop].transpose(0, 1).unsqueeze(0),
+                kv[None, :, 0, : tile.context],
+                kv[None, :, 1, : tile.context],
+                attn_mask=None if tile.mask is None else tile.mask.to(query.dtype),
+                is_causal=tile.square,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+            out[tile.start : tile.stop] = attended[0].transpose(0, 1)
+    return out
+
+
+def load_blocks(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None:
+    """See `kvkernels.ops.load_blocks`."""
+    size = pool.shape[1]
+    for offset, page in zip(offsets.tolist(), pages.tolist(), strict=True):
+        pool[page].copy_(arena[offset : offset + size])
+
+
+def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) -> None:
+    """See `kvkernels.ops.store_blocks`."""
+    size = pool.shape[1]
+    for offset, page in zip(offsets.tolist(), pages.tolist(), strict=True):
+        arena[offset : offset + size].copy_(pool[page])

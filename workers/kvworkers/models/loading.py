@@ -1,0 +1,100 @@
+"""A loaded model: one ragged batch in, logits of the sampled rows out."""
+
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvkernels import ops
+from torch import Tensor
+
+from kvstore.core.errors import BadInput
+from kvworkers.models import attention
+from kvworkers.models.spec import ModelSpec, read_spec
+from kvworkers.models.step import StepInputs
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model with its weights on one device. `forward` is for one thread at a time."""
+
+    spec: ModelSpec
+    device: torch.device
+    module: Any
+    """The transformers model, attention set to `kvstore_paged`."""
+
+    def new_pool(self, pages: int) -> Tensor:
+        """Return a zeroed page pool, uint8 [pages, block_bytes], on the model's device."""
+        if pages <= 0:
+            raise BadInput(f"a pool needs at least one page, got {pages}")
+        return torch.zeros(
+            (pages, self.spec.layout.block_bytes), dtype=torch.uint8, device=self.device
+        )
+
+    def page_view(self, pool: Tensor) -> Tensor:
+        """Return a pool's pages as `forward` takes them, in the model's element type."""
+        return ops.page_view(pool, self.spec.layout, getattr(torch, self.spec.dtype))
+
+    def forward(self, step: StepInputs, pages: Tensor) -> Tensor:
+        """Compute one step: write K and V of the new tokens, return logits fp32 [S, vocab].
+
+        `pages` as `page_view` gives them; those of the step's slots are written, those of its
+        block tables read. Raises `BadInput` before any work when the step does not fit pool
+        or model. Row i of the result belongs to `step.sample_rows[i]`.
+        """
+        step.check(
+            pages=pages.shape[0],
+            vocab_size=self.spec.vocab_size,
+            max_model_tokens=self.spec.max_model_tokens,
+        )
+        with torch.inference_mode(), attention.running(step, pages):
+            output = self.module(
+                input_ids=step.tokens.unsqueeze(0),
+                position_ids=step.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=step.sample_rows,
+            )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+
+_loading = threading.Lock()
+"""transformers patches its own globals while it loads; two loads at once would mix them."""
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    cache_dir: Path | None = None,
+) -> LoadedModel:
+    """Load the Hugging Face directory `path` on `device`.
+
+    `threads` sets torch's intra-op threads for this process. Raises what `read_spec` raises, and
+    `Unsupported` for a device without kernels.
+    """
+    ops.implementation(torch.device(device).type)
+    spec = read_spec(path, device=torch.device(device).type, cache_dir=cache_dir)
+    if threads is not None:
+        if threads <= 0:
+            raise BadInput(f"threads must be positive, got {threads}")
+        torch.set_num_threads(threads)
+    from transformers import AutoModelForCausalLM
+
+    with _loading:
+        attention.register()
+        try:
+            # The type is said explicitly: converted configs say bfloat16, which a CPU
+            # neither computes quickly nor exactly.
+            module = AutoModelForCausalLM.from_pretrained(
+                spec.path,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=attention.IMPLEMENTATION,
+                local_files_only=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{spec.path}: weights could not be loaded: {error}") from error
+    module.requires_grad_(False)
+    return LoadedModel(spec, torch.device(device), module.to(device).eval())
