@@ -1,0 +1,94 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.directory.places import BlockIndex, longest_prefix
+from kvstore.directory.policy import block_key
+
+ROOT = bytes(range(32))
+
+
+def name(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+def names(count: int, start: int = 1) -> list[bytes]:
+    return [name(number) for number in range(start, start + count)]
+
+
+@given(length=st.integers(0, 300), answer=st.integers(0, 300))
+def test_prefix_without_holes_is_exact_in_few_probes(length: int, answer: int) -> None:
+    answer = min(answer, length)
+    probes: list[int] = []
+
+    def has(index: int) -> bool:
+        assert 0 <= index < length
+        probes.append(index)
+        return index < answer
+
+    assert longest_prefix(has, length) == answer
+    assert len(probes) <= 2 * max(1, answer).bit_length() + 2
+
+
+@given(held=st.lists(st.booleans(), max_size=200))
+def test_prefix_with_holes_ends_after_something_held(held: list[bool]) -> None:
+    found = longest_prefix(held.__getitem__, len(held))
+    assert found == 0 or held[found - 1]
+
+
+def test_match_counts_leading_blocks_in_the_union_of_places() -> None:
+    index = BlockIndex(max_blocks=100)
+    first, second = index.new_place(), index.new_place()
+    index.add(first, ROOT, names(4))
+    index.add(second, ROOT, names(8))
+    assert index.match(ROOT, names(10), [first.bit, second.bit, first.bit | second.bit]) == [
+        4,
+        8,
+        8,
+    ]
+    assert index.match(bytes(32), names(10), [second.bit]) == [0]
+    assert index.match(ROOT, [], [second.bit]) == [0]
+
+
+def test_entries_share_one_integer_per_set_of_places() -> None:
+    index = BlockIndex(max_blocks=100)
+    places = [index.new_place() for _ in range(70)]
+    for place in places:
+        index.add(place, ROOT, names(2))
+    values = list(index._places.values())
+    assert values[0] is values[1]
+
+
+def test_adding_and_discarding_twice_changes_nothing() -> None:
+    index = BlockIndex(max_blocks=100)
+    place = index.new_place()
+    index.add(place, ROOT, names(3))
+    index.add(place, ROOT, names(3))
+    assert place.count == 3
+    index.discard(place, ROOT, names(2))
+    index.discard(place, ROOT, names(2))
+    assert (place.count, len(index)) == (1, 1)
+    assert place.xor_keys == block_key(ROOT, name(3))
+
+
+def test_a_full_index_leaves_blocks_out_and_says_so() -> None:
+    index = BlockIndex(max_blocks=3)
+    place, other = index.new_place(), index.new_place()
+    index.add(place, ROOT, names(5))
+    assert (len(index), place.count, place.partial) == (3, 3, True)
+    index.add(other, ROOT, names(3))  # known blocks find room
+    assert (other.count, other.partial) == (3, False)
+
+
+def test_a_retired_place_vanishes_at_once_and_its_bit_returns_after_the_sweep() -> None:
+    index = BlockIndex(max_blocks=1000)
+    old, kept = index.new_place(), index.new_place()
+    index.add(old, ROOT, names(100))
+    index.add(kept, ROOT, names(10))
+    index.retire(old)
+    assert index.match(ROOT, names(100), [old.bit, kept.bit]) == [0, 10]
+    assert index.places_of(block_key(ROOT, name(1))) == kept.bit
+    while index.sweep(7):
+        index.add(kept, ROOT, names(1, start=500))  # goes on beside the sweep
+        assert index.new_place().bit != old.bit or not index._retired
+    assert len(index) == 11
+    assert index.sweep(7) == 0
