@@ -21,7 +21,8 @@ WEIGHT_PATTERNS: Final = ("*.safetensors", "pytorch_model*.bin")
 
 _IRRELEVANT: Final = frozenset(
     {
-        "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache",
+        "_name_or_path", "_model_name_or_path", "transformers_version", "torch_dtype", "dtype",
+        "use_cache",
         "bos_token_id", "eos_token_id", "pad_token_id", "architectures", "id2label", "label2id",
         "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
         "is_encoder_decoder", "problem_type", "initializer_range", "pretraining_tp",

@@ -1,6 +1,8 @@
 """A loaded model: one ragged batch in, logits of the sampled rows out."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,21 @@ _loading = threading.Lock()
 """transformers patches its own globals while it loads; two loads at once would mix them."""
 
 
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Let one load run at a time, without transformers' own bars between ours."""
+    from transformers.utils import logging
+
+    with _loading:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+
+
 def load_model(
     path: str | Path,
     *,
@@ -83,7 +100,7 @@ def load_model(
         torch.set_num_threads(threads)
     from transformers import AutoModelForCausalLM
 
-    with _loading:
+    with quiet_loading():
         attention.register()
         try:
             # The type is said explicitly: converted configs say bfloat16, which a CPU
