@@ -52,6 +52,10 @@ class NodeMetrics:
         self.leases_expired = Counter(
             "kvstore_node_expired_leases", "Leases that ran out unreleased", registry=registry
         )
+        self._add_calls(registry)
+        self._add_gauges(registry)
+
+    def _add_calls(self, registry: CollectorRegistry) -> None:
         self.rpc_seconds = Histogram(
             "kvstore_node_rpc_seconds",
             "Handler time of a call",
@@ -69,7 +73,6 @@ class NodeMetrics:
             "kvstore_node_task_failures", "Unexpected failures of a background task", ["task"],
             registry=registry,
         )  # fmt: skip
-        self._add_gauges(registry)
 
     def _add_gauges(self, registry: CollectorRegistry) -> None:
         self.sessions = Gauge("kvstore_node_sessions", "Open sessions", registry=registry)

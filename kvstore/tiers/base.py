@@ -1,6 +1,6 @@
 """The seam of a tier: bytes at rest, read and written in batches, never lying.
 
-Contract (the suite in tests/contract/test_tiers.py runs it over every tier and its faulty twin):
+Contract (`kvstore.testing.contracts.TierContract` runs over every tier and its faulty twin):
 
 - a read answers one outcome per item, in order; only HIT means that `into` holds the block's
   bytes, and they were verified against their sum; on any other outcome `into` is rubbish;

@@ -126,7 +126,7 @@ def test_layers_outside_the_block(first: int, count: int) -> None:
         ({"layers": 4096}, TooLarge, "allowed"),
     ],
 )
-def test_bad_shapes(change: dict[str, int], error: type[BadInput], message: str) -> None:
+def test_bad_shapes(change: dict[str, Any], error: type[BadInput], message: str) -> None:
     with pytest.raises(error, match=message):
         _layout(**change)
 
