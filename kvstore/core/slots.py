@@ -11,6 +11,7 @@ grows by one whenever a slot is given to a new name, which is how a reader whose
 notices (DESIGN §5, "Slots"). 2**40 reuses of one slot at 1,000 a second last 34 years.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -46,8 +47,10 @@ READABLE: Final = frozenset({SlotState.COMMITTED, SlotState.SEALED, SlotState.EV
 """States whose bytes a lease holder on this host may read."""
 
 _STATE_BITS = 4
+_STATE_MASK = (1 << _STATE_BITS) - 1
 _SESSION_BITS = 20
 _GENERATION_SHIFT = _STATE_BITS + _SESSION_BITS
+_HOLDER_MASK = (1 << _GENERATION_SHIFT) - 1
 MAX_SESSION = (1 << _SESSION_BITS) - 1
 MAX_GENERATION = (1 << 40) - 1
 
@@ -85,3 +88,21 @@ def unpack(word: int) -> SlotWord:
         state=SlotState(word & ((1 << _STATE_BITS) - 1)),
         session=(word >> _STATE_BITS) & MAX_SESSION,
     )
+
+
+def readable_at(word: int, generation: int) -> bool:
+    """Say whether a raw word still stands at `generation` in a readable state.
+
+    The check after every copy, hence on raw integers: it costs a tenth of `unpack`.
+    """
+    return word >> _GENERATION_SHIFT == generation and word & _STATE_MASK in READABLE
+
+
+def reserved_slots(words: Iterable[int], session: int) -> dict[int, int]:
+    """Return slot → generation of the raw words that are reserved for `session`."""
+    held = (session << _STATE_BITS) | SlotState.RESERVED
+    return {
+        slot: word >> _GENERATION_SHIFT
+        for slot, word in enumerate(words)
+        if word & _HOLDER_MASK == held
+    }

@@ -123,6 +123,12 @@ class ArenaMapping:
         """Return the slot's word as it stands at this moment."""
         return unpack(self._words[(HEADER_BYTES + slot * RECORD_BYTES) // _WORD_BYTES])
 
+    def raw_words(self) -> memoryview:
+        """Return every slot's word as raw integers, a live strided view of the table."""
+        first = HEADER_BYTES // _WORD_BYTES
+        step = RECORD_BYTES // _WORD_BYTES
+        return self._words[first : first + self.size.max_slots * step : step]
+
     def set_word(self, slot: int, word: SlotWord) -> None:
         """Store a slot word; owner only."""
         assert 0 <= slot < self.size.max_slots

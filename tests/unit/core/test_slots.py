@@ -9,6 +9,8 @@ from kvstore.core.slots import (
     TRANSITIONS,
     SlotState,
     SlotWord,
+    readable_at,
+    reserved_slots,
     unpack,
 )
 
@@ -87,3 +89,15 @@ def test_what_is_readable() -> None:
     assert {SlotState.COMMITTED, SlotState.SEALED, SlotState.EVICTING} == READABLE
     for state in READABLE:
         assert SlotState.RESERVED not in TRANSITIONS[state], "rewriting needs a pass through FREE"
+
+
+@pytest.mark.parametrize("state", SlotState)
+def test_raw_checks_agree_with_the_decoded_word(state: SlotState) -> None:
+    session = 9 if state is SlotState.RESERVED else 0
+    raw = SlotWord(5, state, session).pack()
+    assert readable_at(raw, 5) == (state in READABLE)
+    assert not readable_at(raw, 4)
+    assert not readable_at(raw, 6)
+    expected = {1: 5} if state is SlotState.RESERVED else {}
+    assert reserved_slots([0, raw], 9) == expected
+    assert reserved_slots([0, raw], 8) == {}

@@ -8,10 +8,21 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvstore.observe.metrics import NodeMetrics, RouterMetrics, WorkerMetrics, exposition
+from kvstore.observe.metrics import (
+    ClientMetrics,
+    NodeMetrics,
+    RouterMetrics,
+    WorkerMetrics,
+    exposition,
+)
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
-BUNDLES = {"node": NodeMetrics, "router": RouterMetrics, "worker": WorkerMetrics}
+BUNDLES = {
+    "node": NodeMetrics,
+    "router": RouterMetrics,
+    "worker": WorkerMetrics,
+    "client": ClientMetrics,
+}
 
 
 def _families(bundle: Any) -> dict[str, Metric]:

@@ -1,0 +1,339 @@
+"""The asynchronous client: what workers and adapters call."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.client.config import ClientConfig, check_deadline
+from kvstore.client.copies import Payload, get_copies, put_copies
+from kvstore.client.link import Link
+from kvstore.client.replies import (
+    Acquired,
+    Lookup,
+    Names,
+    NodeStats,
+    Settled,
+    SlotRef,
+    acquired_from,
+    lookup_from,
+    outcomes_from,
+    packed_names,
+    settled_from,
+    slot_refs,
+    stats_from,
+)
+from kvstore.client.session import Access, Session
+from kvstore.core.errors import BadInput, Unreachable
+from kvstore.core.limits import MAX_NAMES_PER_CALL
+from kvstore.core.names import Namespace, Root
+from kvstore.core.outcomes import Outcome, SettleOutcome
+from kvstore.observe.metrics import ClientMetrics
+from kvstore.rpc.v1 import cache_pb2
+
+SOCKET_NAME: Final = "keeper.sock"
+_MAX_POSITION: Final = (1 << 32) - 1
+_Result = TypeVar("_Result")
+
+
+class AsyncClient:
+    """A session with this host's cache node; belongs to the event loop that connected it.
+
+    Every call has a deadline (`ClientConfig` has the defaults) and raises only `KvStoreError`s: a
+    cache that is gone costs one deadline, and nothing at all once that is known (`connected`).
+    Sessions come back by themselves; what was leased or reserved under an old one is void under
+    the new one, and `still`, `view` and `settle` know the difference.
+    """
+
+    def __init__(self, link: Link) -> None:
+        """For `connect`: use that."""
+        self.on_new_session: Callable[[AsyncClient], None] | None = None
+        """Called after a keeper's restart, with the new arena already mapped."""
+        self._link = link
+        link.on_new_session = self._announce
+
+    @classmethod
+    async def connect(
+        cls,
+        where: str | Path,
+        *,
+        namespace: Namespace,
+        payload_bytes: int,
+        shares: int,
+        share_domain: str = "",
+        name: str = "",
+        pids: Sequence[int] = (),
+        config: ClientConfig | None = None,
+        metrics: ClientMetrics | None = None,
+    ) -> Self:
+        """Open a session on a node's run directory (or on its keeper's socket itself).
+
+        `payload_bytes` is a block before padding and `shares` its KV heads. `pids` are the
+        processes that write through this session when they are others than this one. Raises
+        `Unreachable` when no keeper or no node answers in time, `Refused`, `BadInput`, `Forbidden`.
+        """
+        config = config or ClientConfig()
+        access = Access(
+            socket_path=socket_path(where),
+            namespace=namespace,
+            payload_bytes=payload_bytes,
+            shares=shares,
+            share_domain=share_domain,
+            name=name or f"pid {os.getpid()}",
+            pids=tuple(pids) or (os.getpid(),),
+        )
+        session = await Session.start(access, arena_number=1, deadline_ms=config.connect_ms)
+        metrics = metrics or ClientMetrics(CollectorRegistry())
+        metrics.sessions.labels("connected").inc()
+        return cls(Link(access, config, metrics, session))
+
+    @property
+    def connected(self) -> bool:
+        """Whether the keeper holds our session now. The node behind it may still be restarting."""
+        return self._link.connected
+
+    @property
+    def config(self) -> ClientConfig:
+        """Default deadlines."""
+        return self._link.config
+
+    @property
+    def root(self) -> Root:
+        """The root that names are chained from."""
+        return self._session.root
+
+    @property
+    def incarnation(self) -> int:
+        """Incarnation of the node when the root was last opened."""
+        return self._session.incarnation
+
+    @property
+    def lease_ms(self) -> int:
+        """How long a lease lasts when it is not released."""
+        return self._session.lease_ms
+
+    @property
+    def node(self) -> str:
+        """Name of the cache node."""
+        return self._session.grant.node
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in the arena, padding included."""
+        return self._link.access.block_bytes
+
+    @property
+    def arena(self) -> memoryview:
+        """The data of the whole arena; `SlotRef.offset` counts from its start."""
+        return self._session.arena.mapping.data
+
+    def view(self, ref: SlotRef) -> memoryview:
+        """Return a block's bytes in place, padding included, writable.
+
+        A reader has to ask `still` after it used them; a writer writes only what it reserved.
+        Raises `SessionLost` for a slot from before the keeper's restart.
+        """
+        return self._session.arena.view(ref)
+
+    def still(self, ref: SlotRef) -> bool:
+        """Say whether the slot still holds the block that it was leased for, readable.
+
+        Call it after a copy and before the copy is used: a lease may have run out meanwhile.
+        """
+        return self._session.arena.still(ref)
+
+    is_ready = still
+
+    async def wait_ready(self, refs: Sequence[SlotRef], *, deadline_ms: int | None = None) -> int:
+        """Wait until all of `refs` are readable; return how many are, counted from the first.
+
+        Costs no call. Comes back early when the next one cannot turn readable any more.
+        """
+        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        return await self._session.arena.wait_ready(refs, deadline_s=deadline / 1000)
+
+    async def acquire(
+        self,
+        names: Names,
+        *,
+        reserve: int = 0,
+        deadline_ms: int | None = None,
+        first_block: int = 0,
+    ) -> Acquired:
+        """Lease the longest prefix of `names` that is here, and reserve slots for what follows.
+
+        At most `reserve` slots are reserved; each has to be committed or aborted by `settle`.
+        `first_block` is the position of `names[0]` in its prompt, in blocks.
+        """
+        deadline = _deadline(deadline_ms, self.config.call_ms)
+        _bounded("reserve", reserve, MAX_NAMES_PER_CALL)
+        _bounded("first_block", first_block, _MAX_POSITION)
+        session = self._session
+        request = cache_pb2.AcquireRequest(
+            root=session.root,
+            names=packed_names(names),
+            reserve=reserve,
+            deadline_ms=deadline,
+            first_block=first_block,
+        )
+        if not reserve:
+            reply = await self._link.call(session, "Acquire", request, deadline)
+            return _read(acquired_from, reply, session.arena.number)
+        reply = await self._link.acquire(session, request, deadline)
+        acquired = _read(acquired_from, reply, session.arena.number)
+        self._link.hold(session, (item.slot for item in acquired.reserved))
+        return acquired
+
+    async def settle(
+        self,
+        *,
+        commit: Iterable[SlotRef] = (),
+        abort: Iterable[SlotRef] = (),
+        release: Iterable[int] = (),
+        kept_in_hbm: Iterable[SlotRef] = (),
+        deadline_ms: int | None = None,
+    ) -> Settled:
+        """Commit written slots, abort others, release leases: one call, one outcome per item.
+
+        Slots from before the keeper's restart are STALE without asking. May be repeated: what was
+        done is ALREADY. After a failure unsettled slots go back to the node within seconds.
+        """
+        deadline = _deadline(deadline_ms, self.config.call_ms)
+        session = self._session
+        commits, aborts = list(commit), list(abort)
+        ours = [ref for ref in commits if ref.arena == session.arena.number]
+        unwanted = [ref for ref in aborts if ref.arena == session.arena.number]
+        kept = [ref for ref in kept_in_hbm if ref.arena == session.arena.number]
+        try:
+            request = cache_pb2.SettleRequest(
+                root=session.root,
+                commit=slot_refs(ours),
+                abort=slot_refs(unwanted),
+                release=list(release),
+                kept_in_hbm=slot_refs(kept),
+                incarnation=session.incarnation,
+            )
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"not a lease: {error}") from error
+        done = False
+        try:
+            reply = await self._link.call(session, "Settle", request, deadline)
+            done = True
+        finally:
+            self._link.let_go(ours)
+            self._link.let_go(unwanted)
+            if not done and (ours or unwanted):
+                self._link.sweep_soon()
+        settled = _read(settled_from, reply)
+        return Settled(
+            commit=_with_stale(commits, settled.commit, session.arena.number),
+            abort=_with_stale(aborts, settled.abort, session.arena.number),
+            release=settled.release,
+        )
+
+    async def wait(self, names: Names, *, deadline_ms: int | None = None) -> list[Outcome]:
+        """Wait in the node until blocks are readable; for those who hold no slots of them."""
+        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        session = self._session
+        request = cache_pb2.WaitRequest(
+            root=session.root, names=packed_names(names), deadline_ms=deadline
+        )
+        # The node answers LATE at the deadline: let that answer come through.
+        reply = await self._link.call(session, "Wait", request, deadline + self.config.call_ms)
+        return _read(outcomes_from, reply)
+
+    async def lookup(self, names: Names, *, deadline_ms: int | None = None) -> Lookup:
+        """Say what is here, without a lease: a hint."""
+        deadline = _deadline(deadline_ms, self.config.call_ms)
+        session = self._session
+        request = cache_pb2.LookupRequest(root=session.root, names=packed_names(names))
+        return _read(lookup_from, await self._link.call(session, "Lookup", request, deadline))
+
+    async def stats(self, *, deadline_ms: int | None = None) -> NodeStats:
+        """Return the node's sizes, hits and misses."""
+        deadline = _deadline(deadline_ms, self.config.call_ms)
+        request = cache_pb2.StatsRequest()
+        return _read(stats_from, await self._link.call(self._session, "Stats", request, deadline))
+
+    async def get(self, names: Names, *, deadline_ms: int | None = None) -> list[bytes]:
+        """Return copies of the longest prefix of blocks that is here, payload only.
+
+        Every copy was verified by its slot's generation after it was made. Retries nothing.
+        """
+        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        return await get_copies(self, self._link, names, deadline)
+
+    async def put(
+        self,
+        names: Names,
+        payloads: Sequence[Payload],
+        *,
+        first_block: int = 0,
+        deadline_ms: int | None = None,
+    ) -> list[SettleOutcome | None]:
+        """Store `payloads[i]` under `names[i]`; return what became of each.
+
+        None: the node gave no slot for it, because it has the block, because another session is
+        computing it, or because it is full.
+        """
+        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        return await put_copies(
+            self, self._link, names, payloads, first_block=first_block, deadline_ms=deadline
+        )
+
+    async def close(self) -> None:
+        """End the session: leases and reserved slots go back. Harmless when repeated."""
+        await self._link.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def _session(self) -> Session:
+        return self._link.session
+
+    def _announce(self) -> None:
+        if self.on_new_session is not None:
+            self.on_new_session(self)
+
+
+def socket_path(where: str | Path) -> str:
+    """Return the keeper's socket for a run directory, or `where` when it is a socket itself."""
+    path = Path(where)
+    return str(path / SOCKET_NAME if path.is_dir() else path)
+
+
+def _deadline(asked: int | None, default: int) -> int:
+    return default if asked is None else check_deadline("deadline_ms", asked)
+
+
+def _bounded(name: str, value: int, most: int) -> None:
+    if not 0 <= value <= most:
+        raise BadInput(f"{name} is {value}; 0 to {most} allowed")
+
+
+def _read(convert: Callable[..., _Result], *arguments: object) -> _Result:
+    """Read an answer; one that this build cannot understand is as good as none."""
+    try:
+        return convert(*arguments)
+    except (BadInput, ValueError) as error:
+        raise Unreachable(f"the cache node's answer is malformed: {error}") from error
+
+
+def _with_stale(
+    asked: Sequence[SlotRef], answered: Sequence[SettleOutcome], arena: int
+) -> list[SettleOutcome]:
+    """Put STALE where a slot was of an earlier arena and hence not sent."""
+    answers = iter(answered)
+    return [next(answers) if ref.arena == arena else SettleOutcome.STALE for ref in asked]

@@ -1,0 +1,105 @@
+"""`get` and `put`: whole blocks copied out of and into the arena.
+
+Engines move blocks in place (`acquire`, `view`, `still`, `settle`); this is for everyone else.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvstore.client.arena import SharedArena
+from kvstore.client.link import Link
+from kvstore.client.replies import Acquired, Names, SlotRef, packed_names
+from kvstore.core.errors import BadInput
+from kvstore.core.limits import NAME_BYTES
+from kvstore.core.outcomes import SettleOutcome
+
+if TYPE_CHECKING:
+    from kvstore.client.aio import AsyncClient
+
+Payload = bytes | bytearray | memoryview
+
+
+async def get_copies(
+    client: "AsyncClient", link: Link, names: Names, deadline_ms: int
+) -> list[bytes]:
+    """Return verified copies of the longest prefix; see `AsyncClient.get`."""
+    arena = link.session.arena
+    acquired = await client.acquire(names, deadline_ms=min(deadline_ms, link.config.call_ms))
+    try:
+        refs = acquired.ready
+        if acquired.pending:
+            arrived = await arena.wait_ready(acquired.pending, deadline_s=deadline_ms / 1000)
+            refs = refs + acquired.pending[:arrived]
+        blocks = await asyncio.to_thread(_copy_out, arena, refs, link.access.payload_bytes)
+    except BaseException:
+        link.spawn(link.release(acquired.lease))
+        raise
+    await link.release(acquired.lease)
+    return blocks
+
+
+async def put_copies(
+    client: "AsyncClient",
+    link: Link,
+    names: Names,
+    payloads: Sequence[Payload],
+    *,
+    first_block: int,
+    deadline_ms: int,
+) -> list[SettleOutcome | None]:
+    """Copy payloads into reserved slots and commit them; see `AsyncClient.put`."""
+    packed = packed_names(names)
+    count = len(packed) // NAME_BYTES
+    if len(payloads) != count:
+        raise BadInput(f"{len(payloads)} payloads for {count} names")
+    sources = [memoryview(payload).cast("B") for payload in payloads]
+    if any(len(source) != link.access.payload_bytes for source in sources):
+        raise BadInput(f"a payload is not {link.access.payload_bytes} bytes long")
+    arena = link.session.arena
+    acquired = await client.acquire(
+        packed,
+        reserve=count,
+        first_block=first_block,
+        deadline_ms=min(deadline_ms, link.config.call_ms),
+    )
+    slots = [item.slot for item in acquired.reserved]
+    lease = [acquired.lease] if acquired.lease else []
+    work = asyncio.ensure_future(asyncio.to_thread(_copy_in, arena, acquired, sources))
+    try:
+        await asyncio.shield(work)
+    except BaseException:
+        link.spawn(_abort_after(client, work, slots, lease))
+        raise
+    settled = await client.settle(commit=slots, release=lease, deadline_ms=deadline_ms)
+    outcomes: list[SettleOutcome | None] = [None] * count
+    for item, outcome in zip(acquired.reserved, settled.commit, strict=True):
+        outcomes[item.index] = outcome
+    return outcomes
+
+
+async def _abort_after(
+    client: "AsyncClient", work: "asyncio.Future[None]", slots: list[SlotRef], lease: list[int]
+) -> None:
+    # The thread may still be writing: a slot given back now would be written under its next owner.
+    await asyncio.wait([work])
+    await client.settle(abort=slots, release=lease)
+
+
+def _copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) -> list[bytes]:
+    blocks: list[bytes] = []
+    for ref in refs:
+        block = bytes(arena.view(ref)[:payload_bytes])
+        if not arena.still(ref):  # reused while it was being copied: a miss from here on
+            break
+        blocks.append(block)
+    return blocks
+
+
+def _copy_in(arena: SharedArena, acquired: Acquired, sources: Sequence[memoryview]) -> None:
+    for item in acquired.reserved:
+        source = sources[item.index]
+        view = arena.view(item.slot)
+        view[: len(source)] = source
+        # What an earlier tenant left in the padding goes no further.
+        view[len(source) :] = bytes(len(view) - len(source))
