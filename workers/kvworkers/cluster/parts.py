@@ -1,0 +1,274 @@
+"""The actors that Ray keeps alive: each a thin shell around one server object or process.
+
+A shell starts empty. The controller tells it to start and asks for its report; requests go
+straight to the server inside, over gRPC or HTTP, never through Ray.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from kvstore.core.errors import KvStoreError, Unreachable
+from kvworkers.cluster.config import ClusterConfig
+from kvworkers.cluster.plan import MemberList, Phase, Report, Role
+
+_STOP_SECONDS: Final = 8.0
+"""How long a part may take to end in good order before it is killed."""
+
+_KEEPER_READY_SECONDS: Final = 120.0
+"""First touch of an arena ran at 1 GB/s on a slow machine: 120 s are enough for 100 GiB."""
+
+_KEEPER_BACKOFF_SECONDS: Final = (0.1, 5.0)
+
+
+class Shell(ABC):
+    """What all parts have in common: phase, incarnation, report, start once."""
+
+    role: Role
+
+    def __init__(self, name: str, config: ClusterConfig) -> None:
+        self._config = config
+        self._report = Report(
+            name=name, role=self.role, phase=Phase.EMPTY, pid=os.getpid(), ray_node=_ray_node()
+        )
+        self._starting: asyncio.Task[None] | None = None
+
+    async def report(self) -> Report:
+        """Return what this part says of itself."""
+        return self._report
+
+    async def start(self, incarnation: int, host: str) -> Report:
+        """Begin to serve as this incarnation on the host so named; the report tells how it goes.
+
+        Does nothing when already at it. Returns at once: loading a model takes longer than a
+        call may.
+        """
+        if self._report.phase in (Phase.EMPTY, Phase.FAILED):
+            self._note(phase=Phase.STARTING, incarnation=incarnation, host=host, detail="")
+            self._starting = asyncio.create_task(self._try_to_serve(), name=self._report.name)
+        return self._report
+
+    async def _try_to_serve(self) -> None:
+        try:
+            await self._serve()
+        except KvStoreError as error:
+            self._note(phase=Phase.FAILED, detail=str(error))
+        except Exception as error:  # task boundary: counted by the controller as a failed start
+            self._note(phase=Phase.FAILED, detail=f"{type(error).__name__}: {error}")
+
+    @abstractmethod
+    async def _serve(self) -> None:
+        """Start the server inside and note its addresses and `Phase.SERVING`."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End the server inside in good order."""
+
+    def _note(self, **changes: Any) -> None:
+        self._report = replace(self._report, **changes)
+
+    @property
+    def _node_dir(self) -> Path:
+        """The run directory of this host's keeper: hosts may share one file system in tests."""
+        return self._config.run_dir / self._report.host
+
+
+class NodeShell(Shell):
+    """Runs a host's keeper (and so its cache node) as a subprocess and restarts it when it ends."""
+
+    role = Role.NODE
+
+    def __init__(self, name: str, config: ClusterConfig) -> None:
+        super().__init__(name, config)
+        self._keeper: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def _serve(self) -> None:
+        await self._launch()
+        self._watch = asyncio.create_task(self._keep(), name="keep-keeper")
+
+    async def _launch(self) -> None:
+        command = [
+            *(sys.executable, "-m", "kvstore.cli.main", "node", "--json"),
+            *("--run-dir", str(self._node_dir), "--name", self._report.name),
+            *("--arena-bytes", str(self._config.arena_bytes)),
+            *("--parent-pid", str(os.getpid())),
+        ]
+        log = self._config.run_dir / f"{self._report.name}.log"
+        with log.open("ab") as errors:
+            self._keeper = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+            )
+        assert self._keeper.stdout is not None
+        try:
+            async with asyncio.timeout(_KEEPER_READY_SECONDS):
+                line = await self._keeper.stdout.readline()
+        except TimeoutError:
+            self._keeper.kill()
+            raise Unreachable(f"the keeper was not ready in {_KEEPER_READY_SECONDS} s") from None
+        if not line:
+            status = await self._keeper.wait()
+            raise Unreachable(f"the keeper ended with status {status}: {_last_line(log)}")
+        facts = json.loads(line)
+        self._note(
+            phase=Phase.SERVING,
+            address=str(facts["listen"]),
+            metrics=str(facts.get("metrics") or ""),
+            detail="",
+        )
+
+    async def _keep(self) -> None:
+        """Bring the keeper back whenever it ends; each return is a new incarnation."""
+        pause, longest = _KEEPER_BACKOFF_SECONDS
+        while True:
+            assert self._keeper is not None
+            status = await self._keeper.wait()
+            self._note(
+                phase=Phase.STARTING,
+                detail=f"the keeper ended with status {status}",
+                incarnation=self._report.incarnation + 1,
+            )
+            await asyncio.sleep(pause)
+            try:
+                await self._launch()
+                pause = _KEEPER_BACKOFF_SECONDS[0]
+            except KvStoreError as error:
+                self._note(phase=Phase.STARTING, detail=str(error))
+                pause = min(longest, pause * 2)
+
+    async def stop(self) -> None:
+        """End the keeper; its node and sockets go with it."""
+        if self._watch is not None:
+            self._watch.cancel()
+        keeper = self._keeper
+        if keeper is None or keeper.returncode is not None:
+            return
+        keeper.terminate()
+        try:
+            async with asyncio.timeout(_STOP_SECONDS):
+                await keeper.wait()
+        except TimeoutError:
+            keeper.kill()
+            await keeper.wait()
+
+
+class WorkerShell(Shell):
+    """Runs one worker on the device that its placement group bundle pins."""
+
+    role = Role.WORKER
+
+    def __init__(self, name: str, config: ClusterConfig) -> None:
+        super().__init__(name, config)
+        self._server: Any = None
+
+    async def _serve(self) -> None:
+        self._server = await asyncio.to_thread(self._build)
+        await self._server.start()
+        self._note(
+            phase=Phase.SERVING,
+            address=self._server.address,
+            metrics=self._server.metrics_address,
+        )
+
+    def _build(self) -> Any:
+        """Import the engine and make the server; imports alone take seconds."""
+        from kvworkers.worker import WorkerConfig, WorkerServer
+
+        config = WorkerConfig(
+            model=self._config.model,
+            node=self._node_dir,
+            name=self._report.name,
+            incarnation=self._report.incarnation,
+            threads=self._config.threads_per_worker(),
+            pool_bytes=self._config.pool_bytes,
+        )
+        return WorkerServer(config)
+
+    async def stop(self) -> None:
+        """End the server inside; requests still running are aborted."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            async with asyncio.timeout(_STOP_SECONDS):
+                await server.stop()
+
+
+class FrontendShell(Shell):
+    """Runs the HTTP and gRPC frontends with the router in the same process."""
+
+    role = Role.FRONTEND
+
+    def __init__(self, name: str, config: ClusterConfig) -> None:
+        super().__init__(name, config)
+        self._server: Any = None
+
+    async def _serve(self) -> None:
+        self._server = await asyncio.to_thread(self._build)
+        await self._server.start()
+        self._note(
+            phase=Phase.SERVING,
+            address=self._server.grpc_address,
+            http=self._server.http_address,
+        )
+
+    def _build(self) -> Any:
+        from kvworkers.frontends.server import FrontendConfig, FrontendServer
+
+        config = FrontendConfig(
+            model=self._config.model, http=str(self._config.http), grpc=str(self._config.grpc)
+        )
+        return FrontendServer(config)
+
+    async def set_members(self, members: MemberList) -> Report:
+        """Follow this list from now on; the last one stays when the controller is gone."""
+        if self._report.phase is Phase.SERVING:
+            from kvstore.router.members import Member
+
+            await self._server.set_members(
+                [
+                    Member(
+                        kind="worker" if report.role is Role.WORKER else "node",
+                        name=report.name,
+                        address=report.address,
+                        host=report.host,
+                        incarnation=report.incarnation,
+                    )
+                    for report in members.members
+                ]
+            )
+            self._note(members_version=members.version)
+        return self._report
+
+    async def stop(self) -> None:
+        """Stop listening; open streams end."""
+        if self._server is not None:
+            server, self._server = self._server, None
+            async with asyncio.timeout(_STOP_SECONDS):
+                await server.stop()
+
+
+SHELLS: Final[dict[Role, type[Shell]]] = {
+    Role.NODE: NodeShell,
+    Role.WORKER: WorkerShell,
+    Role.FRONTEND: FrontendShell,
+}
+
+
+def _ray_node() -> str:
+    """Return where Ray runs this process; nothing outside of Ray."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
+
+
+def _last_line(log: Path) -> str:
+    """Return the last line of a log, for a message that says why something ended."""
+    lines = log.read_text(errors="replace").strip().splitlines()[-1:]
+    return lines[0] if lines else "it left no message"

@@ -1,0 +1,36 @@
+"""The user's run directory: short paths, private, one folder per cluster.
+
+A Unix socket's path has at most 107 bytes, so everything lies under /tmp/kvstore-<uid>.
+"""
+
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Final
+
+from kvstore.core.errors import BadInput
+
+_PRIVATE: Final = 0o700
+
+
+def user_dir() -> Path:
+    """Return this user's own directory for sockets and state, made if missing.
+
+    Raises `BadInput` where the path is another's, or open to others: someone could replace sockets.
+    """
+    path = Path(f"/tmp/kvstore-{os.getuid()}")
+    path.mkdir(mode=_PRIVATE, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise BadInput(f"{path} is not a directory of this user")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        path.chmod(_PRIVATE)
+    return path
+
+
+def new_run_dir() -> Path:
+    """Return a fresh directory for one cluster's sockets and logs."""
+    path = user_dir() / secrets.token_hex(4)
+    path.mkdir(mode=_PRIVATE)
+    return path
