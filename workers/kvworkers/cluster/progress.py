@@ -1,7 +1,7 @@
 """Shows how a start-up goes, on standard error: bars on a terminal, lines in a log.
 
 One row per step. A step is waiting, running or done; the bar of the whole moves with the steps,
-since nothing inside a step (a model's load, Ray's start) can be measured honestly.
+since most steps (a model's load, Ray's start) cannot be measured from outside.
 """
 
 import time
@@ -42,10 +42,19 @@ class StartProgress:
             self._tasks[step] = self._progress.add_task("", total=1, step=step, detail=detail)
         self._progress.update(
             self._tasks[step],
+            total=1,
             completed=1 if done else 0,
             step=step,
             detail=detail,
         )
+
+    def amount(self, step: str, words: str, done: int, total: int) -> None:
+        """Say how much of a measured step is done; `total` is 0 where that is not known."""
+        if self._progress is None or not total:
+            self.note(step, words)
+            return
+        self.note(step, words)
+        self._progress.update(self._tasks[step], completed=done, total=total)
 
     def show(self, status: Status) -> None:
         """Show what the controller reports."""

@@ -72,7 +72,10 @@ def prepare_model(source: str | None, progress: StartProgress) -> Path:
     progress.note("model", "looking for it")
     from kvworkers.models.provision import ensure_model
 
-    path = ensure_model(source, progress=lambda words: progress.note("model", words))
+    def tell(words: str, done: int, total: int) -> None:
+        progress.amount("model", words, done, total)
+
+    path = ensure_model(source, progress=tell)
     progress.note("model", str(path), done=True)
     return path
 
