@@ -5,7 +5,7 @@ a Redis stream, vLLM's ZMQ stream. It yields what `kvstore.directory.view` appli
 decides what an event means.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from kvstore.directory.events import Event
@@ -17,9 +17,9 @@ class EventSource(Protocol):
     `events` yields, in order: `Began`, snapshot `Changed`s without numbers, `Ended`, numbered
     `Changed`s, `Marked`s and `Loaded`s; after a lost connection it starts again with `Began`. It
     yields `Lost` at once when the publisher is known to be gone, and never raises for a fault of
-    the publisher or the network. Cancelling the iterator closes the subscription.
+    the publisher or the network. Closing the generator (`aclose`) ends the subscription.
     """
 
     publisher: str
 
-    def events(self) -> AsyncIterator[Event]: ...
+    def events(self) -> AsyncGenerator[Event, None]: ...

@@ -1,0 +1,91 @@
+"""`kvstore router`: a router by itself, for frontends that talk to engines themselves."""
+
+import asyncio
+import json
+import signal
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import click
+from prometheus_client import start_http_server
+
+from kvstore.cli.values import ADDRESS, Address
+from kvstore.router.members import Kind, Member, Members, parse_member
+from kvstore.router.server import RouterServer
+
+
+@dataclass(frozen=True, slots=True)
+class RouterOptions:
+    """What the command line said."""
+
+    members: Members
+    listen: str
+    metrics: Address | None
+    json: bool
+
+
+@click.command(short_help="Choose workers for prompts, by what they have cached.")
+@click.option(
+    "--worker", "workers", multiple=True, metavar="[NAME=]HOST:PORT[@HOST]",
+    help="A worker to route to; give it once for each. Default names: worker-0, worker-1 …",
+)  # fmt: skip
+@click.option(
+    "--node", "nodes", multiple=True, metavar="[NAME=]HOST:PORT[@HOST]",
+    help="A cache node; workers reach the nodes of their own host. Default names: node-0 …",
+)  # fmt: skip
+@click.option(
+    "--listen", "listen_on", default="127.0.0.1:0", show_default=True, type=ADDRESS,
+    help="Where to serve gRPC; port 0 takes a free one.",
+)  # fmt: skip
+@click.option("--metrics", type=ADDRESS, help="Where to serve Prometheus metrics over HTTP.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
+def router(
+    workers: tuple[str, ...],
+    nodes: tuple[str, ...],
+    listen_on: Address,
+    metrics: Address | None,
+    as_json: bool,
+) -> None:
+    """Follow workers and cache nodes, and answer where a prompt should go.
+
+    Serves kvstore.rpc.v1.Router: Route books a worker, Complete frees the booking, Explain shows
+    every worker's score. Runs until SIGTERM or Ctrl-C.
+    """
+    if not workers:
+        raise click.UsageError("give at least one --worker")
+    members = Members.of([*_members("worker", workers), *_members("node", nodes)])
+    asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json)))
+
+
+def _members(kind: Kind, texts: tuple[str, ...]) -> list[Member]:
+    return [
+        parse_member(kind, text, default_name=f"{kind}-{number}")
+        for number, text in enumerate(texts)
+    ]
+
+
+async def _serve(options: RouterOptions) -> None:
+    """Serve until told to end."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    server = RouterServer(options.members)
+    await server.start(options.listen)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop)
+        metrics = ""
+        if options.metrics is not None:
+            http, thread = start_http_server(
+                options.metrics.port, options.metrics.host, registry=server.registry
+            )
+            stack.callback(thread.join)
+            stack.callback(http.server_close)
+            stack.callback(http.shutdown)
+            metrics = f"{options.metrics.host}:{http.server_port}"
+        ready = {"router": server.address, "metrics": metrics, "members": len(options.members)}
+        if options.json:
+            click.echo(json.dumps(ready))
+        else:
+            click.echo(f"router of {len(options.members)} members listens on {server.address}")
+        await ended.wait()

@@ -1,0 +1,230 @@
+"""The router: follows every publisher, decides where prompts go, remembers what it sent.
+
+Lives on one event loop and is never blocked by a publisher: streams are read by one task each,
+decisions are pure functions of the view, and nothing leaves the process on the way of a request.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Final
+
+from kvstore.core.errors import BadInput, Refused
+from kvstore.core.limits import SUSPECT_AFTER_MS
+from kvstore.directory.events import Lost
+from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
+from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.booking import Bookings
+from kvstore.router.members import Member, Members
+from kvstore.router.placement import Decision, Placement, Prompt
+from kvstore.router.source import EventSource
+from kvstore.router.watch_source import WatchSource
+
+_log = logging.getLogger(__name__)
+
+RETRY_AFTER_MS: Final = 1_000
+"""What a caller is told when no worker is alive: a restart takes at least that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Bounds and patience of a router."""
+
+    suspect_after_ms: float = SUSPECT_AFTER_MS
+    wait_ms: float = 5_000
+    """How long a request waits for a worker to be alive before it is refused."""
+    booking_lifetime_ms: float = 120_000
+    max_blocks: int = DEFAULT_MAX_BLOCKS
+    tick_ms: float = 250
+    sweep_blocks: int = 20_000
+    """Entries cleaned per step after a snapshot: about 2 ms of the loop."""
+    resync_pause_ms: float = 250
+    """Between noticing a hole and following anew, so that a liar cannot keep the router busy."""
+
+    def __post_init__(self) -> None:
+        for name in ("suspect_after_ms", "booking_lifetime_ms", "max_blocks", "tick_ms",
+                     "sweep_blocks", "resync_pause_ms"):  # fmt: skip
+            if getattr(self, name) <= 0:
+                raise BadInput(f"router {name} must be positive, got {getattr(self, name)}")
+        if self.wait_ms < 0:
+            raise BadInput(f"router wait_ms must not be negative, got {self.wait_ms}")
+
+
+class Router:
+    """Chooses workers. Use as an async context manager, or call `close`."""
+
+    def __init__(
+        self,
+        *,
+        metrics: RouterMetrics,
+        config: RouterConfig | None = None,
+        source: Callable[[Member], EventSource] = WatchSource,
+        now_ms: Callable[[], float] = lambda: time.monotonic() * 1_000,
+    ) -> None:
+        self._config = config or RouterConfig()
+        self._metrics = metrics
+        self._source = source
+        self._now_ms = now_ms
+        self._view = ClusterView(
+            suspect_after_ms=self._config.suspect_after_ms, max_blocks=self._config.max_blocks
+        )
+        self._bookings = Bookings(lifetime_ms=self._config.booking_lifetime_ms)
+        self._placement = Placement(self._view, self._bookings)
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()
+        self._ticker: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def __aenter__(self) -> "Router":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def members(self) -> Members:
+        """The list set last."""
+        return self._placement.members
+
+    def set_members(self, members: Members) -> None:
+        """Follow these publishers and no others. Those that did not change are left alone."""
+        assert not self._closed, "the router is closed"
+        change = self.members.change_to(members)
+        for member in change.gone:
+            self._followers.pop(member.name).cancel()
+            # A restarted node adopts its sealed blocks again; a worker's pages are gone with it.
+            if member.kind == "worker" or member.name not in members.by_name:
+                self._view.forget(member.name)
+            self._placement.trust(member.name)
+        self._placement.members = members
+        for member in change.new:
+            self._view.follow(member.name, host=member.host, now_ms=self._now_ms())
+            self._followers[member.name] = asyncio.create_task(
+                self._follow(member), name=f"follow {member.name}"
+            )
+        if self._ticker is None:
+            self._ticker = asyncio.create_task(self._tick(), name="router tick")
+
+    async def close(self) -> None:
+        """Stop following. Waiting `route` calls end with `Refused`."""
+        self._closed = True
+        self._tell()
+        tasks = [*self._followers.values(), *([self._ticker] if self._ticker else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._followers.clear()
+
+    def health(self, worker: str) -> Health:
+        """Say how a member fares at this moment."""
+        return self._view.health(worker, self._now_ms())
+
+    def silence_ms(self, worker: str) -> float:
+        """Return for how long nothing was heard of a member; infinite when it is lost."""
+        if self.health(worker) is Health.LOST:
+            return float("inf")
+        return self._view.silence_ms(worker, self._now_ms())
+
+    async def route(self, prompt: Prompt, *, wait_ms: float | None = None) -> Decision:
+        """Choose a worker and book the load there until `complete`.
+
+        Waits at most `wait_ms` for a live one and then raises `Refused`.
+        """
+        patience = self._config.wait_ms if wait_ms is None else wait_ms
+        give_up_ms = self._now_ms() + patience
+        while not self._closed:
+            started = time.perf_counter()
+            decision = self._placement.decide(prompt, self._now_ms())
+            if decision is not None:
+                decision = self._book(decision, prompt)
+                self._metrics.decisions_seconds.observe(time.perf_counter() - started)
+                return decision
+            left_ms = give_up_ms - self._now_ms()
+            if left_ms <= 0:
+                break
+            await self._wait_for_news(left_ms)
+        raise Refused("no worker is alive that could take the request", RETRY_AFTER_MS)
+
+    def explain(self, prompt: Prompt) -> Decision:
+        """Say what `route` would answer, without booking. Raises `Refused` like it, at once."""
+        decision = self._placement.decide(prompt, self._now_ms())
+        if decision is None:
+            raise Refused("no worker is alive that could take the request", RETRY_AFTER_MS)
+        return decision
+
+    def complete(
+        self, booking: int, *, hit_tokens: int | None = None, failed: bool = False
+    ) -> bool:
+        """Free a booking and learn from it; False when it is unknown or expired.
+
+        `hit_tokens` is what the worker found. `failed` passes the worker over for a moment.
+        """
+        made = self._bookings.complete(booking)
+        if made is None:
+            return False
+        if failed:
+            self._placement.distrust(made.worker, self._now_ms())
+        elif hit_tokens is not None:
+            self._metrics.predicted_hit_error_tokens.observe(abs(made.hit_tokens - hit_tokens))
+        return True
+
+    def _book(self, decision: Decision, prompt: Prompt) -> Decision:
+        booking = self._bookings.book(
+            decision.worker,
+            prompt.root,
+            prompt.names,
+            hit_tokens=decision.hit_tokens,
+            uncached_tokens=prompt.tokens - decision.hit_tokens,
+            now_ms=self._now_ms(),
+        )
+        return replace(decision, booking=booking.number)
+
+    async def _follow(self, member: Member) -> None:
+        """Apply one publisher's events until cancelled, anew after each hole."""
+        while True:
+            try:
+                reason = await self._follow_until_hole(member)
+            except Exception as error:  # task boundary: one publisher must not end the router
+                _log.exception("following %s failed", member.name)
+                reason = "failure"
+                self._view.apply(member.name, Lost(repr(error)), self._now_ms())
+            self._metrics.view_resyncs.labels(reason=reason).inc()
+            await asyncio.sleep(self._config.resync_pause_ms / 1_000)
+
+    async def _follow_until_hole(self, member: Member) -> str:
+        async with aclosing(self._source(member).events()) as events:
+            async for event in events:
+                reason = self._view.apply(member.name, event, self._now_ms())
+                self._tell()
+                if reason is not None:
+                    return str(reason)
+        return "ended"
+
+    def _tell(self) -> None:
+        """Wake those who wait for a worker to come alive."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def _wait_for_news(self, patience_ms: float) -> None:
+        try:
+            async with asyncio.timeout(patience_ms / 1_000):
+                await self._news.wait()
+        except TimeoutError:
+            return
+
+    async def _tick(self) -> None:
+        """Expire, sweep and count, a bounded piece at a time."""
+        while True:
+            now_ms = self._now_ms()
+            self._bookings.expire(now_ms)
+            states = dict.fromkeys(Health, 0)
+            for worker in self.members.workers():
+                states[self._view.health(worker.name, now_ms)] += 1
+            for state, count in states.items():
+                self._metrics.workers.labels(state=state.value).set(count)
+            self._metrics.view_blocks.set(len(self._view))
+            swept = self._view.sweep(self._config.sweep_blocks)
+            await asyncio.sleep(0.01 if swept else self._config.tick_ms / 1_000)

@@ -1,0 +1,119 @@
+"""Serves the `Router` service: placement for frontends that talk to engines themselves."""
+
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
+
+from kvstore.core.errors import BadInput, NotFound
+from kvstore.core.limits import MAX_DEADLINE_MS
+from kvstore.core.names import BlockName, chain, split_names
+from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.members import Members
+from kvstore.router.placement import Decision, Prompt
+from kvstore.router.router import Router, RouterConfig
+from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.convert import check_id, check_names, root_from_wire
+from kvstore.rpc.interceptors import Context
+from kvstore.rpc.v1 import router_pb2, router_pb2_grpc
+
+MAX_EXCLUDED = 256
+"""Workers one request may exclude: more is a mistake."""
+
+
+def prompt_of(request: router_pb2.RouteRequest) -> Prompt:
+    """Return what a caller wants placed; raises `BadInput` naming the field at fault."""
+    root = root_from_wire(request.root)
+    if len(request.exclude) > MAX_EXCLUDED:
+        raise BadInput(f"{len(request.exclude)} workers excluded; {MAX_EXCLUDED} allowed")
+    exclude = frozenset(check_id(name, "exclude") for name in request.exclude)
+    names: list[BlockName]
+    if request.tokens and request.names:
+        raise BadInput("tokens and names exclude each other")
+    if request.tokens:
+        names, tokens = list(chain(root, request.tokens)), len(request.tokens) // 4
+    else:
+        check_names(request.names)
+        names, tokens = split_names(request.names), request.prompt_tokens
+    return Prompt(root, names, tokens, exclude)
+
+
+def reply_of(decision: Decision) -> router_pb2.RouteReply:
+    """Return the wire form of a decision."""
+    reply = router_pb2.RouteReply(
+        worker=decision.worker,
+        address=decision.address,
+        booking=decision.booking,
+        hit_tokens=decision.hit_tokens,
+        predicted_ttft_ms=decision.predicted_ttft_ms,
+    )
+    for step in decision.plan:
+        reply.plan.add(first=step.first, count=step.count, tier=int(step.tier), place=step.place)
+    return reply
+
+
+class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
+    """Route, Complete and Explain over one router."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    async def Route(
+        self, request: router_pb2.RouteRequest, context: Context
+    ) -> router_pb2.RouteReply:
+        """Choose a worker and book the load."""
+        if request.deadline_ms > MAX_DEADLINE_MS:
+            raise BadInput(f"deadline_ms {request.deadline_ms} is over {MAX_DEADLINE_MS}")
+        wait_ms = float(request.deadline_ms) if request.deadline_ms else None
+        return reply_of(await self._router.route(prompt_of(request), wait_ms=wait_ms))
+
+    async def Complete(
+        self, request: router_pb2.CompleteRequest, context: Context
+    ) -> router_pb2.CompleteReply:
+        """Free a booking; raises `NotFound` when it is unknown or has expired."""
+        if not self._router.complete(
+            request.booking, hit_tokens=request.hit_tokens, failed=request.failed
+        ):
+            raise NotFound(f"booking {request.booking} is unknown or has expired")
+        return router_pb2.CompleteReply()
+
+    async def Explain(
+        self, request: router_pb2.RouteRequest, context: Context
+    ) -> router_pb2.ExplainReply:
+        """Say what Route would answer, for every worker."""
+        decision = self._router.explain(prompt_of(request))
+        reply = router_pb2.ExplainReply(chosen=reply_of(decision))
+        for score in decision.scores:
+            reply.workers.add(
+                worker=score.name,
+                hit_tokens=score.hit_tokens,
+                queued_tokens=score.queued_tokens,
+                predicted_ttft_ms=score.ttft_s * 1_000,
+            )
+        for name, why in decision.excluded.items():
+            reply.workers.add(worker=name, excluded=why)
+        return reply
+
+
+class RouterServer:
+    """A router and its gRPC server in one process."""
+
+    def __init__(self, members: Members, *, config: RouterConfig | None = None) -> None:
+        self._members = members
+        self._config = config
+        self.registry = CollectorRegistry()
+        self.router = Router(metrics=RouterMetrics(self.registry), config=config)
+        self.address = ""
+        """Where it listens, once started."""
+
+    async def start(self, address: str) -> None:
+        """Follow the members and serve; raises `BadInput` when `address` cannot be bound."""
+        self._server, self._health = make_server()
+        router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self.router), self._server)
+        self.address = listen(self._server, address)
+        self.router.set_members(self._members)
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, *, grace_ms: int = 1_000) -> None:
+        """End: calls in flight get `grace_ms`."""
+        await self.router.close()
+        await self._server.stop(grace_ms / 1_000)
