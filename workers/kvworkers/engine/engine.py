@@ -1,0 +1,354 @@
+"""The engine: a loop of admit, plan, compute, apply; and what callers see of it.
+
+    event loop:     submit ─▶ admit ─▶ load (task) ─▶ plan ──────▶ apply ─▶ tokens to streams
+                                                        │            ▲
+    compute thread:                                     └─ forward, ─┘
+                                                           sample
+
+All state belongs to the event loop; the compute thread gets a finished plan and gives back tokens.
+A sequence's pages are given back only when neither a step nor a copy can be writing them.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kvstore.core.errors import BadInput, KvStoreError, Refused, Unreachable
+from kvstore.core.names import Root
+from kvstore.directory.events import Loaded
+from kvworkers.engine.batch import build_step
+from kvworkers.engine.cache import StoreLink
+from kvworkers.engine.output import FirstTokens, Output, OutputStream
+from kvworkers.engine.prefix import PrefixStore
+from kvworkers.engine.rates import RateFit
+from kvworkers.engine.report import Reporter
+from kvworkers.engine.sampling import Sampled, Sampler
+from kvworkers.engine.scheduler import Scheduler, Work
+from kvworkers.engine.sequence import FinishReason, Request
+from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.models.loading import LoadedModel
+from kvworkers.pages.pool import PagePool
+
+_log = logging.getLogger(__name__)
+
+MAX_FAILING_STEPS: Final = 3
+"""Steps in a row that may fail before the model counts as broken."""
+
+
+@dataclass(eq=False, slots=True)
+class _Active:
+    """One request in the engine."""
+
+    run: Run
+    sampler: Sampler
+    stream: OutputStream
+    load_task: "asyncio.Task[None] | None" = None
+    error: KvStoreError | None = None
+
+
+class Engine:
+    """Serves requests of one model on one device. Made and used on one event loop."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        pages: Tensor,
+        pool: PagePool,
+        scheduler: Scheduler,
+        reporter: Reporter,
+        *,
+        root: Callable[[], Root],
+        store: Callable[[], StoreLink | None],
+    ) -> None:
+        """`pages` is `model.page_view` of the pool's tensor.
+
+        `root` and `store` are asked per request: a cache node may come and go.
+        """
+        self.broken = asyncio.Event()
+        """Set when steps fail one after another: the process should end and be replaced."""
+        self.rates = RateFit()
+        self._model = model
+        self._pages = pages
+        self._pool = pool
+        self._scheduler = scheduler
+        self._reporter = reporter
+        self.root = root
+        """Under which new requests are named."""
+        self._prefix = PrefixStore(pool, store, changed=lambda: self._wake.set())
+        self._actives: dict[Run, _Active] = {}
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._draining = False
+        self._failing_steps = 0
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to take steps."""
+        assert self._task is None
+        self._task = self._loop.create_task(self._run(), name="engine")
+
+    async def stop(self, *, drain_ms: int) -> None:
+        """Refuse new requests, let running ones finish until the deadline, abort the rest."""
+        self._draining = True
+        self._wake.set()
+        ends = self._loop.time() + drain_ms / 1000
+        while self._actives and self._loop.time() < ends and not self.broken.is_set():
+            self._idle.clear()
+            try:
+                async with asyncio.timeout_at(ends):
+                    await self._idle.wait()
+            except TimeoutError:
+                break
+        for active in list(self._actives.values()):
+            self._end(active, FinishReason.ABORT)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        loads = [a.load_task for a in self._actives.values() if a.load_task is not None]
+        await asyncio.gather(*loads, return_exceptions=True)
+        await asyncio.to_thread(self._compute.shutdown)
+        for active in list(self._actives.values()):
+            active.run.in_step = False
+            self._retire(active)
+
+    def load(self) -> Loaded:
+        """Return load and measured rates, as routers want them."""
+        use, rates = self._pool.use(), self.rates.rates()
+        block = self._pool.block_bytes
+        return Loaded(
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            queued_tokens=self._scheduler.queued_tokens,
+            kv_used_bytes=(use.held + use.cached) * block,
+            kv_capacity_bytes=use.total * block,
+            prefill_tokens_per_s=rates.prefill_tokens_per_s,
+            decode_tokens_per_s=rates.decode_tokens_per_s,
+            prefill_linear_s=rates.prefill_linear_s,
+            prefill_quadratic_s=rates.prefill_quadratic_s,
+            draining=self._draining or self.broken.is_set(),
+        )
+
+    async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
+        """Run one request. Closing the iterator frees its pages within a step.
+
+        Raises `BadInput` and `TooLarge` before any work, `Refused` when the queue is full or the
+        worker is ending, `Unreachable` when a step failed under it.
+        """
+        try:
+            active = self._submit(request)
+        except KvStoreError:
+            self._reporter.refused()
+            raise
+        try:
+            while True:
+                output = await active.stream.take()
+                yield output
+                if output.finish is not None:
+                    return
+        finally:
+            self._end(active, FinishReason.ABORT)
+
+    def _submit(self, request: Request) -> _Active:
+        if self._draining or self.broken.is_set():
+            raise Refused("the worker is ending", retry_after_ms=1_000)
+        vocab = self._model.spec.vocab_size
+        run = Run(request, self.root(), arrived_ms=self._now_ms())
+        if (worst := max(run.tokens)) >= vocab:
+            raise BadInput(f"token id {worst} is outside the vocabulary of {vocab}")
+        if bad := [t for t in request.sampling.stop_token_ids if t >= vocab]:
+            raise BadInput(f"stop token id {bad[0]} is outside the vocabulary of {vocab}")
+        rate = self.rates.rates().prefill_tokens_per_s
+        waits = self._scheduler.queued_tokens / rate * 1000 if rate else 1_000.0
+        self._scheduler.submit(run, retry_after_ms=max(1, int(waits)))
+        active = _Active(run, Sampler(request.sampling), OutputStream())
+        self._actives[run] = active
+        self._wake.set()
+        return active
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            now_ms = self._now_ms()
+            self._expire(now_ms)
+            for run in self._scheduler.admit(now_ms):
+                self._begin(self._actives[run])
+            works = self._scheduler.plan()
+            self._reporter.publish(self._pool, self.load())
+            if works:
+                await self._step(works)
+            else:
+                await self._rest(now_ms)
+
+    async def _rest(self, now_ms: float) -> None:
+        """Sleep until something changes, a hold ends or a request's deadline passes."""
+        ends = [
+            active.run.arrived_ms + active.run.request.deadline_ms
+            for active in self._actives.values()
+            if active.run.request.deadline_ms
+        ]
+        if (hold := self._scheduler.next_hold_end_ms()) is not None:
+            ends.append(hold)
+        seconds = max(0.0, min(ends) - now_ms) / 1000 if ends else None
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+
+    def _expire(self, now_ms: float) -> None:
+        for active in list(self._actives.values()):
+            deadline_ms = active.run.request.deadline_ms
+            if deadline_ms and now_ms - active.run.arrived_ms >= deadline_ms:
+                self._end(active, FinishReason.ABORT)
+
+    def _begin(self, active: _Active) -> None:
+        """Fetch what the store has for an admitted run, or let it compute at once."""
+        link = self._prefix.wanted(active.run)
+        if link is None:
+            self._scheduler.loaded(active.run, 0, now_ms=self._now_ms())
+            return
+        active.run.loading = True
+        active.load_task = self._loop.create_task(self._load(active, link))
+
+    async def _load(self, active: _Active, link: StoreLink) -> None:
+        run = active.run
+        blocks = await self._prefix.fetch(run, link)
+        run.loading = False
+        if run.finish is None:
+            self._scheduler.loaded(run, blocks, now_ms=self._now_ms())
+        else:
+            self._retire(active)
+        self._wake.set()
+
+    async def _step(self, works: Sequence[Work]) -> None:
+        started = self._now_ms()
+        for work in works:
+            work.sequence.in_step = True
+            if work.sequence.first_step_ms is None:
+                work.sequence.first_step_ms = started
+        actives = [self._actives[work.sequence] for work in works]
+        samplers = [a.sampler for a, w in zip(actives, works, strict=True) if w.samples]
+        try:
+            sampled = await self._loop.run_in_executor(
+                self._compute, self._forward, works, samplers
+            )
+        except Exception as error:  # task boundary: other requests go on
+            self._step_failed(actives, error)
+            return
+        self._failing_steps = 0
+        self._measure(works, (self._now_ms() - started) / 1000)
+        drawn = iter(sampled)
+        for active, work in zip(actives, works, strict=True):
+            self._apply(active, work, next(drawn) if work.samples else None)
+
+    def _forward(self, works: Sequence[Work], samplers: Sequence[Sampler]) -> list[Sampled | None]:
+        """Run on the compute thread; None for a row whose logits are not finite."""
+        logits = self._model.forward(build_step(works), self._pages)
+        return [
+            sampler.sample(row) if bool(torch.isfinite(row).all()) else None
+            for sampler, row in zip(samplers, logits, strict=True)
+        ]
+
+    def _apply(self, active: _Active, work: Work, sampled: Sampled | None) -> None:
+        run, now_ms = active.run, self._now_ms()
+        run.in_step = False
+        if run.finish is not None or active.error is not None:
+            self._retire(active)
+            return
+        self._scheduler.advance(work, now_ms=now_ms)
+        if not work.samples:
+            return
+        if sampled is None:
+            self._fail(active, Unreachable("the model gave logits that are not finite"))
+            return
+        if run.first_token_ms is None:
+            self._first_token(active, now_ms)
+        sampling, spec = run.request.sampling, self._model.spec
+        ends = sampled.token in sampling.stop_token_ids or (
+            sampled.token in spec.eos_token_ids and not sampling.ignore_eos
+        )
+        if ends:
+            self._end(active, FinishReason.STOP)
+            return
+        run.tokens.append(sampled.token)
+        run.extend_names()
+        active.stream.push(sampled)
+        self._reporter.token()
+        if run.generated >= sampling.max_tokens:
+            self._end(active, FinishReason.LENGTH)
+
+    def _first_token(self, active: _Active, now_ms: float) -> None:
+        run = active.run
+        assert run.first_step_ms is not None
+        run.first_token_ms = now_ms
+        use = run.cache_use()
+        first = FirstTokens(
+            cache=use,
+            ttft_ms=now_ms - run.arrived_ms,
+            queue_ms=max(0.0, run.first_step_ms - run.arrived_ms - run.load_ms),
+            load_ms=run.load_ms,
+        )
+        active.stream.begin(first)
+        self._reporter.first_token(first)
+        self._prefix.settle_prompt(run)
+
+    def _end(self, active: _Active, reason: FinishReason) -> None:
+        """Finish a run now, or as soon as nothing writes its pages any more."""
+        if active.run.finish is not None or active.error is not None:
+            return
+        active.run.finish = reason
+        active.stream.finish(reason)
+        self._retire(active)
+
+    def _fail(self, active: _Active, error: KvStoreError) -> None:
+        if active.run.finish is not None or active.error is not None:
+            return
+        active.error = error
+        active.run.finish = FinishReason.ABORT
+        active.stream.fail(error)
+        self._retire(active)
+
+    def _retire(self, active: _Active) -> None:
+        run = active.run
+        if run.in_step or run.loading or run not in self._actives:
+            return
+        del self._actives[run]
+        self._prefix.settle_prompt(run)
+        if active.error is None:
+            self._prefix.store_rest(run)
+        self._scheduler.finish(run, now_ms=self._now_ms())
+        self._reporter.finished(run, failed=active.error is not None, now_ms=self._now_ms())
+        if not self._actives:
+            self._idle.set()
+        self._wake.set()
+
+    def _step_failed(self, actives: Sequence[_Active], error: Exception) -> None:
+        _log.error("a step failed", exc_info=error)
+        self._failing_steps += 1
+        for active in actives:
+            active.run.in_step = False
+            self._fail(active, Unreachable(f"a step failed: {type(error).__name__}"))
+            self._retire(active)
+        if self._failing_steps >= MAX_FAILING_STEPS:
+            self.broken.set()
+            for active in list(self._actives.values()):
+                self._fail(active, Unreachable("the worker's model is broken"))
+
+    def _measure(self, works: Sequence[Work], seconds: float) -> None:
+        self._reporter.step(seconds)
+        if all(work.count == 1 for work in works):
+            self.rates.decode(len(works), seconds)
+        elif len(works) == 1:
+            self.rates.prefill(works[0].count, works[0].start, seconds)
+
+    def _now_ms(self) -> float:
+        return time.monotonic() * 1000

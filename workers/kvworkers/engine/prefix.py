@@ -1,0 +1,118 @@
+"""How one run uses the store: fetch before its prefill, give after it. Glue of pool and link."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from kvstore.core.outcomes import MissReason
+from kvworkers.engine.cache import LoadResult, StoreJob, StoreLink
+from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.pages.pool import PagePool
+
+_log = logging.getLogger(__name__)
+
+
+class PrefixStore:
+    """Loads and stores blocks of runs. `changed` is called when pages became free."""
+
+    def __init__(
+        self,
+        pool: PagePool,
+        link: Callable[[], StoreLink | None],
+        *,
+        changed: Callable[[], None],
+    ) -> None:
+        """`link` is asked each time: a cache node may come and go; None: no store."""
+        self._pool = pool
+        self._link = link
+        self._changed = changed
+        self._results: dict[Run, LoadResult] = {}
+
+    def wanted(self, run: Run) -> StoreLink | None:
+        """Return the link to fetch through, or None when there is nothing to ask or nobody.
+
+        Notes the reason in the run.
+        """
+        run.stored = run.hbm_blocks
+        link = self._link()
+        if run.request.no_read or link is None:
+            run.store_reason = MissReason.DISABLED
+            return None
+        if run.hbm_blocks >= run.hit_limit:
+            return None
+        if not link.usable:
+            run.store_reason = MissReason.UNREACHABLE
+            return None
+        return link
+
+    async def fetch(self, run: Run, link: StoreLink) -> int:
+        """Copy what the store has into the run's pages; return how many blocks that was."""
+        started, own = time.monotonic(), run.hbm_blocks
+        names = run.names[own : run.prompt_blocks]
+        try:
+            result = await link.load(
+                names,
+                run.pages[own : run.prompt_blocks],
+                usable=run.hit_limit - own,
+                first_block=own,
+                reserve=len(names) if run.keeps else 0,
+            )
+        except Exception:  # task boundary: without the cache the prompt is computed
+            _log.exception("loading failed")
+            link.count_unexpected("load")
+            result = LoadResult(reason=MissReason.UNREACHABLE)
+        run.load_ms = (time.monotonic() - started) * 1000
+        run.loaded, run.store_reason = dict(result.tiers), result.reason
+        run.stored = own + result.found
+        while run.stored in result.reserved:
+            run.stored += 1
+        self._results[run] = result
+        return result.blocks
+
+    def settle_prompt(self, run: Run) -> None:
+        """Hand the prompt's new blocks and its lease to the background, once."""
+        link, result = self._link(), self._results.pop(run, None)
+        if link is None or result is None:
+            return
+        done = run.full_blocks
+        writes = [
+            (run.pages[block], slot) for block, slot in result.reserved.items() if block < done
+        ]
+        aborts = [slot for block, slot in result.reserved.items() if block >= done]
+        if not (writes or aborts or result.lease):
+            return
+        link.submit(
+            StoreJob(
+                done=self._holding([page for page, _ in writes]),
+                writes=writes,
+                aborts=aborts,
+                lease=result.lease,
+                kept=result.kept if run.keeps else (),
+            )
+        )
+
+    def store_rest(self, run: Run) -> None:
+        """Give the store full blocks that it was not given yet: the reply's, mostly."""
+        link = self._link()
+        if link is None or not run.keeps or run.full_blocks <= run.stored or not link.usable:
+            return
+        blocks = slice(run.stored, run.full_blocks)
+        pages = run.pages[blocks]
+        link.submit(
+            StoreJob(
+                done=self._holding(pages),
+                names=run.names[blocks],
+                pages=pages,
+                first_block=run.stored,
+            )
+        )
+
+    def _holding(self, pages: Sequence[int]) -> Callable[[], None]:
+        """Hold `pages` until the returned function is called."""
+        self._pool.share(pages)
+
+        def done() -> None:
+            self._pool.release(pages, now_ms=time.monotonic() * 1000)
+            self._changed()
+
+        return done

@@ -1,0 +1,77 @@
+"""What the engine tells the outside: metrics of requests, events and load for routers."""
+
+from kvstore.directory.events import Loaded, TierKind
+from kvstore.directory.publisher import Publisher
+from kvstore.observe.metrics import WorkerMetrics
+from kvworkers.engine.output import FirstTokens
+from kvworkers.engine.sequence import Sequence
+from kvworkers.pages.pool import PageChange, PagePool
+
+
+class Reporter:
+    """Turns what happened into metrics and events. Lives on the engine's event loop."""
+
+    def __init__(self, publisher: Publisher, metrics: WorkerMetrics) -> None:
+        self._publisher = publisher
+        self._metrics = metrics
+        self._evictions = 0
+
+    def publish(self, pool: PagePool, load: Loaded) -> None:
+        """Send on what the pool named and unnamed since the last call, and the load."""
+        for run in _runs(pool.drain_changes()):
+            root, names = run[0].key.root, [change.key.name for change in run]
+            if run[0].deleted:
+                self._publisher.delete(root, TierKind.HBM, names)
+            else:
+                self._publisher.set(root, TierKind.HBM, names, block_bytes=pool.block_bytes)
+        self._publisher.load = load
+        metrics = self._metrics
+        metrics.evictions.inc(pool.evictions - self._evictions)
+        self._evictions = pool.evictions
+        metrics.running.set(load.running)
+        metrics.waiting.set(load.waiting)
+        metrics.kv_used_bytes.set(load.kv_used_bytes)
+        metrics.kv_capacity_bytes.set(load.kv_capacity_bytes)
+
+    def first_token(self, first: FirstTokens) -> None:
+        """Count where a prompt's tokens came from and how long its first token took."""
+        metrics, use = self._metrics, first.cache
+        metrics.prompt_tokens.labels("hbm").inc(use.hbm_tokens)
+        for tier, tokens in use.loaded_tokens.items():
+            metrics.prompt_tokens.labels(tier.name.lower()).inc(tokens)
+        metrics.prompt_tokens.labels("computed").inc(use.computed_tokens)
+        metrics.misses.labels(use.miss_reason.name.lower()).inc()
+        metrics.ttft_seconds.observe(first.ttft_ms / 1000)
+        metrics.queue_seconds.observe(first.queue_ms / 1000)
+
+    def finished(self, run: Sequence, *, failed: bool, now_ms: float) -> None:
+        """Count how a request ended and how fast its tokens came."""
+        outcome = "failed" if failed or run.finish is None else run.finish.value
+        self._metrics.requests.labels(outcome).inc()
+        if run.first_token_ms is not None and run.generated > 1:
+            seconds = (now_ms - run.first_token_ms) / 1000
+            self._metrics.tpot_seconds.observe(seconds / (run.generated - 1))
+
+    def refused(self) -> None:
+        """Count a request that was turned away before any work."""
+        self._metrics.requests.labels("refused").inc()
+
+    def step(self, seconds: float) -> None:
+        """Count one step."""
+        self._metrics.step_seconds.observe(seconds)
+
+    def token(self) -> None:
+        """Count one generated token."""
+        self._metrics.output_tokens.inc()
+
+
+def _runs(changes: list[PageChange]) -> list[list[PageChange]]:
+    """Split into neighbours alike in root and kind: one event each."""
+    runs: list[list[PageChange]] = []
+    for change in changes:
+        last = runs[-1][-1] if runs else None
+        if last and last.deleted == change.deleted and last.key.root == change.key.root:
+            runs[-1].append(change)
+        else:
+            runs.append([change])
+    return runs

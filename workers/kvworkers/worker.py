@@ -1,0 +1,360 @@
+"""A worker: one model on one device, served over gRPC. Ray is not needed for it.
+
+    python -m kvworkers.worker --model PATH --node RUN_DIR
+
+starts one and prints a ready line. The Ray actor of a cluster is a thin shell over `WorkerServer`.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import click
+import torch
+from prometheus_client import CollectorRegistry, start_http_server
+
+from kvstore.client import AsyncClient, ClientConfig
+from kvstore.core.errors import BadInput, KvStoreError
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import Root, derive_root, pack_tokens
+from kvstore.directory.events import TierKind
+from kvstore.directory.lru import Lru
+from kvstore.directory.publisher import Publisher
+from kvstore.observe.metrics import WorkerMetrics
+from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.convert import check_id
+from kvstore.rpc.v1 import worker_pb2_grpc
+from kvworkers.engine.cache import StoreConfig, StoreLink
+from kvworkers.engine.engine import Engine
+from kvworkers.engine.report import Reporter
+from kvworkers.engine.sampling import SamplingParams
+from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
+from kvworkers.engine.sequence import Request
+from kvworkers.models.loading import LoadedModel, load_model
+from kvworkers.models.provision import ensure_model
+from kvworkers.pages.pool import PagePool
+from kvworkers.stream.mover import Mover
+from kvworkers.worker_service import SERVICE_NAME, WorkerIdentity, WorkerService, WorkerState
+
+_log = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS: Final = 64
+_LAST_STORES_MS: Final = 1_000
+_RECONNECT_FIRST_S: Final = 0.1
+_RECONNECT_MOST_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Everything a worker is told at its start; raises `BadInput` naming the field at fault."""
+
+    model: str | None = None
+    """Hugging Face directory or GGUF file; None: the default model."""
+    node: str | None = None
+    """Run directory of this host's cache node; None: no store."""
+    name: str = "worker-0"
+    listen: str = "127.0.0.1:0"
+    metrics: str = "127.0.0.1:0"
+    """Where Prometheus metrics are served."""
+    device: str = "cpu"
+    pool_bytes: int = 512 << 20
+    """Pages of the device, in bytes."""
+    threads: int | None = None
+    """Compute threads; None: as torch decides."""
+    store: bool = True
+    """Whether to use the cache node at all."""
+    share_domain: str = "default"
+    host: str = ""
+    """Who shares an arena; by default the cache node's name."""
+    incarnation: int = 0
+    """Given by whoever restarts this worker; 0: taken from the clock."""
+    step_tokens: int = 512
+    max_running: int = 16
+    max_waiting: int = 64
+    drain_ms: int = 5_000
+    """How long running requests may go on once the worker is told to end."""
+
+    def __post_init__(self) -> None:
+        check_id(self.name, "name")
+        if not self.name:
+            raise BadInput("name is empty")
+        for field in ("pool_bytes", "step_tokens", "max_running", "max_waiting"):
+            if getattr(self, field) <= 0:
+                raise BadInput(f"{field} must be positive, got {getattr(self, field)}")
+        if self.drain_ms < 0 or self.incarnation < 0:
+            raise BadInput("drain_ms and incarnation must not be negative")
+        if self.threads is not None and self.threads <= 0:
+            raise BadInput(f"threads must be positive, got {self.threads}")
+        _host_port(self.metrics, "metrics")
+
+
+class WorkerServer:
+    """A running worker. `start` returns when it serves; one event loop owns it."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
+        self.registry = CollectorRegistry()
+        self.address = ""
+        """Where gRPC is served, once started."""
+        self.metrics_address = ""
+        self.incarnation = config.incarnation or time.time_ns() // 1_000_000
+        self._metrics = WorkerMetrics(self.registry)
+        self._local_root = derive_root(secrets.token_bytes(32), bytes(32), config.share_domain)
+        self._client: AsyncClient | None = None
+        self._link: StoreLink | None = None
+        self._stack = contextlib.AsyncExitStack()
+        self._engine: Engine | None = None
+
+    @property
+    def broken(self) -> asyncio.Event:
+        """Set when the model fails step after step: end the process and start another."""
+        assert self._engine is not None, "not started"
+        return self._engine.broken
+
+    async def start(self) -> None:
+        """Load, connect, warm up, then serve. On an error everything begun is undone."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def stop(self) -> None:
+        """Drain for `drain_ms`, then end everything. Harmless when repeated."""
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        config = self.config
+        model = await asyncio.to_thread(_load, config)
+        spec, block_bytes = model.spec, model.spec.layout.block_bytes
+        pages = config.pool_bytes // block_bytes
+        if pages == 0:
+            raise BadInput(f"pool_bytes {config.pool_bytes} is below one block of {block_bytes}")
+        memory = await asyncio.to_thread(_touched_pool, model, pages)
+        pool = PagePool(pages, block_bytes=block_bytes, policy=Lru())
+        mover = Mover(memory)
+        self._stack.push_async_callback(asyncio.to_thread, mover.close)
+        self._stack.push_async_callback(self._leave_node)
+        await self._join_node(model, mover)
+        host = config.host or (self._client.node if self._client else config.name)
+        publisher = Publisher(config.name, self.incarnation, [TierKind.HBM], pool, host=host)
+        engine = Engine(
+            model,
+            model.page_view(memory),
+            pool,
+            Scheduler(
+                SchedulerConfig(
+                    max_model_tokens=spec.max_model_tokens,
+                    step_tokens=config.step_tokens,
+                    max_running=config.max_running,
+                    max_waiting=config.max_waiting,
+                ),
+                pool,
+            ),
+            Reporter(publisher, self._metrics),
+            root=self._root,
+            store=lambda: self._link,
+        )
+        self._engine = engine
+        engine.start()
+        self._stack.push_async_callback(engine.stop, drain_ms=config.drain_ms)
+        await _warm_up(engine, spec.max_model_tokens)
+        identity = WorkerIdentity(
+            name=config.name,
+            incarnation=self.incarnation,
+            host=host,
+            share_domain=config.share_domain,
+            device=config.device,
+        )
+        await self._serve(
+            WorkerState(identity, spec, engine, publisher, capacity_tokens=pages * BLOCK_TOKENS)
+        )
+
+    async def _serve(self, state: WorkerState) -> None:
+        host, port = _host_port(self.config.metrics, "metrics")
+        try:
+            http, thread = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise BadInput(f"metrics cannot listen on {self.config.metrics}: {error}") from error
+
+        def end_http() -> None:
+            http.shutdown()
+            http.server_close()
+            thread.join(timeout=5)
+
+        self._stack.push_async_callback(asyncio.to_thread, end_http)
+        self.metrics_address = f"{host}:{http.server_port}"
+        server, health = make_server()
+        worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(state), server)
+        self.address = listen(server, self.config.listen)
+        await server.start()
+        self._stack.push_async_callback(server.stop, 1.0)
+        # Draining comes before the server's end, so running streams reach their callers.
+        self._stack.push_async_callback(state.engine.stop, drain_ms=self.config.drain_ms)
+        serving = health_status("SERVING")
+        for name in ("", SERVICE_NAME):
+            await health.set(name, serving)
+        self._stack.push_async_callback(health.enter_graceful_shutdown)
+
+    def _root(self) -> Root:
+        """Return the node's root, or one of our own while there was never a node."""
+        return self._client.root if self._client is not None else self._local_root
+
+    async def _join_node(self, model: LoadedModel, mover: Mover) -> None:
+        """Connect to the cache node; when it is away, go on without and keep trying."""
+        if not self.config.store or self.config.node is None:
+            return
+        try:
+            await self._connect(model, mover)
+        except KvStoreError as error:
+            _log.warning("the cache node is away, starting without it: %s", error)
+            self._metrics.store_failures.labels("connect", type(error).__name__).inc()
+            task = asyncio.create_task(self._keep_connecting(model, mover), name="join-node")
+            self._stack.push_async_callback(_cancelled, task)
+
+    async def _keep_connecting(self, model: LoadedModel, mover: Mover) -> None:
+        pause = _RECONNECT_FIRST_S
+        while self._client is None:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _RECONNECT_MOST_S)
+            try:
+                await self._connect(model, mover)
+            except KvStoreError as error:
+                self._metrics.store_failures.labels("connect", type(error).__name__).inc()
+
+    async def _connect(self, model: LoadedModel, mover: Mover) -> None:
+        spec = model.spec
+        assert self.config.node is not None
+        client = await AsyncClient.connect(
+            self.config.node,
+            namespace=spec.namespace,
+            payload_bytes=spec.layout.payload_bytes,
+            shares=spec.layout.kv_heads,
+            share_domain=self.config.share_domain,
+            name=f"{self.config.name} pid {os.getpid()}",
+            config=ClientConfig(),
+        )
+        self._client = client
+        self._link = StoreLink(
+            client,
+            mover,
+            self._metrics,
+            block_bytes=spec.layout.block_bytes,
+            config=StoreConfig(),
+        )
+
+    async def _leave_node(self) -> None:
+        if self._link is not None:
+            await self._link.drained(deadline_ms=_LAST_STORES_MS)
+            await self._link.close()
+        if self._client is not None:
+            await self._client.close()
+
+
+def health_status(name: str) -> int:
+    """Return the health protocol's number for a status."""
+    from grpc_health.v1 import health_pb2
+
+    return int(health_pb2.HealthCheckResponse.ServingStatus.Value(name))
+
+
+def _load(config: WorkerConfig) -> LoadedModel:
+    path = ensure_model(config.model)
+    return load_model(path, device=config.device, threads=config.threads)
+
+
+def _touched_pool(model: LoadedModel, pages: int) -> torch.Tensor:
+    """Return the pool with every page of memory touched: first touch costs seconds, paid here."""
+    return model.new_pool(pages).fill_(0)
+
+
+async def _warm_up(engine: Engine, max_model_tokens: int) -> None:
+    """Run one small request through everything, so that no user pays for first calls."""
+    count = min(_WARM_UP_TOKENS, max_model_tokens - 2)
+    request = Request(
+        request_id="warm-up",
+        tokens=pack_tokens([1] * count),
+        sampling=SamplingParams(max_tokens=2, ignore_eos=True),
+        no_store=True,
+        no_read=True,
+    )
+    async with contextlib.aclosing(engine.generate(request)) as outputs:
+        async for _ in outputs:
+            pass
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _host_port(address: str, field: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65_535:
+        raise BadInput(f"{field} must be HOST:PORT, got {address!r}")
+    return host, int(port)
+
+
+@click.command()
+@click.option("--model", help="Hugging Face directory or GGUF file; default: SmolLM2-135M.")
+@click.option("--node", help="Run directory of this host's cache node; without it, no store.")
+@click.option("--listen", default="127.0.0.1:0", show_default=True, help="Where to serve gRPC.")
+@click.option("--metrics", default="127.0.0.1:0", show_default=True, help="Prometheus metrics.")
+@click.option("--name", default="worker-0", show_default=True)
+@click.option("--host", default="", help="Who shares an arena; default: the node's name.")
+@click.option("--pool-bytes", default=512 << 20, show_default=True, help="Memory of the pages.")
+@click.option("--threads", type=int, help="Compute threads; default: torch's choice.")
+@click.option("--no-store", is_flag=True, help="Do not use the cache node.")
+@click.option("--share-domain", default="default", show_default=True)
+@click.option("--step-tokens", default=512, show_default=True, help="Tokens of one step.")
+@click.option("--max-running", default=16, show_default=True, help="Requests in the batch.")
+@click.option("--incarnation", default=0, help="Number of this start; default: the clock.")
+@click.option("--drain-ms", default=5_000, show_default=True, help="For running requests at end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the ready line as JSON.")
+def main(*, no_store: bool, as_json: bool, **options: object) -> None:
+    """Serve one model on this machine until SIGTERM or Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    try:
+        config = WorkerConfig(store=not no_store, **options)  # type: ignore[arg-type]
+        status = asyncio.run(_serve_until_told(config, as_json=as_json))
+    except KvStoreError as error:
+        click.echo(f"worker: {error}", err=True)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
+    sys.exit(status)
+
+
+async def _serve_until_told(config: WorkerConfig, *, as_json: bool) -> int:
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    server = WorkerServer(config)
+    await server.start()
+    ready = {
+        "worker": config.name,
+        "address": server.address,
+        "metrics": server.metrics_address,
+        "pid": os.getpid(),
+    }
+    text = json.dumps(ready) if as_json else f"{config.name} serves on {server.address}"
+    click.echo(text)
+    sys.stdout.flush()
+    waits = [asyncio.create_task(event.wait()) for event in (told, server.broken)]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for task in waits:
+        task.cancel()
+    status = 1 if server.broken.is_set() else 0
+    await server.stop()
+    return status
+
+
+if __name__ == "__main__":
+    main()
