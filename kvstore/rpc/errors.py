@@ -29,6 +29,7 @@ STATUS: Final[dict[type[KvStoreError], grpc.StatusCode]] = {
 }
 """Every leaf and every inner class that can be raised; a test walks the tree against it."""
 
+_OVERSIZED: Final = "message larger than max"
 _BY_NAME: Final = {cls.__name__: cls for cls in STATUS}
 
 _BY_STATUS: Final[dict[grpc.StatusCode, type[KvStoreError]]] = {
@@ -65,6 +66,8 @@ def error_from(failure: grpc.RpcError) -> KvStoreError:
     trailing: dict[str, str | bytes] = dict(failure.trailing_metadata() or ())  # type: ignore[arg-type]
     message = failure.details() or str(failure.code())
     cls = _BY_NAME.get(_text(trailing.get(ERROR_KEY)))
+    if cls is None and _OVERSIZED in message:
+        cls = errors.TooLarge  # grpc itself refused it, on either side, with the status of a quota
     if cls is None:
         cls = _BY_STATUS.get(failure.code(), errors.Unreachable)
     if cls is errors.Refused:

@@ -1,12 +1,13 @@
 """Server interceptors: every handler may raise our errors; callers get their status codes."""
 
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
-from kvstore.core.errors import KvStoreError
+from kvstore.core.errors import KvStoreError, Unsupported
 from kvstore.rpc.errors import status_of
 
 _log = logging.getLogger(__name__)
@@ -33,53 +34,55 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Handler:
         """Wrap the handler that `continuation` finds."""
         handler = await continuation(handler_call_details)
-        if handler is None or (handler.unary_unary is None and handler.unary_stream is None):
-            return handler
-        method = str(handler_call_details.method)
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                _guard_unary(handler.unary_unary, method),
-                request_deserializer=handler.request_deserializer,
-                response_serializer=handler.response_serializer,
-            )
-        return grpc.unary_stream_rpc_method_handler(
-            _guard_stream(handler.unary_stream, method),  # type: ignore[arg-type]
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+            inner = getattr(handler, kind, None)
+            if inner is not None:
+                wrap = getattr(grpc, f"{kind}_rpc_method_handler")
+                guarded: Handler = wrap(
+                    _guard(inner, str(handler_call_details.method)),
+                    request_deserializer=handler.request_deserializer,
+                    response_serializer=handler.response_serializer,
+                )
+                return guarded
+        return handler
 
 
-def _guard_unary(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
-    async def guarded(request: Any, context: Context) -> Any:
+def _guard(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+    """Return a handler like `inner` whose failures become statuses.
+
+    A streaming handler is an async generator, or a coroutine that writes to its context (the
+    standard health service does so); each has to stay what it is.
+    """
+
+    async def single(request: Any, context: Context) -> Any:
         try:
-            return await inner(request, context)
-        except KvStoreError as error:
-            await _abort(context, error)
-        except grpc.aio.AbortError:
+            answer = inner(request, context)
+            return await answer if inspect.isawaitable(answer) else answer
+        except BaseException as failure:
+            await _fail(failure, method, context)
             raise
-        except Exception:  # task boundary: the server must answer and go on
-            _log.exception("unexpected failure in %s", method)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
 
-    return guarded
-
-
-def _guard_stream(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
-    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+    async def streaming(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             async for reply in inner(request, context):
                 yield reply
-        except KvStoreError as error:
-            await _abort(context, error)
-        except grpc.aio.AbortError:
+        except GeneratorExit:
             raise
-        except Exception:  # task boundary: the server must answer and go on
-            _log.exception("unexpected failure in %s", method)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
+        except BaseException as failure:
+            await _fail(failure, method, context)
+            raise
 
-    return guarded
+    return streaming if inspect.isasyncgenfunction(inner) else single
 
 
-async def _abort(context: Context, error: KvStoreError) -> None:
-    code, message, trailing = status_of(error)
-    await context.abort(code, message, trailing)
+async def _fail(failure: BaseException, method: str, context: Context) -> None:
+    """End the call with the status that stands for `failure`; return when it is none of ours."""
+    if isinstance(failure, NotImplementedError):  # what generated servicers raise
+        failure = Unsupported(f"{method} is not served here")
+    if isinstance(failure, KvStoreError):
+        code, message, trailing = status_of(failure)
+        await context.abort(code, message, trailing)
+    elif isinstance(failure, Exception) and not isinstance(failure, grpc.aio.AbortError):
+        # Task boundary: the server must answer and go on.
+        _log.error("unexpected failure in %s", method, exc_info=failure)
+        await context.abort(grpc.StatusCode.INTERNAL, "internal error; see the server's log")
