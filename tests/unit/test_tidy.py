@@ -229,6 +229,15 @@ def test_links_between_documents_lead_somewhere() -> None:
     _none(found)
 
 
+def test_paths_named_in_documents_exist() -> None:
+    named = r"(?<![\w/.-])((?:kvstore|kernels|workers|tests|docs|proto)/[\w/.-]*[\w/])"
+    found = []
+    for path in DOCUMENTS:
+        names = re.findall(named, path.read_text(encoding="utf-8"))
+        found += [f"{_where(path)}: {name}" for name in names if not (ROOT / name).exists()]
+    _none(found)
+
+
 @pytest.mark.parametrize(
     ("law", "pattern"),
     [

@@ -50,6 +50,10 @@ def _documented() -> dict[str, dict[str, tuple[str, str, str]]]:
     return rooms
 
 
+def test_every_room_has_a_bundle() -> None:
+    assert set(BUNDLES) == set(_documented()) >= {"client", "node", "router", "worker"}
+
+
 @pytest.mark.parametrize("room", BUNDLES)
 def test_the_page_lists_every_family(room: str) -> None:
     families, labels = _families(BUNDLES[room]), _labels(BUNDLES[room])
