@@ -17,7 +17,7 @@ from typing import Final
 
 from kvstore.core.errors import BadInput
 from kvstore.core.layout import round_up
-from kvstore.core.limits import GRANULE_BYTES
+from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import BlockName, Root
 from kvstore.core.slots import SlotWord, unpack
 
@@ -29,6 +29,9 @@ _INCARNATION_AT: Final = 32
 # word, offset granules, padded bytes, payload bytes, shares, group, position, root, name, sum
 _RECORD: Final = struct.Struct("<QIIIHHI32s32s16s")
 _WORD_BYTES: Final = 8
+_PLACE: Final = struct.Struct(f"<8xII{RECORD_BYTES - 16}x")
+_NAME_AT: Final = 60
+_SUM_AT: Final = 92
 _PREFAULT_STEP: Final = 64 << 20
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; missing from the mmap module of Python 3.11
 
@@ -171,6 +174,42 @@ class ArenaMapping:
         )
         # The word is left alone: it changes only by its own atomic store.
         self._bytes[at + _WORD_BYTES : at + _RECORD.size] = packed[_WORD_BYTES:]
+
+    def name(self, slot: int) -> bytes:
+        """Return the name in the slot's record; cheaper than the whole record."""
+        at = HEADER_BYTES + slot * RECORD_BYTES + _NAME_AT
+        return self._table[at : at + NAME_BYTES]
+
+    def set_sum(self, slot: int, block_sum: bytes) -> None:
+        """Store the sum of a slot's payload; owner only, before the word turns SEALED."""
+        at = HEADER_BYTES + slot * RECORD_BYTES + _SUM_AT
+        self._table[at : at + len(block_sum)] = block_sum
+
+    def lay(self, slot: int, offset: int, block_bytes: int) -> None:
+        """Say where a slot of a new chunk lies; owner only, while the slot is free."""
+        self.clear(slot)
+        at = HEADER_BYTES + slot * RECORD_BYTES
+        struct.pack_into("<II", self._bytes, at + _WORD_BYTES, offset // GRANULE_BYTES, block_bytes)
+
+    def clear(self, slot: int) -> None:
+        """Zero everything but the word: the slot belongs to no chunk any more; owner only."""
+        at = HEADER_BYTES + slot * RECORD_BYTES
+        self._table[at + _WORD_BYTES : at + RECORD_BYTES] = bytes(RECORD_BYTES - _WORD_BYTES)
+
+    def raw_words(self) -> list[int]:
+        """Return all slot words undecoded: what a restart reads, whatever stands there."""
+        first = HEADER_BYTES // _WORD_BYTES
+        step = RECORD_BYTES // _WORD_BYTES
+        return self._words[first : first + self.size.max_slots * step : step].tolist()
+
+    def placed(self) -> list[tuple[int, int, int]]:
+        """Return (slot, offset, block bytes) of every slot that belongs to a chunk."""
+        table = self._bytes[HEADER_BYTES : HEADER_BYTES + self.size.max_slots * RECORD_BYTES]
+        return [
+            (slot, granules * GRANULE_BYTES, block_bytes)
+            for slot, (granules, block_bytes) in enumerate(_PLACE.iter_unpack(table))
+            if block_bytes
+        ]
 
     def slots(self) -> Iterator[int]:
         """Iterate over the indexes of all slots."""

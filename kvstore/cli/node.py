@@ -1,0 +1,89 @@
+"""`kvstore node`: a keeper and its cache node on this host, in the foreground."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvstore.service.config import KeeperConfig
+from kvstore.service.keeper import run_keeper
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+class Size(click.ParamType[int]):
+    """Bytes, plain or with a unit: `67108864`, `64MiB`, `8G` (units of 1024)."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().upper().removesuffix("B").removesuffix("I")
+        unit = text[-1:] if text[-1:] in _UNITS and not text[-1:].isdigit() else ""
+        digits = text.removesuffix(unit) if unit else text
+        if not digits.isdigit():
+            self.fail(f"{value!r} is not a size such as 512MiB or 8G", param, ctx)
+        return int(digits) * _UNITS[unit]
+
+
+@click.command(short_help="Run this host's cache: a keeper and its cache node.")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Directory of sockets, node.json and the cluster key; made with mode 0700.",
+)
+@click.option("--name", default="node", show_default=True, help="Name of this node.")
+@click.option(
+    "--arena-bytes", type=Size(), default="1GiB", show_default=True, help="Memory for blocks."
+)
+@click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
+@click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")
+@click.option(
+    "--cluster-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="32 secret bytes that names are derived with; made where missing. [RUN_DIR/cluster.key]",
+)
+@click.option("--parent-pid", type=int, default=0, help="End when this process ends.")
+@click.option("--lease-ms", type=click.IntRange(10), default=30_000, show_default=True)
+@click.option("--claim-ms", type=click.IntRange(0), default=5_000, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
+def node(as_json: bool, **options: Any) -> None:
+    """Run this host's cache: a keeper, which owns the memory, and the cache node.
+
+    Workers and clients of this host open sessions on RUN_DIR/keeper.sock. The node is restarted
+    when it dies; blocks survive that. Ends on SIGTERM or Ctrl-C.
+    """
+    config = KeeperConfig(**options)
+
+    def ready(described: dict[str, Any]) -> None:
+        if as_json:
+            click.echo(json.dumps(described))
+        else:
+            click.echo(f"{described['name']}: ready on {described['listen']}, sessions on "
+                       f"{described['keeper_socket']}", err=True)  # fmt: skip
+        sys.stdout.flush()
+
+    run_keeper(config, on_ready=ready, on_progress=_Progress(config.name))
+
+
+class _Progress:
+    """Prints how much of the arena is touched: a bar on a terminal, else a line per tenth."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._printed = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth = done * 10 // total
+        if tenth == self._printed:
+            return
+        self._printed = tenth
+        bar = "#" * tenth + "." * (10 - tenth)
+        line = f"[{self._name}] arena [{bar}] {done >> 20} of {total >> 20} MiB"
+        terminal = sys.stderr.isatty()
+        click.echo(f"\r{line}" if terminal else line, nl=not terminal or done == total, err=True)

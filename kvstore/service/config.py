@@ -1,0 +1,89 @@
+"""Configuration of keeper and node: frozen, checked once, passed down in pieces."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from kvstore.core.errors import BadInput
+from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
+from kvstore.transport.arena import ArenaSize
+
+SOCKET_PATH_BYTES: Final = 107
+"""What `sockaddr_un` holds."""
+BYTES_PER_SLOT: Final = 16 << 10
+"""Smallest mean block the slot table is sized for: the table takes 0.8 % of the arena."""
+MIN_SLOTS: Final = 256
+MAX_SLOTS: Final = 1 << 22
+KEEPER_SOCKET: Final = "keeper.sock"
+NODE_SOCKET: Final = "node.sock"
+_LOOPBACK: Final = ("127.", "localhost:", "[::1]:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeeperConfig:
+    """One host's keeper and the node it runs."""
+
+    run_dir: Path
+    name: str
+    arena_bytes: int
+    listen: str = "127.0.0.1:0"
+    metrics: str = "127.0.0.1:0"
+    cluster_key_file: Path | None = None
+    parent_pid: int = 0
+    max_sessions: int = 1_024
+    lease_ms: int = 30_000
+    claim_ms: int = 5_000
+    ping_period_ms: int = 1_000
+    hang_ms: int = 10_000
+    """A node that leaves a ping unanswered this long is killed and restarted."""
+    start_ms: int = 60_000
+    """A node that is not ready after this long is killed and restarted."""
+    stop_ms: int = 5_000
+
+    def __post_init__(self) -> None:
+        if self.arena_bytes < GRANULE_BYTES or self.arena_bytes % GRANULE_BYTES:
+            raise BadInput(
+                f"--arena-bytes {self.arena_bytes} is not a positive multiple of {GRANULE_BYTES}"
+            )
+        if not self.name or not self.name.isprintable() or len(self.name.encode()) > MAX_ID_BYTES:
+            raise BadInput(f"--name must be printable and at most {MAX_ID_BYTES} bytes")
+        if len(os.fsencode(self.run_dir / KEEPER_SOCKET)) > SOCKET_PATH_BYTES:
+            raise BadInput(f"--run-dir {self.run_dir} is too long for a Unix socket's path")
+        for flag, address in (("--listen", self.listen), ("--metrics", self.metrics)):
+            check_loopback(flag, address)
+        if self.parent_pid < 0:
+            raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
+
+    @property
+    def arena_size(self) -> ArenaSize:
+        """Arena with a slot for every `BYTES_PER_SLOT`."""
+        slots = min(max(self.arena_bytes // BYTES_PER_SLOT, MIN_SLOTS), MAX_SLOTS)
+        return ArenaSize(self.arena_bytes, slots)
+
+    @property
+    def key_file(self) -> Path:
+        """Where the cluster key lies."""
+        return self.cluster_key_file or self.run_dir / "cluster.key"
+
+    @property
+    def keeper_socket(self) -> Path:
+        """Where sessions are opened."""
+        return self.run_dir / KEEPER_SOCKET
+
+    @property
+    def rpc(self) -> str:
+        """gRPC address of the node on this host."""
+        return f"unix:{self.run_dir / NODE_SOCKET}"
+
+
+def check_loopback(flag: str, address: str) -> None:
+    """Raise `BadInput` unless `address` is `host:port` on loopback.
+
+    There is no transport security yet: a port that others reach would hand out blocks to anyone.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65_535:
+        raise BadInput(f"{flag} {address!r} is not host:port")
+    if not f"{host}:".startswith(_LOOPBACK):
+        raise BadInput(f"{flag} {address!r} is not a loopback address")

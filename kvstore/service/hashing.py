@@ -1,0 +1,174 @@
+"""Hashes blocks off the event loop: seals committed ones and verifies adopted ones.
+
+One thread (xxhash lets go of the interpreter while it reads), fed from three queues by urgency:
+verifications that an Acquire waits for, fresh commits, and adopted blocks that nobody asked for
+yet. A job is at most `JOB_BYTES`, so an urgent one waits a few milliseconds. Slots of a job are
+pinned: nothing is sealed or dropped on old evidence.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvstore.core.slots import SlotState
+from kvstore.observe.metrics import NodeMetrics
+from kvstore.service.store import ArenaStore
+from kvstore.tiers.sums import block_sum
+from kvstore.transport.arena import ArenaMapping
+
+JOB_BYTES: Final = 64 << 20
+"""Bytes of one job: 2 to 10 ms of hashing."""
+
+
+@dataclass(slots=True)
+class _Urgent:
+    """Slots that an Acquire wants verified, and who waits."""
+
+    slots: deque[int]
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Hasher:
+    """Runs the hashing of one arena until cancelled."""
+
+    def __init__(self, store: ArenaStore, metrics: NodeMetrics) -> None:
+        self._store = store
+        self._metrics = metrics
+        self._urgent: deque[_Urgent] = deque()
+        self._idle: deque[int] = deque()
+        self._work = asyncio.Event()
+        self._progress = asyncio.Event()
+        self.unverified = 0
+        """Adopted blocks that may not be served yet."""
+        self.corrupt_blocks = 0
+        self.corrupt: dict[int, None] = {}
+        """Keys of blocks that failed their sums, latest last; bounded. Why an Acquire ended."""
+
+    def wake(self) -> None:
+        """Say that `store.to_seal` has work."""
+        self._work.set()
+
+    def adopt(self, slots: Iterable[int]) -> None:
+        """Verify these sealed slots when nothing more urgent is to be done."""
+        self._idle.extend(slots)
+        self.unverified = len(self._idle)
+        self._work.set()
+
+    async def verify(self, slots: Iterable[int], *, deadline_s: float) -> None:
+        """Verify slots before others; returns when done or at the deadline."""
+        urgent = _Urgent(deque(dict.fromkeys(slots)))
+        if not urgent.slots:
+            return
+        self._urgent.append(urgent)
+        self._work.set()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await urgent.done.wait()
+        except TimeoutError:
+            return  # the rest goes on being verified; the caller answers with what is ready
+
+    async def progress(self) -> None:
+        """Return at the next change of what is readable."""
+        await self._progress.wait()
+
+    def announce(self) -> None:
+        """Wake everyone in `progress`: blocks turned readable, or a reservation ended."""
+        self._progress.set()
+        self._progress = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until cancelled. Failures of hashing itself are bugs and end the node."""
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1, thread_name_prefix="kvstore-hash") as pool:
+            while True:
+                job = self._next_job()
+                if not job:
+                    self._work.clear()
+                    await self._work.wait()
+                    continue
+                arena = self._store.table.arena
+                hashing = loop.run_in_executor(pool, _hash_all, arena, [slot for slot, _ in job])
+                try:
+                    sums = await asyncio.shield(hashing)
+                except asyncio.CancelledError:
+                    await asyncio.wait([hashing])  # the thread still reads the mapping
+                    raise
+                self._apply(job, sums)
+
+    def _next_job(self) -> list[tuple[int, int]]:
+        """Return pinned (slot, generation) pairs of the most urgent kind, at most `JOB_BYTES`."""
+        table = self._store.table
+        job: list[tuple[int, int]] = []
+        size = 0
+        while size < JOB_BYTES and (found := self._next_slot(size == 0)) is not None:
+            slot, generation = found
+            table.pins[slot] += 1
+            job.append((slot, generation))
+            size += table.root_of(slot).shape.payload_bytes
+        return job
+
+    def _next_slot(self, first: bool) -> tuple[int, int] | None:
+        table = self._store.table
+        while self._urgent:
+            urgent = self._urgent[0]
+            while urgent.slots:
+                slot = urgent.slots.popleft()
+                if self._needs_verifying(slot):
+                    return slot, table.generation[slot]
+            if not first:
+                return None  # its last slots are in this job: it is done when the job is
+            urgent.done.set()
+            self._urgent.popleft()
+        while self._store.to_seal:
+            slot, generation = self._store.to_seal.popleft()
+            current = table.generation[slot] == generation
+            if current and table.state[slot] == SlotState.COMMITTED:
+                return slot, generation
+        while self._idle:
+            slot = self._idle.popleft()
+            if self._needs_verifying(slot):
+                return slot, table.generation[slot]
+        self.unverified = 0
+        return None
+
+    def _needs_verifying(self, slot: int) -> bool:
+        table = self._store.table
+        return table.state[slot] == SlotState.SEALED and not table.servable[slot]
+
+    def _apply(self, job: list[tuple[int, int]], sums: list[bytes]) -> None:
+        table = self._store.table
+        for (slot, generation), found in zip(job, sums, strict=True):
+            table.pins[slot] -= 1
+            assert table.generation[slot] == generation, "a pinned slot was given away"
+            if table.state[slot] == SlotState.COMMITTED:
+                table.seal(slot, found)
+                self._metrics.sealed_bytes.inc(table.root_of(slot).shape.payload_bytes)
+            elif not table.servable[slot]:
+                self._judge(slot, found)
+        self.announce()
+
+    def _judge(self, slot: int, found: bytes) -> None:
+        """Serve an adopted block whose bytes have their sum; forget any other."""
+        table = self._store.table
+        if table.arena.record(slot).sum == found:
+            table.servable[slot] = 1
+            return
+        self._metrics.corrupt.labels("dram").inc()
+        self.corrupt_blocks += 1
+        self.corrupt[table.key[slot]] = None
+        if len(self.corrupt) > 1_024:
+            del self.corrupt[next(iter(self.corrupt))]
+        table.evict([slot], reason="corrupt")
+
+
+def _hash_all(arena: ArenaMapping, slots: list[int]) -> list[bytes]:
+    """Return the sums of the slots' payloads as they are now; runs in the thread."""
+    sums: list[bytes] = []
+    for slot in slots:
+        record = arena.record(slot)
+        payload = arena.block(record.offset, record.payload_bytes)
+        sums.append(block_sum(payload, record.shares))
+    return sums

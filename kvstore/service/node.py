@@ -1,0 +1,261 @@
+"""The cache node's process: `python -m kvstore.service.node`, started by its keeper only.
+
+It inherits the arena and one end of the control socket. It lives exactly as long as that socket:
+when the keeper goes, so does the node. All state is on one event loop; one thread hashes.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import logging
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
+
+from kvstore.core.errors import BadInput, KvStoreError, Unreachable
+from kvstore.core.slots import SlotState
+from kvstore.directory.lru import Lru
+from kvstore.observe.metrics import NodeMetrics, exposition
+from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.identity import LocalIdentity
+from kvstore.rpc.v1 import cache_pb2_grpc
+from kvstore.service.adopt import adopt
+from kvstore.service.control import Control, Message
+from kvstore.service.hashing import Hasher
+from kvstore.service.metrics_http import MetricsServer
+from kvstore.service.servicer import CacheNodeService, ServiceParts
+from kvstore.service.slots import SlotTable
+from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.transport.arena import ArenaMapping
+
+HOUSEKEEPING_S: Final = 0.1
+_START_DEADLINE_S: Final = 30.0
+_PR_SET_PDEATHSIG: Final = 1
+_log = logging.getLogger("kvstore.node")
+
+
+class Node:
+    """One incarnation of the node over one arena."""
+
+    def __init__(self, options: argparse.Namespace, control: Control, arena: ArenaMapping) -> None:
+        self._options = options
+        self._control = control
+        self._arena = arena
+        arena.incarnation += 1
+        self._registry = CollectorRegistry()
+        self._metrics = NodeMetrics(self._registry)
+        table = SlotTable(
+            arena, Lru(), self._metrics, node=options.name, host=options.host or options.name
+        )
+        limits = StoreLimits(
+            lease_ms=options.lease_ms,
+            claim_ms=options.claim_ms,
+            reserve_quota_bytes=arena.size.data_bytes // 2,
+        )
+        self._store = ArenaStore(table, limits)
+        self._hasher = Hasher(self._store, self._metrics)
+        self._ended = asyncio.Event()
+        self._started_s = time.monotonic()
+
+    async def run(self) -> None:
+        """Serve until the keeper goes away or asks to stop."""
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._ended.set)
+        # Ctrl-C goes to the whole foreground group; the keeper decides when the node ends.
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        await asyncio.wait_for(self._until_start(), _START_DEADLINE_S)
+        self._adopt()
+        loop.add_reader(self._control.fileno(), self._hear)
+        tasks = [
+            asyncio.create_task(self._hasher.run(), name="hash"),
+            asyncio.create_task(self._keep_house(), name="housekeeping"),
+            asyncio.create_task(self._ended.wait(), name="ended"),
+        ]
+        server, health = make_server()
+        metrics = MetricsServer(exposition(self._registry))
+        try:
+            cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(), server)
+            listen(server, self._options.rpc)
+            bound = listen(server, self._options.listen)
+            metrics_bound = await metrics.start(self._options.metrics)
+            await server.start()
+            await health.set("", health_pb2.HealthCheckResponse.SERVING)
+            self._say("ready", listen=bound, metrics=metrics_bound)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            loop.remove_reader(self._control.fileno())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await server.stop(0.2)
+            await metrics.stop()
+        for task in done:
+            task.result()  # a failed task ends the process: its keeper starts a fresh one
+
+    def _service(self) -> CacheNodeService:
+        return CacheNodeService(
+            ServiceParts(
+                name=self._options.name,
+                cluster_key=Path(self._options.cluster_key_file).read_bytes(),
+                store=self._store,
+                hasher=self._hasher,
+                metrics=self._metrics,
+                identity=LocalIdentity(),
+                catch_up=self._hear,
+                started_s=self._started_s,
+            )
+        )
+
+    def _adopt(self) -> None:
+        found = adopt(self._store, time.monotonic() * 1_000)
+        table = self._store.table
+        self._hasher.adopt(
+            slot for slot, state in enumerate(table.state) if state == SlotState.SEALED
+        )
+        if any(found):
+            _log.info(
+                "incarnation %d adopted %d blocks, %d reservations; freed %d slots, %d unreadable",
+                self._arena.incarnation, found.sealed, found.reserved, found.freed,
+                found.unreadable,
+            )  # fmt: skip
+
+    # -- the keeper ------------------------------------------------------------------------
+
+    async def _until_start(self) -> None:
+        """Take in the live sessions that the keeper tells before it says start."""
+        loop = asyncio.get_running_loop()
+        started = asyncio.Event()
+
+        def hear() -> None:
+            while not started.is_set() and (message := self._receive()) is not None:
+                if message["op"] == "start":
+                    started.set()
+                    loop.remove_reader(self._control.fileno())
+                else:
+                    self._obey(message)
+
+        loop.add_reader(self._control.fileno(), hear)
+        await started.wait()
+
+    def _hear(self) -> None:
+        while (message := self._receive()) is not None:
+            self._obey(message)
+
+    def _receive(self) -> Message | None:
+        try:
+            return self._control.receive()
+        except Unreachable:
+            # The keeper is gone, and with it the arena's owner and every session.
+            self._ended.set()
+            with contextlib.suppress(ValueError):
+                asyncio.get_running_loop().remove_reader(self._control.fileno())
+            return None
+
+    def _obey(self, message: Message) -> None:
+        match message["op"]:
+            case "sessions":
+                for number, token, client, closed in message["sessions"]:
+                    self._open(number, token, client, closed=closed)
+            case "opened":
+                self._open(message["number"], message["token"], message["client"], closed=False)
+            case "closed":
+                self._close(message["number"], writers_gone=False)
+            case "exited":
+                self._close(message["number"], writers_gone=True)
+            case "ping":
+                self._say("pong", n=message["n"])
+            case other:
+                _log.error("the keeper said %r", other)
+
+    def _open(self, number: int, token: str, client: str, *, closed: bool) -> None:
+        # A session granted while this node was being started is told twice.
+        if self._store.sessions.by_number(number) is None:
+            self._store.sessions.open(number, bytes.fromhex(token), client=client, closed=closed)
+
+    def _close(self, number: int, *, writers_gone: bool) -> None:
+        session = self._store.sessions.by_number(number)
+        if session is None:
+            return
+        self._store.close(session, writers_gone=writers_gone)
+        if writers_gone:
+            self._store.sessions.forget(session)
+        self._hasher.announce()
+
+    def _say(self, operation: str, **fields: Any) -> None:
+        try:
+            self._control.send(operation, **fields, incarnation=self._arena.incarnation)
+        except Unreachable:
+            self._ended.set()
+
+    # -- housekeeping ----------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        while True:
+            expired = self._store.expire(time.monotonic() * 1_000)
+            if expired:
+                self._metrics.leases_expired.inc(expired)
+            self._control_flush()
+            self._measure()
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+    def _control_flush(self) -> None:
+        try:
+            self._control.flush()
+        except Unreachable:
+            self._ended.set()
+
+    def _measure(self) -> None:
+        table, metrics = self._store.table, self._metrics
+        metrics.sessions.set(len(self._store.sessions))
+        metrics.leases.set(len(self._store.leases))
+        metrics.used_bytes.labels("dram").set(table.used_bytes)
+        metrics.capacity_bytes.labels("dram").set(table.space.data_bytes)
+        for state in SlotState:
+            if state is not SlotState.FREE:
+                metrics.slots.labels(state.name.lower()).set(table.counts[state])
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kvstore.service.node", description=__doc__)
+    parser.add_argument("--arena-fd", type=int, required=True)
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--host", default="")
+    parser.add_argument("--rpc", required=True)
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--metrics", required=True)
+    parser.add_argument("--cluster-key-file", required=True)
+    parser.add_argument("--lease-ms", type=int, required=True)
+    parser.add_argument("--claim-ms", type=int, required=True)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Run one incarnation; the exit status says whether it ended as asked."""
+    options = _parse(arguments)
+    logging.basicConfig(level=logging.INFO, format=f"[{options.name} node] %(message)s")
+    # Even a stopped node must not outlive its keeper: it would hold the arena and its ports.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    control = Control(socket.socket(fileno=options.control_fd))
+    try:
+        arena = ArenaMapping(options.arena_fd, owner=True)
+        asyncio.run(_serve(options, control, arena))
+    except (KvStoreError, OSError) as error:
+        _log.error("%s", error)
+        return 2 if isinstance(error, BadInput | OSError) else 1
+    return 0
+
+
+async def _serve(options: argparse.Namespace, control: Control, arena: ArenaMapping) -> None:
+    await Node(options, control, arena).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,394 @@
+"""The gRPC service of a cache node: checks every field, asks the store, fills the reply."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+
+from kvstore.core.errors import (
+    BadInput,
+    Forbidden,
+    KvStoreError,
+    Refused,
+    SessionLost,
+    TooLarge,
+    Unsupported,
+)
+from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_NAMES_PER_CALL, NAME_BYTES
+from kvstore.core.names import derive_root
+from kvstore.core.outcomes import MissReason, Outcome
+from kvstore.core.slots import SlotState
+from kvstore.directory.events import TierKind
+from kvstore.observe.metrics import NodeMetrics
+from kvstore.rpc.convert import check_id, check_names, namespace_from_proto, root_from_wire
+from kvstore.rpc.identity import Identity, Principal, Role
+from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
+from kvstore.rpc.watch_server import serve_watch
+from kvstore.service.hashing import Hasher
+from kvstore.service.roots import BlockShape, RootInfo
+from kvstore.service.sessions import Session
+from kvstore.service.slots import keys_of
+from kvstore.service.store import Acquired, ArenaStore
+
+SESSION_KEY: Final = "kvstore-session-bin"
+MAX_WAITERS: Final = 1_024
+_DRAM_BIT: Final = 1 << int(TierKind.DRAM)
+_SERVED_GROUP: Final = "full"
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceParts:
+    """What the service stands on."""
+
+    name: str
+    cluster_key: bytes
+    store: ArenaStore
+    hasher: Hasher
+    metrics: NodeMetrics
+    identity: Identity
+    catch_up: Callable[[], None]
+    """Takes in what the keeper has said so far about sessions."""
+    started_s: float
+
+
+class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
+    """Answers `CacheNode` calls; one instance per node, on one event loop."""
+
+    def __init__(self, parts: ServiceParts) -> None:
+        self._parts = parts
+        self._store = parts.store
+        self._hasher = parts.hasher
+        self._waiters = 0
+
+    # -- sessions --------------------------------------------------------------------------
+
+    async def OpenSession(
+        self, request: cache_pb2.OpenSessionRequest, context: Context
+    ) -> cache_pb2.OpenSessionReply:
+        """Open a root for a session."""
+        with self._measured("OpenSession"):
+            principal = self._principal(context)
+            if request.share_domain not in ("", principal.share_domain):
+                raise Forbidden(f"share domain {request.share_domain!r:.80} is not the caller's")
+            if not _metadata(context).get(SESSION_KEY):
+                raise Unsupported("remote sessions need the bulk port, which is not served yet")
+            session = self._session(context)
+            check_id(request.client, "client")
+            namespace = namespace_from_proto(request.namespace)
+            if namespace.group != _SERVED_GROUP:
+                raise Unsupported(f"layer group {namespace.group!r:.80} is not served yet")
+            shape = BlockShape(request.block_bytes, request.payload_bytes, request.shares)
+            shape.check(self._store.table.space.data_bytes)
+            root = derive_root(self._parts.cluster_key, namespace.digest(), principal.share_domain)
+            info = self._store.table.roots.open(root, shape, domain=principal.share_domain)
+            session.roots[root] = info
+            session.client = request.client or session.client
+            return cache_pb2.OpenSessionReply(
+                session_token=session.token,
+                root=root,
+                incarnation=self._incarnation,
+                lease_ms=self._store.limits.lease_ms,
+                reserve_quota_bytes=self._store.limits.reserve_quota_bytes,
+                node=self._parts.name,
+            )
+
+    async def CloseSession(
+        self, request: cache_pb2.CloseSessionRequest, context: Context
+    ) -> cache_pb2.CloseSessionReply:
+        """End a session at its client's word: nothing of it reads or writes any more."""
+        with self._measured("CloseSession"):
+            session = self._session(context)
+            leases, reserved = self._store.close(session, writers_gone=True)
+            self._hasher.announce()
+            return cache_pb2.CloseSessionReply(
+                leases_released=leases, reservations_aborted=reserved
+            )
+
+    # -- blocks ----------------------------------------------------------------------------
+
+    async def Acquire(
+        self, request: cache_pb2.AcquireRequest, context: Context
+    ) -> cache_pb2.AcquireReply:
+        """Lease what is here, reserve slots for what is not."""
+        with self._measured("Acquire"):
+            session, info = self._rooted(context, request.root)
+            count = check_names(request.names)
+            if request.reserve > count:
+                raise BadInput(f"reserve {request.reserve} is more than {count} names")
+            if request.first_block + count > MAX_NAMES_PER_CALL:
+                raise TooLarge(f"blocks beyond number {MAX_NAMES_PER_CALL} of a prompt")
+            deadline_ms = _deadline(request.deadline_ms)
+            if self._hasher.unverified:
+                unverified = self._store.unverified(info, request.names)
+                await self._hasher.verify(unverified, deadline_s=deadline_ms / 1_000)
+                if session.closed:
+                    raise SessionLost("the session ended during the call")
+            answer = self._store.acquire(
+                session,
+                info,
+                request.names,
+                reserve=request.reserve,
+                first_block=request.first_block,
+                now_ms=_now_ms(),
+            )
+            self._explain_corruption(info, request.names, answer)
+            asyncio.get_running_loop().call_soon(self._store.flush_touches)
+            return self._acquire_reply(answer)
+
+    async def Settle(
+        self, request: cache_pb2.SettleRequest, context: Context
+    ) -> cache_pb2.SettleReply:
+        """Commit, abort and release in one batch."""
+        with self._measured("Settle"):
+            session, info = self._rooted(context, request.root)
+            commit = _refs(request.commit, "commit")
+            abort = _refs(request.abort, "abort")
+            _refs(request.kept_in_hbm, "kept_in_hbm")
+            if len(request.release) > MAX_NAMES_PER_CALL:
+                raise TooLarge(f"{len(request.release)} leases in one call")
+            committed = self._store.commit(session, info, commit, _now_ms())
+            aborted = self._store.abort(session, info, abort)
+            released = self._store.release(session, request.release)
+            if commit or abort:
+                self._hasher.wake()
+                self._hasher.announce()
+            for kind, outcomes in (
+                ("commit", committed),
+                ("abort", aborted),
+                ("release", released),
+            ):
+                for outcome in set(outcomes):
+                    self._parts.metrics.settled.labels(kind, outcome.name.lower()).inc(
+                        outcomes.count(outcome)
+                    )
+            reply = cache_pb2.SettleReply()
+            reply.commit.extend(map(int, committed))  # type: ignore[arg-type]
+            reply.abort.extend(map(int, aborted))  # type: ignore[arg-type]
+            reply.release.extend(map(int, released))  # type: ignore[arg-type]
+            return reply
+
+    async def Wait(self, request: cache_pb2.WaitRequest, context: Context) -> cache_pb2.WaitReply:
+        """Wait until names turned readable, nobody makes them, or the deadline passed."""
+        with self._measured("Wait"):
+            _, info = self._rooted(context, request.root)
+            check_names(request.names)
+            deadline_ms = _deadline(request.deadline_ms)
+            if self._waiters >= MAX_WAITERS:
+                raise Refused(f"{MAX_WAITERS} calls wait already", retry_after_ms=100)
+            self._waiters += 1
+            try:
+                outcomes = await self._wait(info, request.names, deadline_ms / 1_000)
+            finally:
+                self._waiters -= 1
+            reply = cache_pb2.WaitReply()
+            reply.outcomes.extend(map(int, outcomes))  # type: ignore[arg-type]
+            return reply
+
+    async def Lookup(
+        self, request: cache_pb2.LookupRequest, context: Context
+    ) -> cache_pb2.LookupReply:
+        """Say what is here, without a lease."""
+        with self._measured("Lookup"):
+            _, info = self._rooted(context, request.root)
+            check_names(request.names)
+            names = _split(request.names)
+            found = bytes(
+                _DRAM_BIT if self._store.outcome(info, key, name) is Outcome.HIT else 0
+                for key, name in zip(keys_of(info, request.names), names, strict=True)
+            )
+            hole = found.find(b"\0")
+            return cache_pb2.LookupReply(prefix=len(found) if hole < 0 else hole, tiers=found)
+
+    # -- the node --------------------------------------------------------------------------
+
+    async def Stats(
+        self, request: cache_pb2.StatsRequest, context: Context
+    ) -> cache_pb2.StatsReply:
+        """Count what is held."""
+        with self._measured("Stats"):
+            self._principal(context)
+            store, table = self._store, self._store.table
+            reply = cache_pb2.StatsReply(
+                node=self._parts.name,
+                incarnation=self._incarnation,
+                uptime_ms=int((time.monotonic() - self._parts.started_s) * 1_000),
+                sessions=len(store.sessions),
+                leases=len(store.leases),
+                reserved_bytes=table.reserved_bytes,
+            )
+            reply.tiers.add(
+                tier=types_pb2.TIER_DRAM,
+                capacity_bytes=table.space.data_bytes,
+                used_bytes=table.used_bytes,
+                blocks=len(table.policy),
+                hits=store.hit_blocks,
+                misses=store.misses,
+                evictions=table.evicted_blocks,
+                corrupt=self._hasher.corrupt_blocks,
+            )
+            for state in SlotState:
+                if state is not SlotState.FREE:
+                    reply.slots[state.name.lower()] = table.counts[state]
+            return reply
+
+    async def Watch(
+        self, request: watch_pb2.WatchRequest, context: Context
+    ) -> AsyncIterator[watch_pb2.WatchReply]:
+        """Send a snapshot of what is held and then every change."""
+        if Role.WATCH not in self._principal(context).roles:
+            raise Forbidden("watching needs the watch role")
+        async for reply in serve_watch(self._store.table.publisher, request):
+            yield reply
+
+    # -- not served yet --------------------------------------------------------------------
+
+    async def Pin(self, request: Any, context: Context) -> Any:
+        """Not served yet."""
+        raise Unsupported("Pin is not served yet")
+
+    async def Prefetch(self, request: Any, context: Context) -> Any:
+        """Not served yet: there is no tier below DRAM."""
+        raise Unsupported("Prefetch is not served yet")
+
+    async def Clear(self, request: Any, context: Context) -> Any:
+        """Not served yet."""
+        raise Unsupported("Clear is not served yet")
+
+    async def Ticket(self, request: Any, context: Context) -> Any:
+        """Not served yet: there is no bulk port."""
+        raise Unsupported("Ticket is not served yet: there is no bulk port")
+
+    def Get(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        """Not served yet."""
+        return _refuse_stream("Get")
+
+    async def Put(self, requests: Any, context: Context) -> Any:
+        """Not served yet."""
+        raise Unsupported("Put is not served yet")
+
+    # -- parts -----------------------------------------------------------------------------
+
+    @property
+    def _incarnation(self) -> int:
+        return self._store.table.publisher.incarnation
+
+    def _principal(self, context: Context) -> Principal:
+        return self._parts.identity.identify(_metadata(context), context.peer())
+
+    def _session(self, context: Context) -> Session:
+        """Return the caller's session; raises `SessionLost` for a token unknown here."""
+        token = _metadata(context).get(SESSION_KEY, b"")
+        token = token.encode() if isinstance(token, str) else token
+        session = self._store.sessions.by_token(token)
+        if session is None:
+            # The keeper told us before it told the client: the message is in our socket.
+            self._parts.catch_up()
+            session = self._store.sessions.by_token(token)
+        if session is None:
+            raise SessionLost("no such session here; open one on the keeper's socket")
+        return session
+
+    def _rooted(self, context: Context, root: bytes) -> tuple[Session, RootInfo]:
+        session = self._session(context)
+        return session, session.root(root_from_wire(root))
+
+    async def _wait(self, info: RootInfo, packed: bytes, deadline_s: float) -> list[Outcome]:
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + deadline_s
+        if self._hasher.unverified:
+            await self._hasher.verify(self._store.unverified(info, packed), deadline_s=deadline_s)
+        items = list(zip(keys_of(info, packed), _split(packed), strict=True))
+        while True:
+            outcomes = [self._store.outcome(info, key, name) for key, name in items]
+            left = ends - loop.time()
+            if None not in outcomes or left <= 0:
+                return [Outcome.LATE if outcome is None else outcome for outcome in outcomes]
+            try:
+                async with asyncio.timeout(left):
+                    await self._hasher.progress()
+            except TimeoutError:
+                continue
+
+    def _explain_corruption(self, info: RootInfo, packed: bytes, answer: Acquired) -> None:
+        """Name a block that failed its sum as the reason, once."""
+        if answer.reason is not MissReason.ABSENT or not self._hasher.corrupt:
+            return
+        at = len(answer.slots) * NAME_BYTES
+        key = keys_of(info, packed[at : at + NAME_BYTES])[0]
+        if key in self._hasher.corrupt:
+            del self._hasher.corrupt[key]
+            answer.reason = MissReason.CORRUPT
+
+    def _acquire_reply(self, answer: Acquired) -> cache_pb2.AcquireReply:
+        table = self._store.table
+        generation, granules = table.generation.__getitem__, table.granules.__getitem__
+        slots, reserved = answer.slots, answer.reserved_slots
+        return cache_pb2.AcquireReply(
+            incarnation=self._incarnation,
+            lease=answer.lease,
+            lease_ms=self._store.limits.lease_ms if answer.lease else 0,
+            ready=len(slots),
+            slots=slots,
+            offsets=list(map(granules, slots)),
+            generations=list(map(generation, slots)),
+            tiers=[types_pb2.TIER_DRAM] * len(slots),
+            reserved_names=answer.reserved_names,
+            reserved_slots=reserved,
+            reserved_offsets=list(map(granules, reserved)),
+            reserved_generations=list(map(generation, reserved)),
+            reason=types_pb2.MissReason.Name(int(answer.reason)),
+            reserve_reason=types_pb2.MissReason.Name(int(answer.reserve_reason)),
+        )
+
+    @contextmanager
+    def _measured(self, method: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        except KvStoreError as error:
+            self._parts.metrics.rpc_errors.labels(method, type(error).__name__).inc()
+            raise
+        finally:
+            self._parts.metrics.rpc_seconds.labels(method).observe(time.perf_counter() - started)
+
+
+async def _refuse_stream(method: str) -> AsyncIterator[Any]:
+    if method:
+        raise Unsupported(f"{method} is not served yet")
+    yield None  # never reached: what makes this a stream, as the interface has it
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1_000
+
+
+def _metadata(context: Context) -> dict[str, str | bytes]:
+    return {
+        key: value for key, value in context.invocation_metadata() or () if len(key) <= MAX_ID_BYTES
+    }
+
+
+def _deadline(deadline_ms: int) -> int:
+    if deadline_ms > MAX_DEADLINE_MS:
+        raise BadInput(f"deadline_ms {deadline_ms}; {MAX_DEADLINE_MS} allowed")
+    return deadline_ms
+
+
+def _refs(refs: cache_pb2.SlotRefs, what: str) -> list[tuple[int, int]]:
+    if len(refs.slots) != len(refs.generations):
+        raise BadInput(
+            f"{what} has {len(refs.slots)} slots and {len(refs.generations)} generations"
+        )
+    if len(refs.slots) > MAX_NAMES_PER_CALL:
+        raise TooLarge(f"{what} has {len(refs.slots)} slots; {MAX_NAMES_PER_CALL} allowed")
+    return list(zip(refs.slots, refs.generations, strict=True))
+
+
+def _split(packed: bytes) -> list[bytes]:
+    return [packed[at : at + NAME_BYTES] for at in range(0, len(packed), NAME_BYTES)]

@@ -1,0 +1,295 @@
+"""The node's picture of its arena: slot states in columns, the index, eviction. Pure.
+
+Every change of a slot goes through `SlotTable`, which keeps four things in step: the word in shared
+memory (through `SlotWord.to`, so an illegal change asserts), the columns here, the index
+(key → slot) and what is published. No object per block: arrays by slot number, and one dict of
+64-bit keys. A key is a hint, the record's full root and name decide (`holds`).
+
+    RESERVED slots may stand in the index too: the claim of whoever computes that block now.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final
+
+from kvstore.core.names import BlockName
+from kvstore.core.slots import READABLE, SlotState, SlotWord
+from kvstore.directory.events import Changed, TierKind
+from kvstore.directory.policy import Access, BlockKey, Policy
+from kvstore.directory.publisher import Publisher
+from kvstore.observe.metrics import NodeMetrics
+from kvstore.service.roots import RootInfo, Roots
+from kvstore.tiers.arena_space import ArenaSpace, Chunk
+from kvstore.transport.arena import ArenaMapping, SlotRecord
+
+ZERO_SUM: Final = bytes(16)
+
+
+class SlotTable:
+    """Slots of one arena, as the only process that may change them sees them."""
+
+    def __init__(
+        self,
+        arena: ArenaMapping,
+        policy: Policy,
+        metrics: NodeMetrics,
+        *,
+        node: str,
+        host: str = "",
+    ) -> None:
+        slots = arena.size.max_slots
+        self.arena = arena
+        self.policy = policy
+        self.metrics = metrics
+        self.space = ArenaSpace(arena.size.data_bytes, slots)
+        self.roots = Roots()
+        self.index: dict[int, int] = {}
+        self.generation = array("Q", bytes(8 * slots))
+        self.state = bytearray(slots)
+        self.servable = bytearray(slots)
+        """1 where the block may be leased: readable, and verified since the node started."""
+        self.granules = array("I", bytes(4 * slots))
+        self.pins = array("I", bytes(4 * slots))
+        """Leases and running jobs that need the bytes to stay."""
+        self.root_number = array("I", bytes(4 * slots))
+        self.key = array("Q", bytes(8 * slots))
+        self.writer = array("I", bytes(4 * slots))
+        """Session that reserved the slot last; 0 when that was before this incarnation."""
+        self.claimed_ms = array("d", bytes(8 * slots))
+        self.counts: Counter[SlotState] = Counter()
+        self.used_bytes = 0
+        self.reserved_bytes = 0
+        self.evicted_blocks = 0
+        self.publisher = Publisher(node, arena.incarnation, (TierKind.DRAM,), self, host=host)
+
+    # -- looking ---------------------------------------------------------------------------
+
+    def root_of(self, slot: int) -> RootInfo:
+        """Return the root that the slot's block stands under."""
+        return self.roots.at(self.root_number[slot])
+
+    def holds(self, slot: int, info: RootInfo, name: bytes) -> bool:
+        """Say whether the slot is for exactly this block: the whole name, not its key."""
+        return self.root_number[slot] == info.number and self.arena.name(slot) == name
+
+    def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
+        """Return the slot that holds or will hold the block, or None."""
+        slot = self.index.get(key)
+        return slot if slot is not None and self.holds(slot, info, name) else None
+
+    def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
+        """Return what sealed slots from `cursor` on hold: a slice of a Watch snapshot."""
+        stop = min(cursor + limit, len(self.state))
+        found: dict[int, list[BlockName]] = {}
+        sealed = int(SlotState.SEALED)
+        for slot in range(cursor, stop):
+            if self.state[slot] == sealed:
+                names = found.setdefault(self.root_number[slot], [])
+                names.append(BlockName(self.arena.name(slot)))
+        changes = [
+            Changed(
+                root=info.root,
+                tier=TierKind.DRAM,
+                names=names,
+                block_bytes=info.shape.block_bytes,
+                group=info.group,
+            )
+            for info, names in ((self.roots.at(number), names) for number, names in found.items())
+        ]
+        return changes, stop if stop < len(self.state) else None
+
+    # -- the life of a slot ----------------------------------------------------------------
+
+    def reserve(
+        self, info: RootInfo, name: bytes, key: int, *, position: int, session: int, now_ms: float
+    ) -> int | None:
+        """Give a free slot to a session for one block; None when there is no free slot.
+
+        The caller makes room first (`make_room`) and has checked that nobody holds the block.
+        """
+        slot = self._place(info.shape.block_bytes)
+        if slot is None:
+            return None
+        record = SlotRecord(
+            offset=self.granules[slot] << 12,
+            block_bytes=info.shape.block_bytes,
+            payload_bytes=info.shape.payload_bytes,
+            shares=info.shape.shares,
+            position=position,
+            root=info.root,
+            name=BlockName(name),
+            sum=ZERO_SUM,
+        )
+        # The record first: whoever sees the new generation may trust what stands beside it.
+        self.arena.set_record(slot, record)
+        self.root_number[slot] = info.number
+        self.key[slot] = key
+        self.writer[slot] = session
+        self.claimed_ms[slot] = now_ms
+        self._turn(slot, SlotState.RESERVED, session=session)
+        self.index[key] = slot
+        self.reserved_bytes += info.shape.block_bytes
+        return slot
+
+    def commit(self, slot: int, now_ms: float) -> bool:
+        """Make a reserved slot readable; False when its name was committed before: slot freed."""
+        key = self.key[slot]
+        holder = self.index.get(key)
+        if holder is not None and holder != slot and SlotState(self.state[holder]) in READABLE:
+            self.free(slot)
+            return False
+        self.index[key] = slot
+        self._turn(slot, SlotState.COMMITTED)
+        self.servable[slot] = 1
+        block_bytes = self.root_of(slot).shape.block_bytes
+        self.reserved_bytes -= block_bytes
+        self.used_bytes += block_bytes
+        self.policy.insert(BlockKey(key), self.access(slot, now_ms))
+        return True
+
+    def seal(self, slot: int, block_sum: bytes) -> None:
+        """Store the sum of a committed slot and list the block to others."""
+        self.arena.set_sum(slot, block_sum)
+        self._turn(slot, SlotState.SEALED)
+        info = self.root_of(slot)
+        self.publisher.set(
+            info.root,
+            TierKind.DRAM,
+            [BlockName(self.arena.name(slot))],
+            block_bytes=info.shape.block_bytes,
+            group=info.group,
+        )
+
+    def free(self, slot: int) -> None:
+        """Take a slot back from whatever state it is in; nobody may need its bytes any more."""
+        state = SlotState(self.state[slot])
+        assert self.pins[slot] == 0, f"slot {slot} is pinned"
+        key = self.key[slot]
+        info = self.root_of(slot)
+        if state is SlotState.SEALED:
+            name = BlockName(self.arena.name(slot))
+            self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
+        if state in READABLE:
+            self.used_bytes -= info.shape.block_bytes
+            self.policy.remove(BlockKey(key))
+        elif state is SlotState.RESERVED:
+            self.reserved_bytes -= info.shape.block_bytes
+        if self.index.get(key) == slot:
+            del self.index[key]
+        self.servable[slot] = 0
+        self._turn(slot, SlotState.FREE)
+        self.space.give(slot)
+
+    def adopt(self, slot: int, word: SlotWord, info: RootInfo, key: int, now_ms: float) -> None:
+        """Take over a sealed or reserved slot that an earlier incarnation left.
+
+        A sealed block is not servable until it was verified, and the caller publishes it.
+        """
+        assert word.state in (SlotState.SEALED, SlotState.RESERVED)
+        self.state[slot] = word.state
+        self.root_number[slot] = info.number
+        self.key[slot] = key
+        self.writer[slot] = word.session
+        self.claimed_ms[slot] = now_ms
+        self.index[key] = slot
+        self.counts[word.state] += 1
+        if word.state is SlotState.RESERVED:
+            self.reserved_bytes += info.shape.block_bytes
+            return
+        self.used_bytes += info.shape.block_bytes
+        self.policy.insert(BlockKey(key), self.access(slot, now_ms))
+
+    def access(self, slot: int, now_ms: float) -> Access:
+        """Return the evidence of one use of the slot's block."""
+        info = self.root_of(slot)
+        return Access(
+            now_ms=now_ms,
+            position=self.arena.record(slot).position,
+            block_bytes=info.shape.block_bytes,
+            share_domain=info.domain,
+        )
+
+    # -- room ------------------------------------------------------------------------------
+
+    def make_room(self, block_bytes: int, count: int, now_ms: float) -> bool:
+        """Evict so that at least one slot of the class can be reserved; at most `count` blocks.
+
+        The class takes a whole chunk from another one while it holds less than its fair share,
+        and otherwise drops its own least valuable blocks. False when all is leased, reserved or
+        unsealed.
+        """
+        if self.space.below_fair_share(block_bytes) and self._take_chunk(block_bytes):
+            return True
+        victims = self.policy.victims(
+            count, now_ms=now_ms, may_evict=lambda key: self._evictable(key, block_bytes)
+        )
+        if victims:
+            self.evict((self.index[key] for key in victims), reason="room")
+            return True
+        return self._take_chunk(block_bytes)
+
+    def evict(self, slots: Iterable[int], *, reason: str) -> int:
+        """Drop sealed, unpinned blocks; returns how many."""
+        dropped = 0
+        for slot in list(slots):
+            self.free(slot)
+            dropped += 1
+        self.metrics.evictions.labels("dram", reason).inc(dropped)
+        self.evicted_blocks += dropped
+        return dropped
+
+    def _evictable(self, key: BlockKey, block_bytes: int) -> bool:
+        slot = self.index[key]
+        return self._idle(slot) and self.root_of(slot).shape.block_bytes == block_bytes
+
+    def _idle(self, slot: int) -> bool:
+        return self.state[slot] == SlotState.SEALED and not self.pins[slot]
+
+    def _take_chunk(self, block_bytes: int) -> bool:
+        found = self.space.victim_chunk(block_bytes, self._idle)
+        if found is None:
+            return False
+        chunk, used = found
+        self.evict(used, reason="chunk")
+        # From the end: what a crash leaves half cleared is still a prefix of the chunk.
+        for slot in reversed(chunk.slots):
+            self.arena.clear(slot)
+        self.space.dissolve(chunk)
+        return True
+
+    def _place(self, block_bytes: int) -> int | None:
+        slot = self.space.take(block_bytes)
+        if slot is None:
+            chunk = self.space.grow(block_bytes)
+            if chunk is None:
+                return None
+            self._lay(chunk)
+            slot = self.space.take(block_bytes)
+        return slot
+
+    def _lay(self, chunk: Chunk) -> None:
+        """Write where each slot of a new chunk lies, so that a restart finds the chunk again."""
+        for index, slot in enumerate(chunk.slots):
+            offset = chunk.extent.start + index * chunk.block_bytes
+            self.granules[slot] = offset >> 12
+            self.arena.lay(slot, offset, chunk.block_bytes)
+
+    def _turn(self, slot: int, state: SlotState, *, session: int = 0) -> None:
+        before = SlotState(self.state[slot])
+        holder = self.writer[slot] if before is SlotState.RESERVED else 0
+        word = SlotWord(self.generation[slot], before, holder).to(state, session=session)
+        self.arena.set_word(slot, word)
+        self.generation[slot] = word.generation
+        self.state[slot] = state
+        if before is not SlotState.FREE:
+            self.counts[before] -= 1
+        if state is not SlotState.FREE:
+            self.counts[state] += 1
+
+
+def keys_of(info: RootInfo, packed: bytes) -> list[int]:
+    """Return the 64-bit keys of packed names under a root: (root prefix) ^ (name prefix)."""
+    prefix = info.prefix
+    words: list[int] = memoryview(packed).cast("Q")[::4].tolist()
+    return [word ^ prefix for word in words]
