@@ -13,21 +13,14 @@ from kvstore.service.keeper import run_keeper
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
-class Size(click.ParamType[int]):
-    """Bytes, plain or with a unit: `67108864`, `64MiB`, `8G` (units of 1024)."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number of bytes."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().upper().removesuffix("B").removesuffix("I")
-        unit = text[-1:] if text[-1:] in _UNITS and not text[-1:].isdigit() else ""
-        digits = text.removesuffix(unit) if unit else text
-        if not digits.isdigit():
-            self.fail(f"{value!r} is not a size such as 512MiB or 8G", param, ctx)
-        return int(digits) * _UNITS[unit]
+def parse_size(context: click.Context, option: click.Parameter, value: str) -> int:
+    """Return the bytes in `67108864`, `64MiB` or `8G` (units of 1024)."""
+    text = value.strip().upper().removesuffix("B").removesuffix("I")
+    unit = text[-1:] if text[-1:] in _UNITS else ""
+    digits = text.removesuffix(unit) if unit else text
+    if not (digits.isascii() and digits.isdigit()):
+        raise click.BadParameter(f"{value!r} is not a size such as 512MiB or 8G")
+    return int(digits) * _UNITS[unit]
 
 
 @click.command(short_help="Run this host's cache: a keeper and its cache node.")
@@ -39,7 +32,12 @@ class Size(click.ParamType[int]):
 )
 @click.option("--name", default="node", show_default=True, help="Name of this node.")
 @click.option(
-    "--arena-bytes", type=Size(), default="1GiB", show_default=True, help="Memory for blocks."
+    "--arena-bytes",
+    callback=parse_size,
+    default="1GiB",
+    metavar="SIZE",
+    show_default=True,
+    help="Memory for blocks.",
 )
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")

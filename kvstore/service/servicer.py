@@ -5,9 +5,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import (
     BadInput,
@@ -39,7 +39,10 @@ MAX_WAITERS: Final = 1_024
 _DRAM_BIT: Final = 1 << int(TierKind.DRAM)
 _SERVED_GROUP: Final = "full"
 
-Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:  # generic in the type stubs only
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Context = grpc.aio.ServicerContext
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ class Lease(NamedTuple):
     """Slots that stay while a session reads them."""
 
     session: int
-    slots: array[int]
+    slots: "array[int]"
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Leases:
         """Say whether this id was handed out by this incarnation or one before."""
         return 0 < lease < self._next
 
-    def drop(self, lease: int, session: Session) -> array[int]:
+    def drop(self, lease: int, session: Session) -> "array[int]":
         """End a held lease and return its slots."""
         session.leases.remove(lease)
         return self._held.pop(lease).slots
