@@ -67,7 +67,7 @@ def adopt(store: ArenaStore, now_ms: float) -> Adopted:
 def _words(arena: ArenaMapping) -> tuple[list[SlotWord], int]:
     words: list[SlotWord] = []
     unreadable = 0
-    for raw in arena.raw_words():
+    for raw in arena.raw_words().tolist():
         try:
             words.append(unpack(raw))
         except ValueError:

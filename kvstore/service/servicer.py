@@ -267,9 +267,10 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         """Not served yet: there is no bulk port."""
         raise Unsupported("Ticket is not served yet: there is no bulk port")
 
-    def Get(self, request: Any, context: Context) -> AsyncIterator[Any]:
+    async def Get(self, request: Any, context: Context) -> AsyncIterator[Any]:
         """Not served yet."""
-        return _refuse_stream("Get")
+        async for reply in _refuse_stream("Get"):
+            yield reply
 
     async def Put(self, requests: Any, context: Context) -> Any:
         """Not served yet."""

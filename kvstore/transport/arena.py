@@ -196,12 +196,6 @@ class ArenaMapping:
         at = HEADER_BYTES + slot * RECORD_BYTES
         self._table[at + _WORD_BYTES : at + RECORD_BYTES] = bytes(RECORD_BYTES - _WORD_BYTES)
 
-    def raw_words(self) -> list[int]:
-        """Return all slot words undecoded: what a restart reads, whatever stands there."""
-        first = HEADER_BYTES // _WORD_BYTES
-        step = RECORD_BYTES // _WORD_BYTES
-        return self._words[first : first + self.size.max_slots * step : step].tolist()
-
     def placed(self) -> list[tuple[int, int, int]]:
         """Return (slot, offset, block bytes) of every slot that belongs to a chunk."""
         table = self._bytes[HEADER_BYTES : HEADER_BYTES + self.size.max_slots * RECORD_BYTES]
