@@ -158,7 +158,9 @@ async def test_nobody_there_is_unreachable(tmp_path: Path) -> None:
 
 def odd(code: grpc.StatusCode, *trailing: tuple[str, str | bytes]) -> grpc.aio.AioRpcError:
     """A failure as a peer of another version could send it."""
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), "odd")
+    return grpc.aio.AioRpcError(
+        code, grpc.aio.Metadata(), grpc.aio.Metadata(*trailing), "odd", None
+    )
 
 
 def test_unknown_classes_fall_back_to_the_status() -> None:
