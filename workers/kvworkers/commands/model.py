@@ -1,7 +1,6 @@
 """`kvstore model`: make a model ready, and say what one is."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvworkers.models.convert import Progress as Report
 from kvworkers.models.provision import ensure_model
@@ -77,10 +75,8 @@ def show(source: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), str(value))
-    Console(file=sys.stdout).print(table)
+        click.echo(f"{name.replace('_', ' '):<18}{value}")
 
 
 def _facts(spec: ModelSpec) -> dict[str, str | int | float | list[int]]:

@@ -7,7 +7,7 @@ the lock and finds the result. A directory appears by rename, hence whole or not
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -92,7 +92,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
 
     from kvworkers.models.loading import quiet_loading
 
-    with quiet_loading():
+    with quiet_loading(), _counted_tensors(progress):
         try:
             progress("Converting: reading tokenizer", 1, steps)
             tokenizer = AutoTokenizer.from_pretrained(
@@ -116,6 +116,25 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     progress("Converting: saving", steps, steps)
+
+
+@contextmanager
+def _counted_tensors(progress: Progress) -> Iterator[None]:
+    """Turn the bar that transformers draws over a GGUF's tensors into steps of ours."""
+    from transformers import modeling_gguf_pytorch_utils as module
+
+    theirs = getattr(module, "tqdm", None)
+
+    def counted(tensors: Collection[Any], **_: Any) -> Iterator[Any]:
+        for done, tensor in enumerate(tensors, 1):
+            yield tensor
+            progress("Unpacking tensors", done, len(tensors))
+
+    module.tqdm = counted
+    try:
+        yield
+    finally:
+        module.tqdm = theirs
 
 
 def _unpacked() -> dict[str, Any]:
