@@ -98,20 +98,31 @@ def load_model(
         if threads <= 0:
             raise BadInput(f"threads must be positive, got {threads}")
         torch.set_num_threads(threads)
-    from transformers import AutoModelForCausalLM
-
     with quiet_loading():
         attention.register()
-        try:
-            # The type is said explicitly: converted configs say bfloat16, which a CPU
-            # neither computes quickly nor exactly.
-            module = AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=attention.IMPLEMENTATION,
-                local_files_only=True,
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise BadInput(f"{spec.path}: weights could not be loaded: {error}") from error
+        module = _load_weights(spec)
     module.requires_grad_(False)
     return LoadedModel(spec, torch.device(device), module.to(device).eval())
+
+
+def _load_weights(spec: ModelSpec) -> Any:
+    """Return transformers' model with every weight from the files; `BadInput` otherwise."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # The type is said explicitly: converted configs say bfloat16, which a CPU neither
+        # computes quickly nor exactly.
+        module, loading = AutoModelForCausalLM.from_pretrained(
+            spec.path,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=attention.IMPLEMENTATION,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"{spec.path}: weights could not be loaded: {error}") from error
+    if missing := loading["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise BadInput(f"{spec.path}: weights are missing: {', '.join(sorted(missing)[:3])} …")
+    return module

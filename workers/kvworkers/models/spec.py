@@ -19,6 +19,13 @@ DESCRIPTION_FILE: Final = "kvstore_model.json"
 """Written beside converted weights: the model's name and what it was made from."""
 
 _LENGTH_DEPENDENT_ROPE: Final = ("dynamic", "longrope")
+_SIZES: Final = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "hidden_size",
+    "max_position_embeddings",
+)
 _MLA_FIELDS: Final = ("kv_lora_rank",)
 _SOFTCAP_FIELDS: Final = ("attn_logit_softcapping", "attn_logit_softcap")
 
@@ -106,11 +113,11 @@ def _standardised(model: Path) -> Any:
         config = AutoConfig.from_pretrained(model, local_files_only=True)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise BadInput(f"{model / 'config.json'}: {error}") from None
-    for field in ("num_attention_heads", "num_hidden_layers", "vocab_size", "hidden_size"):
+    for field in _SIZES:
         if not isinstance(getattr(config, field, None), int):
-            raise Unsupported(f"{model}: config has no {field}; only plain decoders are served")
-    if not isinstance(getattr(config, "max_position_embeddings", None), int):
-        raise Unsupported(f"{model}: config has no max_position_embeddings")
+            raise Unsupported(
+                f"{model} ({config.model_type}): config has no {field}; only plain decoders are served"
+            )
     return config
 
 
