@@ -139,31 +139,14 @@ class WorkerServer:
         if pages == 0:
             raise BadInput(f"pool_bytes {config.pool_bytes} is below one block of {block_bytes}")
         memory = await asyncio.to_thread(_touched_pool, model, pages)
-        pool = PagePool(pages, block_bytes=block_bytes, policy=Lru())
         mover = Mover(memory)
         self._stack.push_async_callback(asyncio.to_thread, mover.close)
         self._stack.push_async_callback(self._leave_node)
         await self._join_node(model, mover)
         host = config.host or (self._client.node if self._client else config.name)
+        pool = PagePool(pages, block_bytes=block_bytes, policy=Lru())
         publisher = Publisher(config.name, self.incarnation, [TierKind.HBM], pool, host=host)
-        engine = Engine(
-            model,
-            model.page_view(memory),
-            pool,
-            Scheduler(
-                SchedulerConfig(
-                    max_model_tokens=spec.max_model_tokens,
-                    step_tokens=config.step_tokens,
-                    max_running=config.max_running,
-                    max_waiting=config.max_waiting,
-                ),
-                pool,
-            ),
-            Reporter(publisher, self._metrics),
-            root=self._root,
-            store=lambda: self._link,
-        )
-        self._engine = engine
+        engine = self._engine = self._new_engine(model, memory, pool, publisher)
         engine.start()
         self._stack.push_async_callback(engine.stop, drain_ms=config.drain_ms)
         await _warm_up(engine, spec.max_model_tokens)
@@ -176,6 +159,26 @@ class WorkerServer:
         )
         await self._serve(
             WorkerState(identity, spec, engine, publisher, capacity_tokens=pages * BLOCK_TOKENS)
+        )
+
+    def _new_engine(
+        self, model: LoadedModel, memory: torch.Tensor, pool: PagePool, publisher: Publisher
+    ) -> Engine:
+        config = self.config
+        bounds = SchedulerConfig(
+            max_model_tokens=model.spec.max_model_tokens,
+            step_tokens=config.step_tokens,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+        )
+        return Engine(
+            model,
+            model.page_view(memory),
+            pool,
+            Scheduler(bounds, pool),
+            Reporter(publisher, self._metrics),
+            root=self._root,
+            store=lambda: self._link,
         )
 
     async def _serve(self, state: WorkerState) -> None:

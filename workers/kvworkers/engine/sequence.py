@@ -12,8 +12,8 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from kvstore.core.errors import BadInput
-from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.errors import BadInput, TooLarge
+from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES
 from kvstore.core.names import BlockName, ExtraKey, Root, chain
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
@@ -65,6 +65,10 @@ class Request:
             raise BadInput("tokens are empty: a prompt has at least one token")
         if len(self.tokens) % 4:
             raise BadInput(f"packed tokens have {len(self.tokens)} bytes, not a multiple of 4")
+        if len(self.cache_salt) > MAX_EXTRA_KEY_BYTES:
+            raise TooLarge(
+                f"cache_salt has {len(self.cache_salt)} bytes; {MAX_EXTRA_KEY_BYTES} allowed"
+            )
         if self.deadline_ms < 0:
             raise BadInput(f"deadline_ms must not be negative, got {self.deadline_ms}")
 

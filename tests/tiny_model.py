@@ -1,0 +1,53 @@
+"""A real Llama of a few thousand weights, for tests of the engine that need no knowledge."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+VOCAB = 199
+EOS = 2
+MAX_TOKENS = 512
+
+
+@functools.cache
+def tiny_model() -> Path:
+    """Return a Hugging Face directory, made once per process."""
+    directory = Path(tempfile.mkdtemp(prefix="kvstore-tiny-"))
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        initializer_range=0.7,
+    )
+    torch.manual_seed(7)
+    LlamaForCausalLM(config).float().save_pretrained(directory)
+    return directory
+
+
+@functools.cache
+def _reference() -> LlamaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)  # type: ignore[no-any-return]
+
+
+def reference_reply(prompt: list[int], max_tokens: int) -> list[int]:
+    """Return what the plain model says, greedy, the end of sequence left out."""
+    with torch.inference_mode():
+        out = _reference().generate(  # type: ignore[attr-defined]
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=EOS,
+        )
+    reply: list[int] = out[0, len(prompt) :].tolist()
+    return reply[: reply.index(EOS)] if EOS in reply else reply
