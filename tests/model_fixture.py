@@ -71,7 +71,11 @@ def make_step(
 
     Samples every sequence's last row where `sample` names no rows.
     """
-    tokens, positions, slots, contexts, starts = [], [], [], [], [0]
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    contexts: list[int] = []
+    starts = [0]
     width = max(len(pages) for *_, pages in spans)
     for new, held, pages in spans:
         places = range(held, held + len(new))

@@ -1,5 +1,6 @@
 """The real default model: paged logits and greedy text against plain transformers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def loaded(model_dir: Path) -> LoadedModel:
-    return load_model(model_dir)
+def loaded(model_dir: Path) -> Iterator[LoadedModel]:
+    before = torch.get_num_threads()
+    yield load_model(model_dir, threads=1)
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from kvkernels import ops, reference
+from kvkernels.plans import AttentionPlan, Implementation
 
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
@@ -18,7 +19,8 @@ def _pool(pages: int, layout: BlockLayout = LAYOUT) -> torch.Tensor:
 
 
 def test_the_cpu_is_served_by_the_reference_and_other_devices_are_named() -> None:
-    assert ops.implementation("cpu") is reference
+    served: Implementation = ops.implementation("cpu")
+    assert served is reference
     with pytest.raises(Unsupported, match="'xpu'"):
         ops.implementation("xpu")
 
@@ -125,6 +127,15 @@ def _attend(**changed: object) -> torch.Tensor:
     } | changed
     query, pages = arguments.pop("query"), arguments.pop("pages")
     return ops.paged_attention(query, pages, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_plan_knows_the_rows_it_was_made_for() -> None:
+    plan: AttentionPlan = ops.plan_attention(
+        torch.tensor([[0], [1]], dtype=torch.int32),
+        torch.tensor([3, 16], dtype=torch.int32),
+        torch.tensor([0, 3, 4], dtype=torch.int32),
+    )
+    assert plan.query_tokens == 4
 
 
 def test_attention_returns_rows_like_the_query() -> None:

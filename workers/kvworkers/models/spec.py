@@ -116,7 +116,7 @@ def _standardised(model: Path) -> Any:
     for field in _SIZES:
         if not isinstance(getattr(config, field, None), int):
             raise Unsupported(
-                f"{model} ({config.model_type}): config has no {field}; only plain decoders are served"
+                f"{model} ({config.model_type}): config has no {field}: not a plain decoder"
             )
     return config
 

