@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-import grpc
+import grpc.aio
 
 from kvstore.client.arena import SharedArena
 from kvstore.core.errors import BadInput, KvStoreError, SessionLost, Unreachable

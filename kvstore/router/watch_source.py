@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.limits import MARK_PERIOD_MS

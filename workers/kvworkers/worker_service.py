@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import BadInput, Forbidden, TooLarge
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_PROMPT_TOKENS
