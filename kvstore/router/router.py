@@ -123,9 +123,9 @@ class Router:
         return self._view.health(worker, self._now_ms())
 
     def silence_ms(self, worker: str) -> float:
-        """Return for how long nothing was heard of a member; infinite when it is lost."""
-        if self.health(worker) is Health.LOST:
-            return float("inf")
+        """Return for how long nothing was heard of a member; 0 for one that is not followed."""
+        if worker not in self.members.by_name:
+            return 0.0
         return self._view.silence_ms(worker, self._now_ms())
 
     async def route(self, prompt: Prompt, *, wait_ms: float | None = None) -> Decision:

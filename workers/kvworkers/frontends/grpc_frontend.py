@@ -1,0 +1,116 @@
+"""The gRPC service that users call: `Inference`."""
+
+import uuid
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from kvstore.core.errors import BadInput, TooLarge
+from kvstore.core.limits import MAX_PROMPT_TOKENS
+from kvstore.rpc.convert import check_id
+from kvstore.rpc.interceptors import Context
+from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from kvworkers.frontends.generation import Chunk, Generation, SamplingChoice
+from kvworkers.frontends.pipeline import Pipeline
+from kvworkers.frontends.tokenizer import Message
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[misc]
+    """Generate and ListModels over the pipeline."""
+
+    def __init__(self, pipeline: Pipeline, *, created: int) -> None:
+        self._pipeline = pipeline
+        self._created = created
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateReply]:
+        """Stream the reply; a caller that cancels frees the worker."""
+        running = await self._pipeline.prepare(generation_of(request))
+        async with aclosing(self._pipeline.run(running)) as chunks:
+            async for chunk in chunks:
+                yield reply_of(chunk)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsReply:
+        """List what the live workers serve."""
+        reply = inference_pb2.ListModelsReply()
+        for offer in self._pipeline.fleet.offers().values():
+            reply.models.add(
+                id=offer.model, max_model_tokens=offer.max_model_tokens, created=self._created
+            )
+        return reply
+
+
+def generation_of(request: inference_pb2.GenerateRequest) -> Generation:
+    """Return the request that a message asks for; raises `BadInput` naming a field."""
+    messages: list[Message] | None = None
+    text: str | None = None
+    tokens: array[int] | None = None
+    match request.WhichOneof("prompt"):
+        case "messages":
+            messages = [Message(one.role, one.content) for one in request.messages.messages]
+        case "text":
+            text = request.text
+        case "tokens":
+            tokens = _tokens(request.tokens.packed)
+        case _:
+            raise BadInput("give exactly one of messages, text and tokens")
+    return Generation(
+        request_id=uuid.uuid4().hex,
+        model=check_id(request.model, "model"),
+        messages=messages,
+        text=text,
+        tokens=tokens,
+        sampling=_sampling(request.sampling),
+        stop=tuple(request.stop),
+        no_store=request.no_store,
+        no_read=request.no_read,
+        cache_salt=request.cache_salt.encode(),
+        deadline_ms=request.deadline_ms,
+        priority=request.priority,
+    )
+
+
+def reply_of(chunk: Chunk) -> inference_pb2.GenerateReply:
+    """Return the wire form of a chunk."""
+    reply = inference_pb2.GenerateReply(
+        text=chunk.text,
+        tokens=array("I", chunk.tokens).tobytes(),
+        finish_reason=chunk.finish_reason,
+        ttft_ms=chunk.ttft_ms,
+        worker=chunk.worker,
+        output_tokens=chunk.output_tokens,
+        retries=chunk.retries,
+    )
+    if chunk.cache is not None:
+        reply.cache.CopyFrom(chunk.cache.to_proto())
+    for chance in chunk.chances:
+        reply.logprobs.add(
+            token_ids=[token for token, _ in chance.top],
+            logprobs=[logprob for _, logprob in chance.top],
+        )
+    return reply
+
+
+def _tokens(packed: bytes) -> "array[int]":
+    if len(packed) % 4:
+        raise BadInput(f"packed tokens have {len(packed)} bytes, not a multiple of 4")
+    if len(packed) // 4 > MAX_PROMPT_TOKENS:
+        raise TooLarge(f"{len(packed) // 4} tokens; {MAX_PROMPT_TOKENS} allowed")
+    return array("I", packed)
+
+
+def _sampling(sampling: worker_pb2.Sampling) -> SamplingChoice:
+    """Return the choice in a message, where 0 stands for what was not said."""
+    return SamplingChoice(
+        max_tokens=sampling.max_tokens or None,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p or 1.0,
+        top_k=sampling.top_k,
+        seed=sampling.seed if sampling.has_seed else None,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+    )

@@ -1,0 +1,184 @@
+"""One process that serves users: HTTP and gRPC over one pipeline, with the router inside."""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+from grpc_health.v1 import health_pb2
+from prometheus_client import CollectorRegistry
+
+from kvstore.core.errors import BadInput
+from kvstore.directory.view import Health
+from kvstore.observe.metrics import RouterMetrics, exposition
+from kvstore.router.members import Member, Members
+from kvstore.router.router import Router, RouterConfig
+from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.v1 import inference_pb2_grpc
+from kvworkers.frontends.fleet import Fleet
+from kvworkers.frontends.grpc_frontend import InferenceServicer
+from kvworkers.frontends.openai import make_app
+from kvworkers.frontends.pipeline import Pipeline, PipelineConfig
+from kvworkers.frontends.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontendConfig:
+    """Where to listen, whose tokenizer to use, and the bounds of what is inside."""
+
+    model: Path | str
+    """A model directory: only its tokenizer and chat template are read here."""
+    http: str = "127.0.0.1:0"
+    grpc: str = "127.0.0.1:0"
+    max_body_bytes: int = 8 << 20
+    """Of an HTTP request: a conversation of a million tokens has about 5 MB."""
+    stop_grace_ms: int = 2_000
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("http", "grpc"):
+            host, _, port = str(getattr(self, name)).rpartition(":")
+            if not host or not port.isdigit() or int(port) > 65_535:
+                raise BadInput(f"frontend {name} {getattr(self, name)!r} is not HOST:PORT")
+        if self.max_body_bytes <= 0 or self.stop_grace_ms < 0:
+            raise BadInput("frontend max_body_bytes must be positive, stop_grace_ms not negative")
+
+
+class _Uvicorn(uvicorn.Server):  # type: ignore[misc]
+    """Leaves signals to the process that owns the loop."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class FrontendServer:
+    """Serves between `start` and `stop`.
+
+    Construction reads the tokenizer, which takes seconds: do it in a thread.
+    """
+
+    def __init__(self, config: FrontendConfig) -> None:
+        self._config = config
+        self._tokenizer = ChatTokenizer(Path(config.model))
+        self.registry = CollectorRegistry()
+        self._metrics = RouterMetrics(self.registry)
+        self.http_address = ""
+        """`host:port`, once started."""
+        self.grpc_address = ""
+        self._started = False
+
+    async def start(self) -> None:
+        """Listen on both ports. Raises `BadInput` naming an address that cannot be bound."""
+        config = self._config
+        created = int(time.time())
+        self._router = Router(metrics=self._metrics, config=config.router)
+        self._fleet = Fleet(config.pipeline.share_domain)
+        pipeline = Pipeline(
+            config=config.pipeline,
+            tokenizer=self._tokenizer,
+            router=self._router,
+            fleet=self._fleet,
+            metrics=self._metrics,
+        )
+        listening = _bind(config.http)
+        self._server, self._health = make_server()
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            InferenceServicer(pipeline, created=created), self._server
+        )
+        try:
+            self.grpc_address = listen(self._server, config.grpc)
+        except BadInput:
+            listening.close()
+            raise
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        app = make_app(
+            pipeline,
+            metrics=exposition(self.registry),
+            ready=self.ready,
+            max_body_bytes=config.max_body_bytes,
+            created=created,
+        )
+        await self._start_http(app, listening)
+
+    def ready(self) -> bool:
+        """Say whether any worker could take a request now."""
+        return any(
+            self._router.health(worker) is Health.LIVE
+            for offer in self._fleet.offers().values()
+            for worker in offer.workers
+        )
+
+    async def set_members(self, members: list[Member]) -> None:
+        """Serve with these workers and nodes from now on."""
+        listed = Members.of(members)
+        self._router.set_members(listed)
+        self._fleet.set_members(listed)
+
+    async def stop(self) -> None:
+        """Stop listening, let open streams end within the grace, end the rest."""
+        if not self._started:
+            return
+        self._started = False
+        self._http.should_exit = True
+        grace_s = self._config.stop_grace_ms / 1_000
+        await self._server.stop(grace_s)
+        try:
+            async with asyncio.timeout(grace_s + 1):
+                await asyncio.shield(self._http_task)
+        except TimeoutError:
+            self._http.force_exit = True
+            self._http_task.cancel()
+            await asyncio.gather(self._http_task, return_exceptions=True)
+        await self._router.close()
+        await self._fleet.close()
+
+    async def _start_http(self, app: object, listening: socket.socket) -> None:
+        settings = uvicorn.Config(
+            app,
+            loop="none",
+            lifespan="off",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=max(1, self._config.stop_grace_ms // 1_000),
+        )
+        self._http = _Uvicorn(settings)
+        self._http_task = asyncio.create_task(
+            self._http.serve(sockets=[listening]), name="http server"
+        )
+        host, port = listening.getsockname()[:2]
+        self.http_address = f"{host}:{port}"
+        self._started = True
+
+
+@asynccontextmanager
+async def serving(config: FrontendConfig) -> AsyncIterator[FrontendServer]:
+    """Run a frontend for the length of a block."""
+    server = await asyncio.to_thread(FrontendServer, config)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def _bind(address: str) -> socket.socket:
+    """Return a listening TCP socket; raises `BadInput` naming an address that is taken."""
+    host, _, port = address.rpartition(":")
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host.strip("[]"), int(port)))
+        # Listening already: a client may connect the moment the address is known.
+        listening.listen(2_048)
+    except OSError as error:
+        listening.close()
+        raise BadInput(f"cannot listen on {address}: {error}") from error
+    return listening

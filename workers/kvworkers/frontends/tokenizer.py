@@ -1,0 +1,108 @@
+"""The model's tokenizer and chat template, off the event loop for long texts."""
+
+import asyncio
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kvstore.core.errors import BadInput
+
+INLINE_CHARACTERS: Final = 2_048
+"""Up to this length a text is tokenised in place (under a millisecond); longer in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class ChatTokenizer:
+    """Renders conversations and turns text into tokens and back.
+
+    Built from the tokenizer files of a model directory; raises `BadInput` naming the directory
+    when they cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # Slow to import, and only a process that serves text needs it.
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(f"{path}: no readable tokenizer: {error}") from error
+        if not getattr(self._tokenizer, "is_fast", False):
+            raise BadInput(f"{path}: needs a tokenizer.json (a fast tokenizer)")
+        self._backend: Any = self._tokenizer.backend_tokenizer
+        self.eos_token_ids = _eos_token_ids(path) or frozenset(
+            token for token in [self._tokenizer.eos_token_id] if token is not None
+        )
+        """Tokens that end a reply."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Return the number of token ids, added ones included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    async def conversation(self, messages: Sequence[Message]) -> "array[int]":
+        """Return the prompt of a conversation, up to where the assistant speaks.
+
+        Raises `BadInput` when the model's template refuses it.
+        """
+        size = sum(len(message.content) for message in messages)
+        return await self._somewhere(size, self._conversation, messages)
+
+    async def text(self, text: str) -> "array[int]":
+        """Return the tokens of a text as it is, with the special tokens the model starts with."""
+        return await self._somewhere(len(text), self._text, text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out."""
+        return str(self._backend.decode(list(tokens), skip_special_tokens=True))
+
+    def show(self, token: int) -> str:
+        """Return one token for people, special ones included."""
+        return str(self._backend.decode([token], skip_special_tokens=False))
+
+    async def _somewhere(self, size: int, work: Any, argument: Any) -> "array[int]":
+        if size <= INLINE_CHARACTERS:
+            return work(argument)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(work, argument)
+
+    def _conversation(self, messages: Sequence[Message]) -> "array[int]":
+        from jinja2 import TemplateError
+
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise BadInput(f"messages: the model's chat template refuses them: {error}") from error
+        except ValueError as error:  # the model has no template
+            raise BadInput(f"messages: {error}") from error
+        # The template wrote the special tokens already.
+        return array("I", self._backend.encode(rendered, add_special_tokens=False).ids)
+
+    def _text(self, text: str) -> "array[int]":
+        return array("I", self._backend.encode(text, add_special_tokens=True).ids)
+
+
+def _eos_token_ids(path: Path) -> frozenset[int]:
+    """Return what the model's generation settings say ends a reply; empty when they say nothing."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            said = json.loads((path / name).read_text()).get("eos_token_id")
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{path / name}: not readable: {error}") from error
+        if said is not None:
+            return frozenset(said if isinstance(said, list) else [said])
+    return frozenset()
