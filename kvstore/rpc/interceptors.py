@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from kvstore.core.errors import KvStoreError, Unsupported
+from kvstore.core.errors import BadInput, KvStoreError, Unsupported
 from kvstore.rpc.errors import status_of
 
 _log = logging.getLogger(__name__)
@@ -38,13 +39,41 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             inner = getattr(handler, kind, None)
             if inner is not None:
                 wrap = getattr(grpc, f"{kind}_rpc_method_handler")
+                decode = handler.request_deserializer
+                single = kind.startswith("unary")
+                if single and decode is not None:
+                    inner, decode = _decoding(inner, decode), None
                 guarded: Handler = wrap(
                     _guard(inner, str(handler_call_details.method)),
-                    request_deserializer=handler.request_deserializer,
+                    request_deserializer=decode,
                     response_serializer=handler.response_serializer,
                 )
                 return guarded
         return handler
+
+
+def _decoding(inner: Callable[..., Any], decode: Callable[[bytes], Any]) -> Callable[..., Any]:
+    """Return a handler of raw bytes.
+
+    grpc answers bytes that are no message with UNKNOWN and a traceback in the server's log;
+    decoding inside the guard makes them the caller's mistake that they are.
+    """
+
+    def decoded(raw: bytes) -> Any:
+        try:
+            return decode(raw)
+        except DecodeError as error:
+            raise BadInput(f"the request is not a message of its type: {error}") from error
+
+    async def single(raw: bytes, context: Context) -> Any:
+        answer = inner(decoded(raw), context)
+        return await answer if inspect.isawaitable(answer) else answer
+
+    async def streaming(raw: bytes, context: Context) -> AsyncIterator[Any]:
+        async for reply in inner(decoded(raw), context):
+            yield reply
+
+    return streaming if inspect.isasyncgenfunction(inner) else single
 
 
 def _guard(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
