@@ -1,0 +1,196 @@
+"""What a demonstration prints: rows and a summary, as JSON for programs and tables for people."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvworkers.demo.check import Verdict
+from kvworkers.demo.talk import Exchange, Pair
+
+TIERS = ("hbm", "dram", "nvme", "peer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One whole demonstration."""
+
+    exchanges: Sequence[Exchange]
+    pairs: Sequence[Pair]
+    verdicts: Sequence[Verdict]
+    seconds: float
+
+    @property
+    def equal(self) -> int:
+        """Replies that are the uncached model's own."""
+        return sum(verdict.equal for verdict in self.verdicts)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.exchanges) and self.equal == len(self.exchanges)
+
+    def hit_rate(self) -> dict[str, float]:
+        """Return the share of all prompt tokens that came from each tier."""
+        total = sum(e.answer.prompt_tokens for e in self.exchanges) or 1
+        return {
+            tier: round(sum(e.answer.cached[tier] for e in self.exchanges) / total, 4)
+            for tier in TIERS
+        }
+
+
+def row(exchange: Exchange) -> dict[str, Any]:
+    """Return one request's line of `--json`."""
+    answer = exchange.answer
+    return {
+        "request": exchange.request,
+        "client": exchange.client,
+        "turn": exchange.turn,
+        "prompt_tokens": answer.prompt_tokens,
+        "cached": answer.cached,
+        "ttft_ms": round(answer.ttft_ms, 1),
+        "tokens": len(answer.tokens),
+        "worker": answer.worker,
+    }
+
+
+def summary(outcome: Outcome) -> dict[str, Any]:
+    """Return the last line of `--json`."""
+    return {
+        "summary": {
+            "requests": len(outcome.exchanges),
+            "equal_to_uncached": outcome.equal,
+            "hit_rate": outcome.hit_rate(),
+            "ttft_cold_ms": _median([pair.cold_ms for pair in outcome.pairs]),
+            "ttft_hit_ms": _median([pair.hit_ms for pair in outcome.pairs]),
+            "seconds": round(outcome.seconds, 1),
+        }
+    }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return round(median(values), 1) if values else None
+
+
+def live_line(exchange: Exchange) -> str:
+    """Return the line shown when a request ends, in rich's markup."""
+    answer = exchange.answer
+    share = answer.cached_tokens / answer.prompt_tokens
+    colour = "green" if share > 0.5 else "yellow"
+    words = " ".join(answer.text.split())
+    quote = words if len(words) <= 46 else words[:45] + "…"
+    return (
+        f"  client {exchange.client} turn {exchange.turn + 1}  "
+        f"[{colour}]{answer.cached_tokens:>5}[/] of {answer.prompt_tokens:>5} cached  "
+        f"first token [bold]{answer.ttft_ms:>6.0f} ms[/]  {answer.worker}  "
+        f"[dim]“{_plain(quote)}”[/]"
+    )
+
+
+def _plain(text: str) -> str:
+    """Return `text` so that rich takes no bracket in it for markup."""
+    return text.replace("[", "\\[")
+
+
+def print_tables(console: Console, outcome: Outcome) -> None:
+    """Print the account of a whole demonstration."""
+    console.print(_requests(outcome))
+    console.print(_tiers(outcome))
+    if outcome.pairs:
+        console.print(_pairs(outcome.pairs))
+    _print_verdict(console, outcome)
+
+
+def _requests(outcome: Outcome) -> Table:
+    table = Table(title="Requests", title_justify="left", header_style="bold")
+    for name in ("client", "turn", "prompt", "HBM", "DRAM", "computed", "TTFT", "tokens/s"):
+        table.add_column(name, justify="right")
+    table.add_column("worker")
+    table.add_column("equal", justify="center")
+    verdicts = {verdict.request: verdict for verdict in outcome.verdicts}
+    for exchange in outcome.exchanges:
+        answer = exchange.answer
+        verdict = verdicts.get(exchange.request)
+        mark = "?" if verdict is None else "[green]yes" if verdict.equal else "[red]NO"
+        table.add_row(
+            str(exchange.client),
+            str(exchange.turn + 1),
+            str(answer.prompt_tokens),
+            _count(answer.cached["hbm"]),
+            _count(answer.cached["dram"]),
+            str(answer.prompt_tokens - answer.cached_tokens),
+            f"{answer.ttft_ms:.0f} ms",
+            f"{answer.tokens_per_second:.1f}",
+            answer.worker,
+            mark,
+        )
+    return table
+
+
+def _count(tokens: int) -> str:
+    return f"[green]{tokens}" if tokens else "[dim]–"
+
+
+def _tiers(outcome: Outcome) -> Table:
+    table = Table(title="Where prompt tokens came from", title_justify="left", header_style="bold")
+    table.add_column("tier")
+    table.add_column("tokens", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    prompt = sum(e.answer.prompt_tokens for e in outcome.exchanges)
+    labels = {"hbm": "HBM (the worker's own pages)", "dram": "DRAM (the host's arena)"}
+    cached = 0
+    for tier in TIERS:
+        tokens = sum(e.answer.cached[tier] for e in outcome.exchanges)
+        cached += tokens
+        if tier in labels or tokens:
+            table.add_row(labels.get(tier, tier), *_share(tokens, prompt))
+    table.add_row("computed", *_share(prompt - cached, prompt))
+    return table
+
+
+def _share(tokens: int, total: int) -> tuple[str, str, str]:
+    share = tokens / (total or 1)
+    return f"{tokens:,}", f"{share:.1%}", "█" * round(share * 30)
+
+
+def _pairs(pairs: Sequence[Pair]) -> Table:
+    title = "The same prompts, one at a time: time to first token"
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in ("prompt", "cached", "with cache", "without", "sooner"):
+        table.add_column(name, justify="right")
+    for pair in pairs:
+        table.add_row(
+            str(pair.prompt_tokens),
+            str(pair.hit_tokens),
+            f"{pair.hit_ms:.0f} ms",
+            f"{pair.cold_ms:.0f} ms",
+            f"{pair.cold_ms / pair.hit_ms:.1f}x",
+        )
+    ratio = median(pair.cold_ms / pair.hit_ms for pair in pairs)
+    table.add_section()
+    table.add_row(
+        "median",
+        "",
+        f"{median(p.hit_ms for p in pairs):.0f} ms",
+        f"{median(p.cold_ms for p in pairs):.0f} ms",
+        f"[bold green]{ratio:.1f}x",
+    )
+    return table
+
+
+def _print_verdict(console: Console, outcome: Outcome) -> None:
+    total = len(outcome.exchanges)
+    ties = sum(verdict.near_ties for verdict in outcome.verdicts)
+    if ties:
+        console.print(f"{ties} replies compared up to a near tie (top two logits within 1e-3)")
+    for verdict in outcome.verdicts:
+        if not verdict.equal:
+            console.print(f"[red]request {verdict.request}: {verdict.detail}")
+    if outcome.passed:
+        console.print(f"[bold green]All {total} replies equal the uncached model's greedy replies.")
+    else:
+        console.print(f"[bold red]Only {outcome.equal} of {total} replies equal the model's own.")
+    console.print(f"[dim]{outcome.seconds:.0f} s in all")
