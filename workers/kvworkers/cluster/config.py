@@ -71,7 +71,7 @@ class ClusterConfig:
                 grpc=Address.parse(fields["grpc"]),
             )
             return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"not a cluster's configuration: {error}") from error
 
     def at(self, run_dir: Path) -> "ClusterConfig":

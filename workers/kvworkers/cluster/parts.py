@@ -20,6 +20,9 @@ from kvworkers.cluster.plan import MemberList, Phase, Report, Role
 _STOP_SECONDS: Final = 8.0
 """How long a part may take to end in good order before it is killed."""
 
+_DRAIN_MS: Final = 2_000
+"""How long running requests may go on while a cluster ends."""
+
 _KEEPER_READY_SECONDS: Final = 120.0
 """First touch of an arena ran at 1 GB/s on a slow machine: 120 s are enough for 100 GiB."""
 
@@ -168,6 +171,7 @@ class WorkerShell(Shell):
     def __init__(self, name: str, config: ClusterConfig) -> None:
         super().__init__(name, config)
         self._server: Any = None
+        self._end: asyncio.Task[None] | None = None
 
     async def _serve(self) -> None:
         self._server = await asyncio.to_thread(self._build)
@@ -177,23 +181,34 @@ class WorkerShell(Shell):
             address=self._server.address,
             metrics=self._server.metrics_address,
         )
+        self._end = asyncio.create_task(self._end_when_broken(), name="broken")
+
+    async def _end_when_broken(self) -> None:
+        """End the process when its model fails step after step: Ray then starts a fresh one."""
+        await self._server.broken.wait()
+        os._exit(1)
 
     def _build(self) -> Any:
         """Import the engine and make the server; imports alone take seconds."""
         from kvworkers.worker import WorkerConfig, WorkerServer
 
+        chosen = self._config
         config = WorkerConfig(
-            model=self._config.model,
-            node=self._node_dir,
+            model=str(chosen.model),
+            node=str(self._node_dir),
+            host=self._report.host,
             name=self._report.name,
             incarnation=self._report.incarnation,
-            threads=self._config.threads_per_worker(),
-            pool_bytes=self._config.pool_bytes,
+            threads=chosen.threads_per_worker(),
+            drain_ms=_DRAIN_MS,
+            **({"pool_bytes": chosen.pool_bytes} if chosen.pool_bytes else {}),
         )
         return WorkerServer(config)
 
     async def stop(self) -> None:
-        """End the server inside; requests still running are aborted."""
+        """End the server inside; requests still running get a moment to finish."""
+        if self._end is not None:
+            self._end.cancel()
         if self._server is not None:
             server, self._server = self._server, None
             async with asyncio.timeout(_STOP_SECONDS):

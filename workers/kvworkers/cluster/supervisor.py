@@ -29,7 +29,7 @@ _PR_SET_CHILD_SUBREAPER: Final = 36
 GRACE_SECONDS: Final = 25.0
 """How long the session may take to end in good order after it was told."""
 
-_TERM_SECONDS: Final = 5.0
+_TERM_SECONDS: Final = 3.0
 """How long leftovers may take after SIGTERM before SIGKILL."""
 
 _KILL_SECONDS: Final = 5.0

@@ -1,0 +1,41 @@
+"""A cluster's configuration travels to its session as one line and is refused when wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from kvstore.cli.values import Address
+from kvstore.core.errors import BadInput
+from kvworkers.cluster.config import ClusterConfig
+
+CONFIG = ClusterConfig(model=Path("m"), run_dir=Path("r"), workers=3, http=Address("127.0.0.1", 1))
+
+
+def test_it_survives_the_way_to_the_session() -> None:
+    assert ClusterConfig.from_json(CONFIG.to_json()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("workers", 0, "--workers"),
+        ("workers", 1025, "--workers"),
+        ("arena_bytes", 1, "--arena"),
+        ("pool_bytes", -1, "--pool"),
+        ("threads", -1, "--threads"),
+    ],
+)
+def test_a_wrong_value_names_its_flag(field: str, value: int, flag: str) -> None:
+    with pytest.raises(BadInput, match=flag):
+        ClusterConfig(model=Path("m"), run_dir=Path("r"), **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": 1}'])
+def test_what_is_no_configuration_is_refused(text: str) -> None:
+    with pytest.raises(BadInput):
+        ClusterConfig.from_json(text)
+
+
+def test_workers_share_the_cores() -> None:
+    assert CONFIG.threads_per_worker(cores=16) == 5
+    assert CONFIG.threads_per_worker(cores=2) == 1
