@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kvworkers.cluster.plan import (
     HUNG_AFTER_MS,
     MAX_FAILED_STARTS,

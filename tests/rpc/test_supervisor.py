@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-
 from kvworkers.cluster.state import started_ticks
 
 SUPERVISE = """
@@ -27,19 +26,24 @@ TREE = """
     tell = "print(os.getpid(), flush=True); time.sleep(600)"
     children = [
         child(tell),
-        child("signal.signal(15, signal.SIG_IGN);" + tell),
+        child("DEAF" + tell),
         child("os.setsid();" + tell),
         child("pid = os.fork();\\nif pid: os._exit(0)\\nos.setsid();" + tell),
     ]
     pids = [int(c.stdout.readline()) for c in children]
+    BEFORE
     os.write(ready, str(pids).encode())
-    MODE
+    AFTER
 """
 
 
-def started(mode: str, tmp_path: Path) -> tuple["subprocess.Popen[str]", list[int]]:
+def started(
+    tmp_path: Path, *, after: str, before: str = "", deaf: bool = False
+) -> tuple["subprocess.Popen[str]", list[int]]:
     tree = tmp_path / "tree.py"
-    tree.write_text(textwrap.dedent(TREE).replace("MODE", mode))
+    code = textwrap.dedent(TREE).replace("BEFORE", before).replace("AFTER", after)
+    code = code.replace("DEAF", "signal.signal(15, signal.SIG_IGN);" if deaf else "")
+    tree.write_text(code)
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SUPERVISE), str(tree)],
         stdout=subprocess.PIPE,
@@ -62,28 +66,28 @@ def gone(pids: list[int]) -> bool:
 
 
 def test_ctrl_c_ends_a_session_in_order_and_then_its_leftovers(tmp_path: Path) -> None:
-    orderly = "signal.signal(15, lambda *_: sys.exit(7)); signal.pause()"
-    process, pids = started(orderly, tmp_path)
+    orderly = "signal.signal(15, lambda *_: sys.exit(7))"
+    process, pids = started(tmp_path, before=orderly, after="while True: signal.pause()")
     process.send_signal(signal.SIGINT)
     assert finish(process) == "[7, true, 4]"
     assert gone(pids)
 
 
 def test_a_session_that_ends_by_itself_leaves_nothing(tmp_path: Path) -> None:
-    process, pids = started("sys.exit(3)", tmp_path)
+    process, pids = started(tmp_path, after="sys.exit(3)")
     assert finish(process) == "[3, false, 4]"
     assert gone(pids)
 
 
 def test_a_session_that_crashes_leaves_nothing(tmp_path: Path) -> None:
-    process, pids = started("os.kill(os.getpid(), 9)", tmp_path)
+    process, pids = started(tmp_path, after="os.kill(os.getpid(), 9)", deaf=True)
     assert finish(process) == "[-9, false, 4]"
     assert gone(pids)
 
 
 def test_a_second_signal_does_not_wait_for_order(tmp_path: Path) -> None:
-    stubborn = "signal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()"
-    process, pids = started(stubborn, tmp_path)
+    stubborn = "signal.signal(15, signal.SIG_IGN)"
+    process, pids = started(tmp_path, before=stubborn, after="while True: signal.pause()")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     assert finish(process) == "[-9, true, 4]"
@@ -129,8 +133,16 @@ def test_a_busy_port_names_its_flag(flag: str) -> None:
         for command in ("up", "demo"):
             free = "--grpc" if flag == "--http" else "--http"
             done = subprocess.run(
-                [sys.executable, "-m", "kvstore.cli.main", command]
-                + [flag, address, free, "127.0.0.1:0"],
+                [
+                    sys.executable,
+                    "-m",
+                    "kvstore.cli.main",
+                    command,
+                    flag,
+                    address,
+                    free,
+                    "127.0.0.1:0",
+                ],
                 capture_output=True,
                 text=True,
                 timeout=20,

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from kvworkers.cluster.config import ClusterConfig
 
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
-from kvworkers.cluster.config import ClusterConfig
 
 CONFIG = ClusterConfig(model=Path("m"), run_dir=Path("r"), workers=3, http=Address("127.0.0.1", 1))
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from kvstore.core.errors import BadInput, NotFound
 from kvworkers.cluster import rundir
 from kvworkers.cluster.state import StateFile, started_ticks
+
+from kvstore.core.errors import BadInput, NotFound
 
 
 def test_a_claim_is_found_and_dropped(tmp_path: Path) -> None:

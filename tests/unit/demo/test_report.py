@@ -2,11 +2,10 @@
 
 import json
 
-from rich.console import Console
-
 from kvworkers.demo.check import Verdict
 from kvworkers.demo.report import Outcome, live_line, print_tables, row, summary
 from kvworkers.demo.talk import Answer, Exchange, Pair
+from rich.console import Console
 
 
 def exchange(request: int, *, hbm: int = 0, dram: int = 0, worker: str = "worker-0") -> Exchange:

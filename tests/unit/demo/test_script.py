@@ -1,9 +1,9 @@
 """The demonstration's conversations: shared openings, parting questions, honest documents."""
 
 import pytest
+from kvworkers.demo.script import MAX_CLIENTS, MAX_TURNS, QUESTIONS, conversations, document
 
 from kvstore.core.errors import BadInput
-from kvworkers.demo.script import MAX_CLIENTS, MAX_TURNS, QUESTIONS, conversations, document
 
 
 def test_clients_share_the_system_prompt_and_pairs_share_a_document() -> None:
