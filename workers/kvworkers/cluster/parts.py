@@ -201,8 +201,9 @@ class WorkerShell(Shell):
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
             drain_ms=_DRAIN_MS,
-            **({"pool_bytes": chosen.pool_bytes} if chosen.pool_bytes else {}),
         )
+        if chosen.pool_bytes:
+            config = replace(config, pool_bytes=chosen.pool_bytes)
         return WorkerServer(config)
 
     async def stop(self) -> None:
