@@ -38,7 +38,7 @@ class Health(StrEnum):
     """How a publisher fares as far as its stream tells."""
 
     JOINING = "joining"
-    """Followed, and nothing heard since."""
+    """Followed, and its first snapshot is not whole yet."""
     LIVE = "live"
     SUSPECT = "suspect"
     """Silent for too long: nothing may be routed to it."""
@@ -72,6 +72,8 @@ class PublisherView:
     lost: str = ""
     """Why it is lost; empty while it is not."""
     began: bool = False
+    joined: bool = False
+    """Whether any snapshot has come in whole."""
     fuzzy_until: int = 0
     """Below this sequence the snapshot may be ahead of the events, so digests say nothing."""
     resyncing: bool = False
@@ -149,7 +151,7 @@ class ClusterView:
         known = self._publishers.get(name)
         if known is None or known.lost:
             return Health.LOST
-        if not known.began:
+        if not known.joined:
             return Health.JOINING
         if now_ms - known.heard_ms > self._suspect_after_ms:
             return Health.SUSPECT
@@ -236,6 +238,7 @@ class ClusterView:
         self._retire({tier: known.places[tier] for tier in known.fresh if tier in known.places})
         known.places.update(known.fresh)
         known.fresh = None
+        known.joined = True
         known.fuzzy_until = max(known.fuzzy_until, event.sequence)
 
     def _change(self, known: PublisherView, event: Changed) -> Resync | None:

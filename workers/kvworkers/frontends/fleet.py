@@ -23,6 +23,9 @@ DESCRIBE_SECONDS: Final = 2.0
 CLOSE_SECONDS: Final = 30.0
 """How long calls in flight may go on at a worker that left the member list."""
 
+REFRESH_SECONDS: Final = 5.0
+"""How old the knowledge of what a worker serves may get."""
+
 _BACKOFF_SECONDS: Final = (0.1, 0.2, 0.5, 1.0)
 
 
@@ -56,6 +59,7 @@ class Fleet:
         self._members = Members()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._served: dict[str, Served] = {}
+        self._again: dict[str, asyncio.Event] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -68,7 +72,10 @@ class Fleet:
         self._members = workers
         for member in change.new:
             self._channels[member.name] = open_channel(member.address)
-            self._ask(member)
+            again = self._again[member.name] = asyncio.Event()
+            self._asking[member.name] = asyncio.create_task(
+                self._ask(member, again), name=f"describe {member.name}"
+            )
 
     def offers(self) -> dict[str, Offer]:
         """Return what is served at this moment, by model."""
@@ -100,9 +107,8 @@ class Fleet:
 
     def refresh(self, worker: str) -> None:
         """Ask a worker again what it serves: it failed, and may come back as another."""
-        member = self._members.by_name.get(worker)
-        if member is not None and worker not in self._asking:
-            self._ask(member)
+        if worker in self._again:
+            self._again[worker].set()
 
     async def close(self) -> None:
         """Close every channel at once."""
@@ -115,24 +121,21 @@ class Fleet:
         self._channels.clear()
         self._served.clear()
 
-    def _ask(self, member: Member) -> None:
-        task = asyncio.create_task(self._describe(member), name=f"describe {member.name}")
-        self._asking[member.name] = task
-        task.add_done_callback(lambda done: self._asked(member.name, done))
-
-    def _asked(self, worker: str, task: "asyncio.Task[None]") -> None:
-        if self._asking.get(worker) is task:
-            del self._asking[worker]
-
-    async def _describe(self, member: Member) -> None:
-        """Ask until the worker answers: it does so only when it is ready."""
+    async def _ask(self, member: Member, again: asyncio.Event) -> None:
+        """Ask until the worker answers (it does so only when it is ready), and now and then later:
+        a worker that finds its cache node after it started names blocks under another root.
+        """
         attempt = 0
         while True:
+            pause = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
+            attempt += 1
             with suppress(KvStoreError):
                 self._served[member.name] = await self._describe_once(member)
-                return
-            await asyncio.sleep(_BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)])
-            attempt += 1
+                pause, attempt = REFRESH_SECONDS, 0
+            again.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await again.wait()
 
     async def _describe_once(self, member: Member) -> Served:
         request = worker_pb2.DescribeRequest(share_domain=self._share_domain)
@@ -140,12 +143,14 @@ class Fleet:
             reply = await self.stub(member.name).Describe(request, timeout=DESCRIBE_SECONDS)
         except grpc.aio.AioRpcError as failure:
             raise error_from(failure) from failure
-        return Served(member.name, reply.model, root_from_wire(reply.root), reply.max_model_tokens)
+        # A request must fit the model's context and the worker's pages.
+        limit = min(reply.max_model_tokens, reply.kv_capacity_tokens or reply.max_model_tokens)
+        return Served(member.name, reply.model, root_from_wire(reply.root), limit)
 
     def _leave(self, worker: str) -> None:
         self._served.pop(worker, None)
-        if (asking := self._asking.pop(worker, None)) is not None:
-            asking.cancel()
+        self._asking.pop(worker).cancel()
+        del self._again[worker]
         channel = self._channels.pop(worker)
         closing = asyncio.create_task(channel.close(CLOSE_SECONDS), name=f"close {worker}")
         self._closing.add(closing)

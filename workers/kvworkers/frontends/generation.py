@@ -15,6 +15,8 @@ from kvworkers.frontends.tokenizer import Message
 MAX_STOPS: Final = 16
 MAX_STOP_CHARACTERS: Final = 256
 MAX_MESSAGES: Final = 4_096
+MAX_STOP_TOKENS: Final = 64
+_MAX_U32: Final = (1 << 32) - 1
 MAX_LOGPROBS: Final = 20
 """As OpenAI's API has it."""
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
@@ -44,8 +46,12 @@ class SamplingChoice:
             raise BadInput(f"temperature must lie in 0 to 2, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"top_p must lie above 0 and up to 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise BadInput(f"top_k must not be negative, got {self.top_k}")
+        if not 0 <= self.top_k <= _MAX_U32:
+            raise BadInput(f"top_k must not be negative or over 32 bits, got {self.top_k}")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise BadInput(f"{len(self.stop_token_ids)} stop tokens; {MAX_STOP_TOKENS} allowed")
+        if any(not 0 <= token <= _MAX_U32 for token in self.stop_token_ids):
+            raise BadInput("stop_token_ids has something that is no token id")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
             raise BadInput("seed does not fit 64 bits")
         if not 0 <= self.logprobs <= MAX_LOGPROBS:
@@ -56,7 +62,8 @@ class SamplingChoice:
         return worker_pb2.Sampling(
             max_tokens=max_tokens,
             temperature=self.temperature,
-            top_p=self.top_p,
+            # The wire's zero means "not said", and float32 rounds tiny values to it.
+            top_p=max(self.top_p, 1e-6),
             top_k=self.top_k,
             seed=(self.seed or 0) & ((1 << 64) - 1),
             has_seed=self.seed is not None,

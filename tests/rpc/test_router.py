@@ -1,0 +1,227 @@
+"""The router over real streams of scripted publishers."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from kvstore.core.errors import BadInput, Refused
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import BlockName, chain, pack_tokens
+from kvstore.directory.events import Loaded, TierKind
+from kvstore.directory.view import Health
+from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.members import Member, Members
+from kvstore.router.placement import Prompt, Step
+from kvstore.router.router import Router, RouterConfig
+from tests.processes import scripted
+from tests.scripted_worker import ROOT, ScriptedWorker
+
+TOKENS = 20 * BLOCK_TOKENS + 5
+NAMES = list(chain(ROOT, pack_tokens(range(TOKENS))))
+PROMPT = Prompt(ROOT, NAMES, TOKENS)
+Start = Callable[..., Awaitable[ScriptedWorker]]
+CONFIG = RouterConfig(wait_ms=5_000, resync_pause_ms=20)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+async def router(registry: CollectorRegistry) -> AsyncIterator[Router]:
+    async with Router(metrics=RouterMetrics(registry), config=CONFIG) as router:
+        yield router
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[Start]:
+    started: list[ScriptedWorker] = []
+
+    async def start(name: str, **settings: object) -> ScriptedWorker:
+        worker = ScriptedWorker(name, **settings)  # type: ignore[arg-type]
+        await worker.start()
+        started.append(worker)
+        return worker
+
+    yield start
+    for worker in started:
+        await worker.stop()
+
+
+def member(publisher: ScriptedWorker) -> Member:
+    kind = "worker" if publisher.tier is TierKind.HBM else "node"
+    return Member(kind, publisher.name, publisher.address)  # type: ignore[arg-type]
+
+
+async def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Wait until the router's view, which others change, satisfies `condition`."""
+    try:
+        async with asyncio.timeout(8):
+            while not condition():  # noqa: ASYNC110 - the view tells nobody
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        pytest.fail(f"never: {what}")
+
+
+def hits(router: Router, names: list[BlockName] = NAMES) -> dict[str, int]:
+    try:
+        scores = router.explain(Prompt(ROOT, names, TOKENS)).scores
+    except Refused:
+        return {}
+    return {score.name: score.hit_tokens for score in scores}
+
+
+async def test_a_prompt_goes_where_its_prefix_is(router: Router, cluster: Start) -> None:
+    first = await cluster("a")
+    second = await cluster("b")
+    second.hold(NAMES[:12])
+    router.set_members(Members.of([member(first), member(second)]))
+    await eventually(lambda: hits(router) == {"a": 0, "b": 192}, "b's prefix is known")
+    decision = await router.route(PROMPT)
+    assert (decision.worker, decision.address) == ("b", second.address)
+    assert decision.hit_tokens == 192
+    assert decision.plan == (Step(0, 12, TierKind.HBM, "b"),)
+    assert decision.predicted_ttft_ms == pytest.approx(TOKENS - 192, rel=0.01)
+    assert "192 tokens cached" in decision.explanation
+    assert router.complete(decision.booking, hit_tokens=192)
+    assert not router.complete(decision.booking)
+    second.drop(NAMES[4:12])
+    await eventually(lambda: hits(router)["b"] == 64, "the eviction is known")
+
+
+async def test_workers_reach_their_host_s_node(router: Router, cluster: Start) -> None:
+    here = await cluster("here", host="host-a")
+    there = await cluster("there", host="host-b")
+    node = await cluster("node-a", tier=TierKind.DRAM, host="host-a")
+    node.hold(NAMES[:10])
+    here.hold(NAMES[:2])
+    router.set_members(Members.of([member(here), member(there), member(node)]))
+    await eventually(lambda: hits(router) == {"here": 160, "there": 0}, "the node's blocks count")
+    assert router.explain(PROMPT).plan == (
+        Step(0, 2, TierKind.HBM, "here"),
+        Step(2, 8, TierKind.DRAM, "host-a"),
+    )
+
+
+async def test_requests_that_share_a_prefix_follow_the_one_computing_it(
+    router: Router, cluster: Start
+) -> None:
+    workers = [await cluster(name) for name in "abc"]
+    router.set_members(Members.of(member(worker) for worker in workers))
+    await eventually(lambda: len(hits(router)) == 3, "all workers live")
+    first = await router.route(PROMPT)
+    assert first.hit_tokens == 0
+    again = router.explain(PROMPT)
+    # It has to queue behind the one that computes, which still beats computing all of it twice.
+    assert {s.name: s.hit_tokens for s in again.scores}[first.worker] == 320
+    other = await router.route(Prompt(ROOT, [], 400))
+    assert other.worker != first.worker, "an unrelated prompt avoids the queue"
+
+
+async def test_nothing_goes_to_the_dead_the_draining_the_excluded_or_the_failed(
+    router: Router, cluster: Start
+) -> None:
+    workers = [await cluster(name) for name in "abcd"]
+    workers[1].publisher.load = Loaded(draining=True)
+    router.set_members(Members.of(member(worker) for worker in workers))
+    await eventually(lambda: set(hits(router)) == {"a", "c", "d"}, "b drains")
+    decision = await router.route(Prompt(ROOT, [], 10, exclude={"a"}, among={"a", "b", "c"}))
+    assert decision.worker == "c"
+    assert decision.excluded == {
+        "a": "excluded by the caller", "b": "draining", "d": "does not serve this model"
+    }  # fmt: skip
+    router.complete(decision.booking, failed=True)
+    assert set(hits(router)) == {"a", "d"}
+    await workers[0].stop()
+    await eventually(lambda: set(hits(router)) <= {"c", "d"}, "a's end is noticed")
+    assert router.health("a") is Health.LOST
+
+
+async def test_a_stopped_worker_is_suspect_and_comes_back(router: Router) -> None:
+    with scripted("w") as process:
+        router.set_members(Members.of([Member("worker", "w", process.ready["address"])]))
+        await eventually(lambda: hits(router) == {"w": 0}, "the worker is live")
+        process.signal(signal.SIGSTOP)
+        await eventually(lambda: hits(router) == {}, "its silence is noticed")
+        assert router.health("w") is Health.SUSPECT
+        assert router.silence_ms("w") > 1_000
+        with pytest.raises(Refused) as refused:
+            await router.route(PROMPT, wait_ms=10)
+        assert refused.value.retry_after_ms > 0
+        waiting = asyncio.create_task(router.route(PROMPT, wait_ms=8_000))
+        process.signal(signal.SIGCONT)
+        assert (await waiting).worker == "w"
+
+
+async def test_a_restarted_worker_starts_with_empty_pages(router: Router) -> None:
+    with scripted("w", "--hold", "4") as process:
+        router.set_members(Members.of([Member("worker", "w", process.ready["address"])]))
+        await eventually(lambda: hits(router) == {"w": 64}, "its pages are known")
+        process.kill()
+        await eventually(lambda: hits(router) == {}, "its end is noticed")
+    with scripted("w", "--incarnation", "2") as process:
+        address = str(process.ready["address"])
+        router.set_members(Members.of([Member("worker", "w", address, "", 2)]))
+        await eventually(lambda: hits(router) == {"w": 0}, "the new one is live")
+        assert (await router.route(PROMPT)).address == address
+
+
+async def test_members_that_leave_are_forgotten(
+    router: Router, cluster: Start, registry: CollectorRegistry
+) -> None:
+    worker = await cluster("a")
+    worker.hold(NAMES)
+    router.set_members(Members.of([member(worker)]))
+    await eventually(lambda: hits(router) == {"a": 320}, "the worker is live")
+    router.set_members(Members())
+    assert router.silence_ms("a") == 0.0
+    await eventually(lambda: worker.publisher.subscribers == 0, "the subscription ends")
+    await eventually(
+        lambda: registry.get_sample_value("kvstore_view_blocks") == 0, "its blocks are swept"
+    )
+    with pytest.raises(Refused):
+        await router.route(PROMPT, wait_ms=0)
+
+
+async def test_a_hole_in_the_stream_is_followed_anew(
+    router: Router, cluster: Start, registry: CollectorRegistry
+) -> None:
+    worker = await cluster("a")
+    router.set_members(Members.of([member(worker)]))
+    await eventually(lambda: hits(router) == {"a": 0}, "the worker is live")
+    worker.hold(NAMES[:3])
+    await eventually(lambda: hits(router) == {"a": 48}, "the blocks are known")
+    # The view forgets what it heard, as if the message had been lost.
+    place = router._view._publishers["a"].places[TierKind.HBM]
+    router._view._index.discard(place, ROOT, NAMES[2:3])
+    assert hits(router) == {"a": 32}
+    await eventually(
+        lambda: hits(router) == {"a": 48}, "the digest shows it and a snapshot heals it"
+    )
+    resyncs = registry.get_sample_value("kvstore_view_resyncs_total", {"reason": "digest"})
+    assert resyncs == 1
+
+
+async def test_closing_refuses_those_who_wait(registry: CollectorRegistry) -> None:
+    router = Router(metrics=RouterMetrics(registry), config=CONFIG)
+    router.set_members(Members.of([Member("worker", "w", "127.0.0.1:1")]))
+    waiting = asyncio.create_task(router.route(PROMPT))
+    await asyncio.sleep(0)
+    await router.close()
+    with pytest.raises(Refused):
+        await waiting
+
+
+def test_prompts_and_bounds_are_checked() -> None:
+    with pytest.raises(BadInput, match="prompt of 0 tokens"):
+        Prompt(ROOT, [], 0)
+    with pytest.raises(BadInput, match="names for 16 tokens"):
+        Prompt(ROOT, NAMES[:2], 16)
+    with pytest.raises(BadInput, match="tick_ms"):
+        RouterConfig(tick_ms=0)
+    with pytest.raises(BadInput, match="wait_ms"):
+        RouterConfig(wait_ms=-1)

@@ -1,0 +1,110 @@
+"""The `Router` service, in process and as the command `kvstore router`."""
+
+import signal
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import httpx
+import pytest
+
+from kvstore.core.errors import BadInput, NotFound, Refused
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import chain, join_names, pack_tokens
+from kvstore.router.members import Member, Members
+from kvstore.router.router import RouterConfig
+from kvstore.router.server import RouterServer
+from kvstore.rpc.channel import open_channel
+from kvstore.rpc.errors import error_from
+from kvstore.rpc.v1 import router_pb2, router_pb2_grpc, types_pb2
+from tests.processes import scripted, started
+from tests.scripted_worker import ROOT, ScriptedWorker
+
+TOKENS = pack_tokens(range(4 * BLOCK_TOKENS + 1))
+NAMES = list(chain(ROOT, TOKENS))
+WAIT_MS = 5_000
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[ScriptedWorker]:
+    worker = ScriptedWorker("w")
+    await worker.start()
+    worker.hold(NAMES)
+    yield worker
+    await worker.stop()
+
+
+@pytest.fixture
+async def stub(worker: ScriptedWorker) -> AsyncIterator[router_pb2_grpc.RouterStub]:
+    members = Members.of([Member("worker", "w", worker.address)])
+    server = RouterServer(members, config=RouterConfig(wait_ms=WAIT_MS))
+    await server.start("127.0.0.1:0")
+    async with open_channel(server.address) as channel:
+        yield router_pb2_grpc.RouterStub(channel)
+    await server.stop()
+
+
+def request(**fields: object) -> router_pb2.RouteRequest:
+    return router_pb2.RouteRequest(root=ROOT, deadline_ms=WAIT_MS, **fields)  # type: ignore[arg-type]
+
+
+async def test_tokens_and_names_ask_the_same(stub: router_pb2_grpc.RouterStub) -> None:
+    by_tokens = await stub.Route(request(tokens=TOKENS))
+    assert (by_tokens.worker, by_tokens.hit_tokens) == ("w", 64)
+    assert [(s.first, s.count, s.tier, s.place) for s in by_tokens.plan] == [
+        (0, 4, types_pb2.TIER_HBM, "w")
+    ]
+    by_names = await stub.Route(request(names=join_names(NAMES), prompt_tokens=65))
+    assert (by_names.hit_tokens, by_names.booking) == (64, by_tokens.booking + 1)
+    await stub.Complete(router_pb2.CompleteRequest(booking=by_names.booking, hit_tokens=64))
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await stub.Complete(router_pb2.CompleteRequest(booking=by_names.booking))
+    assert isinstance(error_from(unknown.value), NotFound)
+
+
+async def test_explain_shows_every_worker(stub: router_pb2_grpc.RouterStub) -> None:
+    await stub.Route(request(tokens=TOKENS))
+    reply = await stub.Explain(request(tokens=TOKENS))
+    assert (reply.chosen.worker, reply.chosen.booking) == ("w", 0)
+    assert [(w.worker, w.hit_tokens, w.excluded) for w in reply.workers] == [("w", 64, "")]
+    with pytest.raises(grpc.aio.AioRpcError) as nobody:
+        await stub.Explain(request(tokens=TOKENS, exclude=["w"]))
+    refused = error_from(nobody.value)
+    assert isinstance(refused, Refused) and refused.retry_after_ms > 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        router_pb2.RouteRequest(root=b"short", tokens=TOKENS),
+        request(tokens=b"abc"),
+        request(),
+        request(tokens=TOKENS, names=NAMES[0]),
+        request(names=b"x" * 31, prompt_tokens=16),
+        request(names=join_names(NAMES), prompt_tokens=16),
+        request(tokens=TOKENS, exclude=["w"] * 257),
+        router_pb2.RouteRequest(root=ROOT, tokens=TOKENS, deadline_ms=700_000),
+    ],
+    ids=["root", "tokens", "empty", "both", "names", "too few", "excluded", "deadline"],
+)
+async def test_bad_requests_are_refused(
+    stub: router_pb2_grpc.RouterStub, bad: router_pb2.RouteRequest
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await stub.Route(bad)
+    assert isinstance(error_from(failure.value), BadInput)
+
+
+@pytest.mark.timeout(60)
+async def test_the_command_serves_until_told_to_end() -> None:
+    with scripted("w", "--hold", "4") as worker:
+        arguments = ["-m", "kvstore.cli.main", "router", "--json", "--metrics", "127.0.0.1:0"]
+        with started([*arguments, "--worker", f"w={worker.ready['address']}"]) as router:
+            async with open_channel(router.ready["router"]) as channel:
+                stub = router_pb2_grpc.RouterStub(channel)
+                reply = await stub.Route(request(tokens=TOKENS), wait_for_ready=True, timeout=10)
+                assert (reply.worker, reply.hit_tokens) == ("w", 64)
+            url = f"http://{router.ready['metrics']}/metrics"
+            async with httpx.AsyncClient(trust_env=False) as http:
+                assert "kvstore_route_seconds_count 1.0" in (await http.get(url)).text
+            router.signal(signal.SIGTERM)
+            assert router.process.wait(10) == 0
