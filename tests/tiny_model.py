@@ -36,13 +36,13 @@ def tiny_model() -> Path:
 
 @functools.cache
 def _reference() -> LlamaForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)  # type: ignore[no-any-return]
+    return AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
 
 
 def reference_reply(prompt: list[int], max_tokens: int) -> list[int]:
     """Return what the plain model says, greedy, the end of sequence left out."""
     with torch.inference_mode():
-        out = _reference().generate(  # type: ignore[attr-defined]
+        out = _reference().generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=max_tokens,

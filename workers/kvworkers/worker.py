@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import click
@@ -56,9 +57,9 @@ _RECONNECT_MOST_S: Final = 2.0
 class WorkerConfig:
     """Everything a worker is told at its start; raises `BadInput` naming the field at fault."""
 
-    model: str | None = None
+    model: str | Path | None = None
     """Hugging Face directory or GGUF file; None: the default model."""
-    node: str | None = None
+    node: str | Path | None = None
     """Run directory of this host's cache node; None: no store."""
     name: str = "worker-0"
     listen: str = "127.0.0.1:0"
@@ -71,6 +72,8 @@ class WorkerConfig:
     """Compute threads; None: as torch decides."""
     store: bool = True
     """Whether to use the cache node at all."""
+    store_call_ms: int = 250
+    """Deadline of one call to the cache node; longer means that it is not there."""
     share_domain: str = "default"
     host: str = ""
     """Who shares an arena; by default the cache node's name."""
@@ -86,7 +89,7 @@ class WorkerConfig:
         check_id(self.name, "name")
         if not self.name:
             raise BadInput("name is empty")
-        for field in ("pool_bytes", "step_tokens", "max_running", "max_waiting"):
+        for field in ("pool_bytes", "step_tokens", "max_running", "max_waiting", "store_call_ms"):
             if getattr(self, field) <= 0:
                 raise BadInput(f"{field} must be positive, got {getattr(self, field)}")
         if self.drain_ms < 0 or self.incarnation < 0:
@@ -130,6 +133,10 @@ class WorkerServer:
     async def stop(self) -> None:
         """Drain for `drain_ms`, then end everything. Harmless when repeated."""
         await self._stack.aclose()
+
+    async def settled(self, *, deadline_ms: int) -> bool:
+        """Wait until everything computed so far was given to the store; False at the deadline."""
+        return self._link is None or await self._link.drained(deadline_ms=deadline_ms)
 
     async def _start(self) -> None:
         config = self.config
@@ -251,7 +258,7 @@ class WorkerServer:
             mover,
             self._metrics,
             block_bytes=spec.layout.block_bytes,
-            config=StoreConfig(),
+            config=StoreConfig(call_ms=self.config.store_call_ms),
         )
 
     async def _leave_node(self) -> None:

@@ -76,7 +76,7 @@ async def rig(loaded: LoadedModel, *, pages: int = 64, **bounds: int) -> AsyncIt
     publisher = Publisher("worker-0", 1, [TierKind.HBM], pool)
     registry = CollectorRegistry()
     model = Tampered(loaded)
-    config = SchedulerConfig(max_model_tokens=MAX_TOKENS, **bounds)  # type: ignore[arg-type]
+    config = SchedulerConfig(max_model_tokens=MAX_TOKENS, **bounds)
     engine = Engine(
         model,  # type: ignore[arg-type]
         ops.page_view(memory, loaded.spec.layout),

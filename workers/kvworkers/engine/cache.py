@@ -291,8 +291,8 @@ class StoreLink:
         self._metrics.store_failures.labels(call, type(error).__name__).inc()
         if isinstance(error, Refused):
             return MissReason.REFUSED
-        if not isinstance(error, Unreachable | SessionLost):
-            _log.error("the cache node refused %s: %s", call, error)
+        known = isinstance(error, Unreachable | SessionLost)
+        _log.log(logging.WARNING if known else logging.ERROR, "%s failed: %s", call, error)
         self._open_until = self._loop.time() + self._config.circuit_ms / 1000
         return MissReason.UNREACHABLE
 

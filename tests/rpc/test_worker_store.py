@@ -1,0 +1,279 @@
+"""Workers and a real cache node, with a tiny model: sharing, and every way to lose the store."""
+
+import asyncio
+import random
+import shutil
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvworkers.models.loading import load_model
+from kvworkers.worker import WorkerConfig, WorkerServer
+
+from kvstore.client import AsyncClient
+from kvstore.core.names import pack_tokens
+from kvstore.rpc.channel import open_channel
+from kvstore.rpc.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+from kvstore.testing.node import RunningNode, new_run_dir, start_node
+from tests.tiny_model import VOCAB, reference_reply, tiny_model
+from tests.worker_process import ask, cached_tokens
+
+pytestmark = pytest.mark.timeout(90)
+
+SETTLED_MS = 5_000
+
+
+@pytest.fixture
+def node() -> Iterator[RunningNode]:
+    with start_node(arena_bytes=64 << 20) as running:
+        yield running
+
+
+@asynccontextmanager
+async def worker(
+    run_dir: Path | None, *, name: str = "worker-0", **options: Any
+) -> AsyncIterator[WorkerServer]:
+    options = {
+        "pool_bytes": 1 << 20,
+        "threads": 1,
+        "drain_ms": 0,
+        "store_call_ms": 5_000,
+        **options,
+    }
+    node = None if run_dir is None else str(run_dir)
+    server = WorkerServer(WorkerConfig(model=str(tiny_model()), node=node, name=name, **options))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def prompt_of(seed: int, tokens: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(3, VOCAB) for _ in range(tokens)]
+
+
+async def until(holds: Callable[[], Awaitable[bool]], *, seconds: float = 20) -> None:
+    """Ask again and again; fail when it does not come true in time."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if await holds():
+                return
+            await asyncio.sleep(0.01)
+
+
+def failures(server: WorkerServer, call: str, error: str) -> float:
+    labels = {"call": call, "error": error}
+    return server.registry.get_sample_value("kvstore_worker_store_failures_total", labels) or 0.0
+
+
+async def reserved_bytes(node: RunningNode) -> int:
+    spec = load_model(tiny_model()).spec
+    client = await AsyncClient.connect(
+        node.run_dir,
+        namespace=spec.namespace,
+        payload_bytes=spec.layout.payload_bytes,
+        shares=spec.layout.kv_heads,
+    )
+    async with client:
+        return (await client.stats()).reserved_bytes
+
+
+async def test_what_one_worker_computed_another_gets_from_the_arena(node: RunningNode) -> None:
+    prompt = prompt_of(1, 100)
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(worker(node.run_dir))
+        second = await stack.enter_async_context(worker(node.run_dir, name="worker-1"))
+        cold = await ask(first.address, prompt, max_tokens=40, sampling={"ignore_eos": True})
+        assert await first.settled(deadline_ms=SETTLED_MS)
+        hit = await ask(second.address, prompt, max_tokens=40, sampling={"ignore_eos": True})
+        turn = prompt + cold.tokens + prompt_of(2, 30)
+        again = await ask(second.address, turn, max_tokens=8)
+        third = await stack.enter_async_context(worker(node.run_dir, name="worker-2"))
+        assert await second.settled(deadline_ms=SETTLED_MS)
+        fresh = await ask(third.address, turn, max_tokens=8)
+    assert cold.cache and hit.cache and again.cache and fresh.cache
+    assert cold.cache.miss_reason == types_pb2.MISS_REASON_ABSENT
+    assert hit.tokens == cold.tokens
+    assert (hit.cache.dram_tokens, cached_tokens(hit.cache)) == (96, 96)
+    assert hit.cache.places == "node-test"
+    assert again.cache.hbm_tokens >= 128, "the reply's blocks are in its own pages"
+    assert fresh.cache.dram_tokens == (len(turn) - 1) // 16 * 16, "and were stored"
+    assert again.tokens == fresh.tokens == reference_reply(turn, 8)
+
+
+async def test_every_prompt_length_around_a_block_is_exact(node: RunningNode) -> None:
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(worker(node.run_dir))
+        second = await stack.enter_async_context(worker(node.run_dir, name="worker-1"))
+        for tokens in (1, 15, 16, 17, 31, 32, 33, 64):
+            prompt = prompt_of(300 + tokens, tokens)
+            expected = reference_reply(prompt, 10)
+            assert (await ask(first.address, prompt, max_tokens=10)).tokens == expected
+            assert await first.settled(deadline_ms=SETTLED_MS)
+            hit = await ask(second.address, prompt, max_tokens=10)
+            assert hit.tokens == expected and hit.cache is not None
+            assert hit.cache.dram_tokens == (tokens - 1) // 16 * 16
+
+
+async def test_no_store_no_read_and_salts_keep_apart(node: RunningNode) -> None:
+    prompt = prompt_of(3, 64)
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(worker(node.run_dir))
+        second = await stack.enter_async_context(worker(node.run_dir, name="worker-1"))
+
+        async def cached(server: WorkerServer, **fields: Any) -> int:
+            answer = await ask(server.address, prompt, **fields)
+            assert await server.settled(deadline_ms=SETTLED_MS)
+            assert answer.cache is not None and answer.tokens == reference_reply(prompt, 8)
+            return cached_tokens(answer.cache)
+
+        assert await cached(first, no_store=True) == 0
+        assert await cached(first) == 0, "no_store left nothing in pages"
+        assert await cached(second, no_read=True) == 0
+        assert await cached(second, cache_salt=b"a") == 0
+        assert await cached(first, cache_salt=b"a") == 48
+        assert await cached(first, cache_salt=b"b") == 0
+    assert await reserved_bytes(node) == 0
+
+
+async def test_a_tiny_arena_and_pool_evict_and_stay_exact() -> None:
+    prompts = [prompt_of(400 + n, 120) for n in range(5)]
+    with start_node(arena_bytes=2 << 20) as node:
+        async with AsyncExitStack() as stack:
+            servers = [
+                await stack.enter_async_context(
+                    worker(node.run_dir, name=f"worker-{n}", pool_bytes=12 * 4096)
+                )
+                for n in range(2)
+            ]
+            for turn in range(12):
+                prompt = prompts[turn % len(prompts)]
+                answer = await ask(servers[turn % 2].address, prompt, max_tokens=12)
+                assert answer.tokens == reference_reply(prompt, 12)
+            evicted = [
+                s.registry.get_sample_value("kvstore_worker_evicted_pages_total") for s in servers
+            ]
+            assert all(evicted)
+
+
+async def test_a_killed_node_costs_nothing_but_hits_and_comes_back(node: RunningNode) -> None:
+    kept, new = prompt_of(5, 80), prompt_of(6, 80)
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(worker(node.run_dir))
+        await ask(first.address, kept)
+        assert await first.settled(deadline_ms=SETTLED_MS)
+        incarnation = node.incarnation
+        node.kill_node()
+        answers = await asyncio.gather(*(ask(first.address, p) for p in (new, kept)))
+        assert [a.tokens for a in answers] == [reference_reply(p, 8) for p in (new, kept)]
+        node.wait_restarted(incarnation)
+        second = await stack.enter_async_context(worker(node.run_dir, name="worker-1"))
+        hit = await ask(second.address, kept)
+        assert hit.cache is not None and hit.cache.dram_tokens == 64
+        assert hit.tokens == reference_reply(kept, 8)
+
+        async def stores_again() -> bool:
+            prompt = prompt_of(random.randrange(10**6), 40)
+            await ask(first.address, prompt)
+            assert await first.settled(deadline_ms=SETTLED_MS)
+            found = await ask(second.address, prompt)
+            return found.cache is not None and found.cache.dram_tokens == 32
+
+        await until(stores_again)
+
+
+async def test_a_hanging_node_delays_one_request_by_one_deadline(node: RunningNode) -> None:
+    async with worker(node.run_dir, store_call_ms=250) as server:
+        await ask(server.address, prompt_of(7, 40))
+        assert await server.settled(deadline_ms=SETTLED_MS)
+        node.signal_node(signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            first = await ask(server.address, prompt_of(8, 40))
+            second = await ask(server.address, prompt_of(9, 40))
+            seconds = time.monotonic() - started
+        finally:
+            node.signal_node(signal.SIGCONT)
+        assert first.cache is not None and second.cache is not None
+        assert first.cache.miss_reason == types_pb2.MISS_REASON_UNREACHABLE
+        assert second.cache.miss_reason == types_pb2.MISS_REASON_UNREACHABLE
+        assert first.load_ms >= 200 and second.load_ms == 0, "the circuit is open"
+        assert seconds < 2
+        assert failures(server, "acquire", "Unreachable") == 1
+        assert first.tokens == reference_reply(prompt_of(8, 40), 8)
+
+
+async def test_a_worker_goes_on_without_a_keeper_and_joins_the_next() -> None:
+    with start_node(arena_bytes=16 << 20) as node:
+        async with worker(node.run_dir) as server:
+            await ask(server.address, prompt_of(10, 40))
+            assert await server.settled(deadline_ms=SETTLED_MS)
+            node.kill_keeper()
+            alone = await ask(server.address, prompt_of(11, 40))
+            assert alone.cache is not None and alone.tokens == reference_reply(prompt_of(11, 40), 8)
+            assert alone.cache.miss_reason == types_pb2.MISS_REASON_UNREACHABLE
+            with start_node(node.run_dir, arena_bytes=16 << 20) as successor:
+
+                async def stores_again() -> bool:
+                    prompt = prompt_of(random.randrange(10**6), 40)
+                    answer = await ask(server.address, prompt)
+                    assert answer.tokens == reference_reply(prompt, 8)
+                    return (
+                        answer.cache is not None
+                        and answer.cache.miss_reason == types_pb2.MISS_REASON_ABSENT
+                    )
+
+                await until(stores_again)
+                assert await reserved_bytes(successor) >= 0
+
+
+async def test_a_worker_that_starts_first_joins_the_node_later() -> None:
+    run_dir = new_run_dir()
+    async with worker(run_dir) as server:
+        early = await ask(server.address, prompt_of(12, 40))
+        assert early.cache is not None
+        assert early.cache.miss_reason == types_pb2.MISS_REASON_DISABLED
+        assert failures(server, "connect", "Unreachable") >= 1
+        with start_node(run_dir, arena_bytes=16 << 20):
+
+            async def joined() -> bool:
+                answer = await ask(server.address, prompt_of(random.randrange(10**6), 40))
+                return (
+                    answer.cache is not None
+                    and answer.cache.miss_reason == types_pb2.MISS_REASON_ABSENT
+                )
+
+            await until(joined)
+    shutil.rmtree(run_dir)
+
+
+async def test_callers_that_leave_during_prefill_leave_no_slot_reserved(node: RunningNode) -> None:
+    async with worker(node.run_dir, step_tokens=16) as server:
+        async with open_channel(server.address) as channel:
+            stub = worker_pb2_grpc.WorkerStub(channel)
+            calls = [
+                stub.Run(
+                    worker_pb2.RunRequest(
+                        tokens=pack_tokens(prompt_of(20 + n, 300)),
+                        sampling=worker_pb2.Sampling(max_tokens=100, ignore_eos=True),
+                    ),
+                    timeout=20,
+                )
+                for n in range(3)
+            ]
+            await calls[0].read()
+            for call in calls:
+                call.cancel()
+
+        async def given_back() -> bool:
+            assert await server.settled(deadline_ms=SETTLED_MS)
+            idle = server.registry.get_sample_value("kvstore_worker_running") == 0
+            return idle and await reserved_bytes(node) == 0
+
+        await until(given_back)
