@@ -242,6 +242,12 @@ class FrontendShell(Shell):
         )
         return FrontendServer(config)
 
+    async def report(self) -> Report:
+        """Return what this part says of itself, and whether a worker could take a request now."""
+        if self._report.phase is Phase.SERVING:
+            self._note(usable=self._server.ready())
+        return self._report
+
     async def set_members(self, members: MemberList) -> Report:
         """Follow this list from now on; the last one stays when the controller is gone."""
         if self._report.phase is Phase.SERVING:

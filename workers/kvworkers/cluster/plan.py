@@ -45,7 +45,8 @@ class Phase(StrEnum):
 class Report:
     """What a part says of itself. `address` is its gRPC address, `http` a frontend's other one.
     `ray_node` is where Ray put it; `host` is our name of that host, once it was told.
-    `members_version` is the newest member list that a frontend has.
+    `members_version` is the newest member list that a frontend has, and `usable` says whether
+    it has a worker to send requests to.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Report:
     metrics: str = ""
     pid: int = 0
     members_version: int = 0
+    usable: bool = True
     detail: str = ""
 
 
@@ -196,6 +198,7 @@ def ready(parts: Iterable[Part], members: MemberList) -> bool:
     return all(
         part.report is not None
         and part.report.phase is Phase.SERVING
+        and part.report.usable
         and (part.role is not Role.FRONTEND or part.report.members_version == members.version)
         for part in parts
     )
