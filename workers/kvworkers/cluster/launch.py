@@ -6,7 +6,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+import grpc
+
 from kvstore.core.errors import Unreachable
+from kvstore.rpc.errors import error_from
+from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.controller import Controller, Status
 from kvworkers.cluster.plan import Phase, Report, Role
@@ -28,6 +32,8 @@ class Endpoints:
     """`http://host:port`, OpenAI-compatible under `/v1`."""
     grpc: str
     """`host:port` of `kvstore.rpc.v1.Inference`."""
+    model: str
+    """What requests call the model."""
 
 
 class RunningCluster:
@@ -58,7 +64,8 @@ class RunningCluster:
         """Return where to send requests."""
         for report in self.status().parts:
             if report.role is Role.FRONTEND and report.phase is Phase.SERVING:
-                return Endpoints(http=f"http://{report.http}", grpc=report.address)
+                model = _served_model(report.address)
+                return Endpoints(f"http://{report.http}", report.address, model)
         raise Unreachable("no frontend serves")
 
     def wait_ready(
@@ -86,6 +93,17 @@ class RunningCluster:
             self._ray.get(self._controller.stop.remote(), timeout=_STOP_SECONDS)
         except self._ray.exceptions.RayError as error:
             raise Unreachable(f"the controller did not end the parts: {error}") from error
+
+
+def _served_model(address: str) -> str:
+    """Ask a frontend what it calls its model."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        try:
+            listed = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=_STATUS_SECONDS)
+        except grpc.RpcError as failure:
+            raise error_from(failure) from failure
+    return str(listed.models[0].id) if listed.models else ""
 
 
 @contextmanager

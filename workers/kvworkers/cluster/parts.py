@@ -5,6 +5,7 @@ straight to the server inside, over gRPC or HTTP, never through Ray.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -25,6 +26,8 @@ _DRAIN_MS: Final = 2_000
 
 _KEEPER_READY_SECONDS: Final = 120.0
 """First touch of an arena ran at 1 GB/s on a slow machine: 120 s are enough for 100 GiB."""
+
+_NODE_POLL_SECONDS: Final = 0.05
 
 _KEEPER_BACKOFF_SECONDS: Final = (0.1, 5.0)
 
@@ -175,6 +178,7 @@ class WorkerShell(Shell):
 
     async def _serve(self) -> None:
         self._server = await asyncio.to_thread(self._build)
+        await self._node_is_up()
         await self._server.start()
         self._note(
             phase=Phase.SERVING,
@@ -182,6 +186,17 @@ class WorkerShell(Shell):
             metrics=self._server.metrics_address,
         )
         self._end = asyncio.create_task(self._end_when_broken(), name="broken")
+
+    async def _node_is_up(self) -> None:
+        """Wait until this host's node has been up once, so that no prompt is named without it.
+
+        After the wait the worker goes on alone: a missing node makes it slower, never absent.
+        """
+        note = self._node_dir / "node.json"
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_KEEPER_READY_SECONDS):
+                while not await asyncio.to_thread(note.exists):  # noqa: ASYNC110 - another process
+                    await asyncio.sleep(_NODE_POLL_SECONDS)
 
     async def _end_when_broken(self) -> None:
         """End the process when its model fails step after step: Ray then starts a fresh one."""

@@ -75,7 +75,6 @@ class Part:
     failed_starts: int = 0
     told_ms: int = 0
     restarts: int = 0
-    served_once: bool = False
 
     def hear(self, report: Report, *, now_ms: int) -> None:
         """Take in a report."""
@@ -84,7 +83,6 @@ class Part:
         self.report = report
         if report.phase is Phase.SERVING:
             self.failed_starts = 0
-            self.served_once = True
         elif report.phase is Phase.FAILED and (before is None or before.phase is not Phase.FAILED):
             self.failed_starts += 1
         elif report.phase is Phase.EMPTY and before is not None and before.phase is not Phase.EMPTY:
@@ -158,7 +156,6 @@ def next_actions(
     parts: Mapping[str, Part], members: MemberList, *, now_ms: int
 ) -> Sequence[Action]:
     """Return what to do now, in order. Doing an action twice does no harm."""
-    nodes_served = all(p.served_once for p in parts.values() if p.role is Role.NODE)
     actions: list[Action] = []
     for part in parts.values():
         report = part.report
@@ -167,14 +164,12 @@ def next_actions(
             continue
         if report is None:
             continue
-        # A worker's first session needs its host's node; later it copes with a node that is away.
-        may_start = part.role is Role.NODE or nodes_served
         due = report.phase is Phase.EMPTY or (
             report.phase is Phase.FAILED
             and part.failed_starts < MAX_FAILED_STARTS
             and now_ms - part.told_ms >= RETRY_AFTER_MS
         )
-        if due and may_start:
+        if due:
             actions.append(Start(part.name, next_incarnation(part, now_ms=now_ms)))
         elif (
             part.role is Role.FRONTEND

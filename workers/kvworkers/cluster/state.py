@@ -26,6 +26,7 @@ class State:
     log: str = ""
     http: str = ""
     grpc: str = ""
+    model: str = ""
 
     @property
     def ready(self) -> bool:
@@ -35,9 +36,9 @@ class State:
         """Say whether the very process that wrote this still runs."""
         return started_ticks(self.pid) == self.started
 
-    def with_endpoints(self, http: str, grpc: str) -> "State":
+    def with_endpoints(self, *, http: str, grpc: str, model: str) -> "State":
         """Return the state of the same cluster once it is ready."""
-        return replace(self, http=http, grpc=grpc)
+        return replace(self, http=http, grpc=grpc, model=model)
 
 
 def started_ticks(pid: int) -> int:

@@ -34,10 +34,6 @@ from kvworkers.commands.options import (
 _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
 
-_EXAMPLE: Final = json.dumps(
-    {"messages": [{"role": "user", "content": "What is a cache?"}], "stream": True}
-)
-
 _LOG_POLL_SECONDS: Final = 0.2
 
 
@@ -105,7 +101,7 @@ def _hold(
     def on_ready(facts: dict[str, Any]) -> None:
         nonlocal ready, state
         ready = True
-        state = state.with_endpoints(facts["http"], facts["grpc"])
+        state = state.with_endpoints(**facts)
         state_file.write(state)
         if notify_fd is not None:
             os.write(notify_fd, b"ready\n")
@@ -181,16 +177,18 @@ def _log_path(state_file: StateFile) -> Path:
 def _announce(state: State, *, as_json: bool) -> None:
     """Say where the cluster is and how to talk to it."""
     if as_json:
-        facts = {"name": state.name, "http": state.http, "grpc": state.grpc, "pid": state.pid}
-        click.echo(json.dumps(facts | {"run_dir": state.run_dir, "log": state.log}))
+        fields = ("name", "http", "grpc", "model", "pid", "run_dir", "log")
+        click.echo(json.dumps({field: getattr(state, field) for field in fields}))
         return
     click.secho("\nThe cluster is ready.", fg="green", bold=True)
+    question = {"role": "user", "content": "What is a cache?"}
+    example = json.dumps({"model": state.model, "stream": True, "messages": [question]})
     name = "" if state.name == "default" else f" --name {state.name}"
     click.echo(
         f"  HTTP   {state.http}/v1   (OpenAI-compatible; metrics at {state.http}/metrics)\n"
         f"  gRPC   {state.grpc}   (kvstore.rpc.v1.Inference)\n\n"
         f"  kvstore chat{name}\n"
         f"  curl -N {state.http}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f"    -d '{_EXAMPLE}'\n"
+        f"    -d '{example}'\n"
     )
     click.echo(f"  End it with kvstore down{name}." if state.log else "  End it with Ctrl-C.")
