@@ -59,6 +59,14 @@ def test_lists_of_unequal_length_are_not_believed(field: str) -> None:
         acquired_from(broken, 1)
 
 
+def test_a_tier_of_a_later_version_is_not_believed() -> None:
+    later = reply()
+    del later.tiers[:]
+    later.tiers.extend([2, 9])  # type: ignore[list-item]
+    with pytest.raises(Unreachable, match="malformed"):
+        acquired_from(later, 1)
+
+
 def test_names_travel_packed() -> None:
     one, two = BlockName(b"a" * 32), BlockName(b"b" * 32)
     assert packed_names([one, two]) == one + two
