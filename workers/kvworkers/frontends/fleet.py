@@ -77,6 +77,10 @@ class Fleet:
                 self._ask(member, again), name=f"describe {member.name}"
             )
 
+    def knows(self, worker: str) -> bool:
+        """Say whether a worker has told what it serves."""
+        return worker in self._served
+
     def offers(self) -> dict[str, Offer]:
         """Return what is served at this moment, by model."""
         by_model: dict[str, list[Served]] = {}

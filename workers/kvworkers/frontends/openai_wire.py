@@ -125,7 +125,7 @@ class ChatBody(BaseModel):
             stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or []),
             no_store=self.kvstore.no_store,
             no_read=self.kvstore.no_read,
-            cache_salt=_utf8(self.kvstore.cache_salt, "kvstore.cache_salt"),
+            cache_salt=self.kvstore.cache_salt.encode(),
         )
 
     def _sampling(self) -> SamplingChoice:
@@ -147,7 +147,7 @@ class FieldError(BadInput):
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
-        self.param = param
+        self.param = param or None
 
 
 def parse(raw: bytes) -> ChatBody:
@@ -285,10 +285,3 @@ def chances(said: Sequence[TokenChance], tokenizer: ChatTokenizer) -> dict[str, 
         ],
         "refusal": None,
     }
-
-
-def _utf8(text: str, what: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise FieldError(f"{what} is not valid Unicode", what) from None

@@ -10,7 +10,7 @@ Nothing here decides where a request goes (the router does) or what a token is (
 import time
 from array import array
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,7 @@ from kvstore.core.errors import (
     BadInput,
     Corrupt,
     KvStoreError,
+    NotFound,
     Refused,
     SessionLost,
     TooLarge,
@@ -215,6 +216,8 @@ class Pipeline:
 
     async def _place(self, running: Running, failed: set[str]) -> Decision:
         """Choose a worker; one that failed is asked again only when there is no other."""
+        with suppress(NotFound, Unreachable):  # workers may have come since; none is as good as old
+            running.offer = self.fleet.offer(running.offer.model)
         packed = (running.prompt + running.output).tobytes()
         salt = running.request.cache_salt
         extra = [ExtraKey(0, salt)] if salt else []

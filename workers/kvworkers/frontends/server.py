@@ -109,11 +109,12 @@ class FrontendServer:
 
     def ready(self) -> bool:
         """Say whether any worker could take a request now."""
-        return any(
-            self._router.health(worker) is Health.LIVE
-            for offer in self._fleet.offers().values()
-            for worker in offer.workers
-        )
+        offers = self._fleet.offers().values()
+        return any(self.worker_ready(worker) for offer in offers for worker in offer.workers)
+
+    def worker_ready(self, worker: str) -> bool:
+        """Say whether a worker is alive and has said what it serves."""
+        return self._fleet.knows(worker) and self._router.health(worker) is Health.LIVE
 
     async def set_members(self, members: list[Member]) -> None:
         """Serve with these workers and nodes from now on."""
