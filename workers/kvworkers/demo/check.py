@@ -3,10 +3,11 @@
 One forward pass over prompt and reply gives the plain model's choice at every place of the
 reply. The reply is the plain model's own greedy reply exactly when each choice is the token that
 stands there: the first choice follows from the prompt alone, the second from the prompt and
-that same first token, and so on. It costs one pass instead of one per token.
+that same first token, and so on. It costs one pass instead of one per token; and where a later
+turn of the conversation begins with an earlier one, token by token, one pass judges both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,9 @@ class PlainModel:
     def __init__(self, path: Path, *, threads: int) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # it would break into ours
         torch.set_num_threads(threads)
         self._torch = torch
         self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -50,20 +53,31 @@ class PlainModel:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
-    def judge(self, exchange: Exchange) -> Verdict:
-        """Say whether the reply is the plain model's own."""
-        prompt = self.prompt_tokens(exchange.messages)
-        answer = exchange.answer
-        if len(prompt) != answer.prompt_tokens:
-            words = f"the prompt has {len(prompt)} tokens, not {answer.prompt_tokens}"
-            return Verdict(exchange.request, False, 0, words)
-        reply = list(answer.tokens)
-        logits = self._logits(prompt + reply, rows=len(reply) + 1)
-        for place, row in enumerate(logits):
+    def tokens(self, exchange: Exchange) -> list[int]:
+        """Return prompt and reply of one exchange."""
+        return self.prompt_tokens(exchange.messages) + list(exchange.answer.tokens)
+
+    def judge(self, longest: Sequence[int], exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Judge exchanges whose tokens all stand at the beginning of `longest`, in one pass."""
+        places: list[int] = []
+        for exchange in exchanges:
+            # The choice for place p is made from what stands before it: row p - 1.
+            first = exchange.answer.prompt_tokens - 1
+            places += range(first, first + len(exchange.answer.tokens) + 1)
+        rows = iter(self._logits(longest, places))
+        return [
+            self._verdict(exchange, [next(rows) for _ in range(len(exchange.answer.tokens) + 1)])
+            for exchange in exchanges
+        ]
+
+    def _verdict(self, exchange: Exchange, rows: Sequence[Any]) -> Verdict:
+        """Compare one reply with the plain model's choices up to their first difference."""
+        reply = exchange.answer.tokens
+        for place, row in enumerate(rows):
             top = row.topk(2)
             choice = int(top.indices[0])
             if place == len(reply):
-                right = self._ends_rightly(answer.finish_reason, reply, choice)
+                right = self._ends_rightly(exchange.answer.finish_reason, reply, choice)
             else:
                 right = choice == reply[place]
             if right:
@@ -79,23 +93,49 @@ class PlainModel:
             return True
         return choice in self._stops
 
-    def _logits(self, tokens: Sequence[int], *, rows: int) -> Any:
-        """Return the logits [rows, vocabulary] of the last `rows` places."""
+    def _logits(self, tokens: Sequence[int], places: Sequence[int]) -> Any:
+        """Return the logits [len(places), vocabulary] that follow the tokens at `places`."""
         with self._torch.inference_mode():
             ids = self._torch.tensor([list(tokens)])
-            return self._model(ids, use_cache=False, logits_to_keep=rows).logits[0]
+            keep = self._torch.tensor(list(places))
+            return self._model(ids, use_cache=False, logits_to_keep=keep).logits[0]
+
+
+def passes(sequences: Mapping[int, Sequence[int]]) -> list[tuple[Sequence[int], list[int]]]:
+    """Group sequences under the longest ones that begin with them; a pass over each is enough.
+
+    Returns (sequence, keys of all that it begins with), longest first.
+    """
+    groups: list[tuple[Sequence[int], list[int]]] = []
+    for key, tokens in sorted(sequences.items(), key=lambda item: (-len(item[1]), item[0])):
+        for longest, keys in groups:
+            if longest[: len(tokens)] == tokens:
+                keys.append(key)
+                break
+        else:
+            groups.append((tokens, [key]))
+    return groups
 
 
 def judge_all(
     model: PlainModel,
     exchanges: Sequence[Exchange],
     *,
-    judged: Callable[[Verdict], None] = lambda verdict: None,
+    judged: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:
-    """Judge every exchange, telling each verdict as it comes."""
-    verdicts = []
-    for exchange in exchanges:
-        verdict = model.judge(exchange)
-        verdicts.append(verdict)
-        judged(verdict)
-    return verdicts
+    """Judge every exchange, telling how many more are done after each pass."""
+    verdicts: list[Verdict] = []
+    numbered = {exchange.request: exchange for exchange in exchanges}
+    sequences: dict[int, Sequence[int]] = {}
+    for number, exchange in numbered.items():
+        prompt = len(model.prompt_tokens(exchange.messages))
+        if prompt != exchange.answer.prompt_tokens:
+            words = f"the prompt has {prompt} tokens, not {exchange.answer.prompt_tokens}"
+            verdicts.append(Verdict(number, False, 0, words))
+        else:
+            sequences[number] = model.tokens(exchange)
+    judged(len(verdicts))
+    for longest, keys in passes(sequences):
+        verdicts += model.judge(longest, [numbered[key] for key in keys])
+        judged(len(keys))
+    return sorted(verdicts, key=lambda verdict: verdict.request)

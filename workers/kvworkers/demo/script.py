@@ -38,6 +38,9 @@ QUESTIONS: Final[dict[str, tuple[str, ...]]] = {
     ),
 }
 
+_DOCUMENTS: Final = (0, 0, 1, 2)
+"""Which document each of four clients has."""
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -73,8 +76,10 @@ def document(name: str) -> str:
 
 
 def conversations(clients: int, turns: int) -> list[Conversation]:
-    """Return one conversation per client; two clients in a row share a document.
+    """Return one conversation per client.
 
+    Of each four clients two share a document, and the others share only the system prompt: their
+    documents are worth a worker of their own, which takes the shared part out of the arena.
     Questions start at another place for each client, so that two conversations about one
     document part after it.
     """
@@ -86,7 +91,7 @@ def conversations(clients: int, turns: int) -> list[Conversation]:
     names = sorted(QUESTIONS)
     parts = []
     for client in range(clients):
-        name = names[client // 2 % len(names)]
+        name = names[_DOCUMENTS[client % len(_DOCUMENTS)]]
         asked = QUESTIONS[name]
         start = client * turns % len(asked)
         questions = tuple(asked[(start + turn) % len(asked)] for turn in range(turns))

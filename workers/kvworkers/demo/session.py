@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Final
 
 from rich.console import Console
@@ -41,14 +42,11 @@ class Demonstration:
 
     def run(self, config: ClusterConfig, model: str | None) -> bool:
         """Run it all; return whether every reply was equal."""
-        with start_progress() as progress:
-            config = config.with_model(prepare_model(model, progress))
-            context = serving_cluster(config, progress)
-            cluster = context.__enter__()
-        try:
+        with ExitStack() as stack:
+            with start_progress() as progress:
+                config = config.with_model(prepare_model(model, progress))
+                cluster = stack.enter_context(serving_cluster(config, progress))
             exchanges, pairs = asyncio.run(self._talk(cluster))
-        finally:
-            context.__exit__(None, None, None)
         verdicts = self._check(config, exchanges)
         outcome = Outcome(
             exchanges=exchanges,
@@ -95,7 +93,7 @@ class Demonstration:
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=len(exchanges))
             model = PlainModel(config.model, threads=os.cpu_count() or 1)
-            return judge_all(model, exchanges, judged=lambda _: progress.advance(task))
+            return judge_all(model, exchanges, judged=lambda n: progress.advance(task, n))
 
     def _print(self, outcome: Outcome) -> None:
         self._console.print()
