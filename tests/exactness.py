@@ -25,12 +25,19 @@ class Reference:
 
         self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         self.model.eval()
+        self._replies: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         ends = self.model.generation_config.eos_token_id
         self.ends = frozenset(ends if isinstance(ends, list) else [ends])
 
     def reply(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
-        """Return the greedy reply, the end of sequence left out."""
+        """Return the greedy reply, the end of sequence left out; each is computed once."""
+        key = (tuple(prompt), max_tokens)
+        if key not in self._replies:
+            self._replies[key] = self._generate(prompt, max_tokens)
+        return self._replies[key]
+
+    def _generate(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         with torch.inference_mode():
             out = self.model.generate(
                 torch.tensor([list(prompt)]),

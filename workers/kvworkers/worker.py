@@ -323,6 +323,7 @@ def _host_port(address: str, field: str) -> tuple[str, int]:
 @click.option("--pool-bytes", default=512 << 20, show_default=True, help="Memory of the pages.")
 @click.option("--threads", type=int, help="Compute threads; default: torch's choice.")
 @click.option("--no-store", is_flag=True, help="Do not use the cache node.")
+@click.option("--store-call-ms", default=250, show_default=True, help="Patience with the node.")
 @click.option("--share-domain", default="default", show_default=True)
 @click.option("--step-tokens", default=512, show_default=True, help="Tokens of one step.")
 @click.option("--max-running", default=16, show_default=True, help="Requests in the batch.")
