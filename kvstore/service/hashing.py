@@ -131,7 +131,8 @@ class Hasher:
             slot = self._idle.popleft()
             if self._needs_verifying(slot):
                 return slot, table.generation[slot]
-        self.unverified = 0
+        if first:  # the jobs before are done too
+            self.unverified = 0
         return None
 
     def _needs_verifying(self, slot: int) -> bool:

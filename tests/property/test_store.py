@@ -7,6 +7,7 @@ for the bytes it must show. The machine restarts too: a new store adopts the sam
 import hashlib
 import os
 from collections import Counter
+from itertools import pairwise
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -270,7 +271,7 @@ class StoreMachine(RuleBasedStateMachine):
             for slot in range(32)
             if self.table.state[slot] != SlotState.FREE
         )
-        for (start, size), (following, _) in zip(used, used[1:], strict=False):
+        for (start, size), (following, _) in pairwise(used):
             assert start + size <= following, "two blocks share bytes"
         assert not used or sum(used[-1]) <= GRANULES * GRANULE_BYTES
 
@@ -290,7 +291,7 @@ class StoreMachine(RuleBasedStateMachine):
     def leases_hold(self) -> None:
         pins: Counter[int] = Counter()
         for _, root, held in self.leases.values():
-            for slot, generation, name in held:
+            for slot, generation, _ in held:
                 pins[slot] += 1
                 word = self.arena.word(slot)
                 assert word.generation == generation

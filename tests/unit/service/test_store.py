@@ -1,0 +1,151 @@
+"""Edges of Acquire and Settle that the state machine's model does not name."""
+
+import pytest
+
+from kvstore.core.errors import BadInput, Refused, SessionLost, TooLarge, WrongRoot
+from kvstore.core.names import Root
+from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
+from kvstore.service import store as module
+from kvstore.service.roots import BlockShape, Roots
+from kvstore.service.slots import keys_of
+from tests.arena_fixture import ROOT, SHAPE, names, small_store
+
+
+def test_a_claimed_name_is_computing_until_the_claim_is_old() -> None:
+    with small_store() as small:
+        writer, info = small.session(1)
+        other, _ = small.session(2)
+        packed = b"".join(names(2))
+        ask = {"reserve": 2, "first_block": 0}
+        mine = small.store.acquire(writer, info, packed, now_ms=0.0, **ask)
+        assert mine.reserved_names == [0, 1]
+        early = small.store.acquire(other, info, packed, now_ms=299.0, **ask)
+        assert (early.reason, early.reserve_reason) == (MissReason.COMPUTING,) * 2
+        assert early.reserved_slots == []
+        late = small.store.acquire(other, info, packed, now_ms=300.0, **ask)
+        assert late.reason is MissReason.ABSENT
+        assert late.reserved_names == [0, 1]
+        assert not set(late.reserved_slots) & set(mine.reserved_slots)
+        refs = [(slot, small.table.generation[slot]) for slot in late.reserved_slots]
+        assert small.store.commit(other, info, refs, 301.0) == [SettleOutcome.DONE] * 2
+        stalled = [(slot, small.table.generation[slot]) for slot in mine.reserved_slots]
+        outcomes = small.store.commit(writer, info, stalled, 302.0)
+        assert outcomes == [SettleOutcome.DUPLICATE] * 2
+        assert writer.reserved_bytes == 0
+
+
+def test_the_quota_bounds_what_one_session_reserves() -> None:
+    with small_store(quota_blocks=3) as small:
+        session, info = small.session(1)
+        answer = small.store.acquire(
+            session, info, b"".join(names(5)), reserve=5, first_block=0, now_ms=0.0
+        )
+        assert len(answer.reserved_slots) == 3
+        assert answer.reserve_reason is MissReason.REFUSED
+
+
+def test_a_full_arena_of_leased_blocks_refuses_and_evicts_once_released() -> None:
+    with small_store(blocks=4) as small:
+        session, info = small.session(1)
+        small.put(session, info, names(4), 0.0)
+        for slot, _ in small.store.to_seal:
+            small.table.seal(slot, bytes(16))
+        held = small.store.acquire(
+            session, info, b"".join(names(4)), reserve=0, first_block=0, now_ms=1.0
+        )
+        wanted = b"".join(names(1, seed=9))
+        full = small.store.acquire(session, info, wanted, reserve=1, first_block=0, now_ms=2.0)
+        assert (full.reserved_slots, full.reserve_reason) == ([], MissReason.REFUSED)
+        assert small.store.release(session, [held.lease]) == [SettleOutcome.DONE]
+        room = small.store.acquire(session, info, wanted, reserve=1, first_block=0, now_ms=3.0)
+        assert len(room.reserved_slots) == 1
+        # The suffix went first.
+        found = [
+            small.store.outcome(info, keys_of(info, name)[0], name) is Outcome.HIT
+            for name in names(4)
+        ]
+        assert found == [True, True, True, False]
+
+
+def test_a_key_is_only_a_hint() -> None:
+    """Two names with equal first 8 bytes: the second is never served the first's block."""
+    with small_store() as small:
+        session, info = small.session(1)
+        [real] = names(1)
+        small.put(session, info, [real], 0.0)
+        forged = real[:8] + bytes(24)
+        assert keys_of(info, forged) == keys_of(info, real)
+        answer = small.store.acquire(session, info, forged, reserve=1, first_block=0, now_ms=1.0)
+        assert (answer.slots, answer.reserved_slots) == ([], [])
+        assert answer.reason is MissReason.ABSENT
+        both = small.store.acquire(
+            session, info, real + forged, reserve=0, first_block=0, now_ms=1.0
+        )
+        assert len(both.slots) == 1
+        assert small.store.outcome(info, keys_of(info, forged)[0], forged) is Outcome.MISS
+
+
+def test_unreleased_leases_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LEASES_PER_SESSION", 2)
+    with small_store() as small:
+        session, info = small.session(1)
+        small.put(session, info, names(1), 0.0)
+        ask = {"reserve": 0, "first_block": 0, "now_ms": 1.0}
+        packed = b"".join(names(1))
+        reasons = [small.store.acquire(session, info, packed, **ask).reason for _ in range(3)]
+        assert reasons == [MissReason.NONE, MissReason.NONE, MissReason.REFUSED]
+
+
+def test_many_touches_are_told_before_they_pile_up() -> None:
+    with small_store() as small:
+        session, info = small.session(1)
+        small.put(session, info, names(2), 0.0)
+        for _ in range(200):
+            answer = small.store.acquire(
+                session, info, names(2)[0], reserve=0, first_block=0, now_ms=1.0
+            )
+            small.store.release(session, [answer.lease])
+        small.store.flush_touches()
+        first, second = (keys_of(info, name)[0] for name in names(2))
+        order = small.table.policy.victims(2, now_ms=2.0, may_evict=lambda key: True)
+        assert order == [second, first]
+
+
+def test_roots_are_what_a_session_opened() -> None:
+    with small_store() as small:
+        session, info = small.session(1)
+        assert session.root(ROOT) is info
+        with pytest.raises(WrongRoot):
+            session.root(Root(bytes(32)))
+        session.roots.clear()
+        with pytest.raises(SessionLost):
+            session.root(ROOT)
+
+
+def test_a_root_has_one_shape_and_roots_are_bounded() -> None:
+    roots = Roots(max_roots=1)
+    roots.open(ROOT, SHAPE)
+    assert roots.open(ROOT, SHAPE, domain="d").domain == "d"
+    assert roots.open(ROOT, SHAPE).domain == "d"
+    with pytest.raises(BadInput, match="blocks under this root"):
+        roots.open(ROOT, BlockShape(8192, 8000, 2))
+    with pytest.raises(Refused):
+        roots.open(Root(bytes(32)), SHAPE)
+    assert len(roots) == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "error"),
+    [
+        (BlockShape(4096, 4000, 0), BadInput),
+        (BlockShape(4096, 4000, 1025), BadInput),
+        (BlockShape(4096, 4001, 2), BadInput),
+        (BlockShape(4096, 0, 1), BadInput),
+        (BlockShape(8192, 4000, 2), BadInput),
+        (BlockShape(128 << 20, 128 << 20, 1), TooLarge),
+        (BlockShape(64 << 20, 64 << 20, 1), TooLarge),
+    ],
+)
+def test_shapes_that_cannot_be_are_named(shape: BlockShape, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        shape.check(32 << 20)
