@@ -49,6 +49,14 @@ def parse_size(context: click.Context, option: click.Parameter, value: str) -> i
 @click.option("--parent-pid", type=int, default=0, help="End when this process ends.")
 @click.option("--lease-ms", type=click.IntRange(10), default=30_000, show_default=True)
 @click.option("--claim-ms", type=click.IntRange(0), default=5_000, show_default=True)
+@click.option(
+    "--hang-ms",
+    type=click.IntRange(100),
+    default=10_000,
+    show_default=True,
+    help="Replace a node that answers nothing for this long.",
+)
+@click.option("--max-sessions", type=click.IntRange(1), default=1_024, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.

@@ -146,7 +146,7 @@ class NodeChild:
             if self._unanswered_s is None:
                 self._unanswered_s = loop.time()
             self.tell("ping", n=number)
-            await asyncio.sleep(config.ping_period_ms / 1_000)
+            await asyncio.sleep(min(config.ping_period_ms, config.hang_ms / 2) / 1_000)
             waited_s = loop.time() - (self._unanswered_s or loop.time())
             if waited_s * 1_000 > config.hang_ms:
                 _log.error("node %d hangs for %.1f s: killed", process.pid, waited_s)

@@ -85,10 +85,12 @@ class KeptSessions:
         sock.setblocking(False)
         try:
             await _readable(sock, HELLO_DEADLINE_S)
+            # Read first: closing with the hello unread would reset the connection and with it
+            # the refusal.
+            hello = receive_hello(sock)
             pid, uid, _ = peer_credentials(sock)
             if uid != os.getuid():
                 raise Refused(f"user {uid} may not map this arena")
-            hello = receive_hello(sock)
             self._grant(sock, hello, pid)
         except KvStoreError as error:
             _log.info("session refused: %s", error)

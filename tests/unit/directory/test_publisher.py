@@ -21,7 +21,7 @@ class Table:
     """A holder's slots: names by index, scanned a few at a time."""
 
     def __init__(self) -> None:
-        self.slots: list[tuple[Root, BlockName] | None] = [None] * len(NAMES) * 2
+        self.slots: list[tuple[Root, BlockName] | None] = [None for _ in range(2 * len(NAMES))]
         self.step = 5
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:

@@ -1,5 +1,7 @@
 """What a new incarnation makes of a table that was left in the middle of something."""
 
+from typing import Any
+
 from kvstore.core.limits import GRANULE_BYTES
 from kvstore.core.slots import SlotState, SlotWord
 from kvstore.service.adopt import adopt
@@ -13,7 +15,7 @@ def test_only_sealed_blocks_and_living_reservations_stay() -> None:
         small.put(session, info, names(3), 0.0)
         sealed, committed = small.store.to_seal[0][0], small.store.to_seal[1][0]
         small.table.seal(sealed, bytes(16))
-        ask = {"reserve": 1, "first_block": 0, "now_ms": 1.0}
+        ask: dict[str, Any] = {"reserve": 1, "first_block": 0, "now_ms": 1.0}
         [kept] = small.store.acquire(session, info, names(1, 5)[0], **ask).reserved_slots
         [gone] = small.store.acquire(other, info, names(1, 6)[0], **ask).reserved_slots
         later = small.again()

@@ -1,5 +1,7 @@
 """Edges of Acquire and Settle that the state machine's model does not name."""
 
+from typing import Any
+
 import pytest
 
 from kvstore.core.errors import BadInput, Refused, SessionLost, TooLarge, WrongRoot
@@ -90,7 +92,7 @@ def test_unreleased_leases_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     with small_store() as small:
         session, info = small.session(1)
         small.put(session, info, names(1), 0.0)
-        ask = {"reserve": 0, "first_block": 0, "now_ms": 1.0}
+        ask: dict[str, Any] = {"reserve": 0, "first_block": 0, "now_ms": 1.0}
         packed = b"".join(names(1))
         reasons = [small.store.acquire(session, info, packed, **ask).reason for _ in range(3)]
         assert reasons == [MissReason.NONE, MissReason.NONE, MissReason.REFUSED]
