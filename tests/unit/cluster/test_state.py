@@ -17,7 +17,7 @@ def test_a_claim_is_found_and_dropped(tmp_path: Path) -> None:
     file = StateFile(tmp_path, "one")
     state = file.claim(tmp_path / "run")
     assert not state.ready
-    file.write(state.with_endpoints(http="http://127.0.0.1:1", grpc="", model="m"))
+    file.write(state.with_endpoints(http="http://127.0.0.1:1", grpc="", model="m", parts=[]))
     assert file.running().ready
     file.drop(state)
     with pytest.raises(NotFound, match="one"):

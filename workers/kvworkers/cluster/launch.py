@@ -22,6 +22,7 @@ READY_SECONDS: Final = 240.0
 _POLL_SECONDS: Final = 0.2
 _STATUS_SECONDS: Final = 20.0
 _STOP_SECONDS: Final = 15.0
+_TOLD: Final = ("name", "role", "address", "metrics", "pid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Endpoints:
     """`host:port` of `kvstore.rpc.v1.Inference`."""
     model: str
     """What requests call the model."""
+    parts: list[dict[str, str | int]]
+    """Every process with a server: name, role, address, metrics, pid."""
 
 
 class RunningCluster:
@@ -62,10 +65,12 @@ class RunningCluster:
 
     def endpoints(self) -> Endpoints:
         """Return where to send requests."""
-        for report in self.status().parts:
+        reports = self.status().parts
+        parts = [{field: getattr(report, field) for field in _TOLD} for report in reports]
+        for report in reports:
             if report.role is Role.FRONTEND and report.phase is Phase.SERVING:
                 model = _served_model(report.address)
-                return Endpoints(f"http://{report.http}", report.address, model)
+                return Endpoints(f"http://{report.http}", report.address, model, parts)
         raise Unreachable("no frontend serves")
 
     def wait_ready(

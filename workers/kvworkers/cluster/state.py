@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +27,7 @@ class State:
     http: str = ""
     grpc: str = ""
     model: str = ""
+    parts: list[dict[str, str | int]] = field(default_factory=list)
 
     @property
     def ready(self) -> bool:
@@ -36,9 +37,11 @@ class State:
         """Say whether the very process that wrote this still runs."""
         return started_ticks(self.pid) == self.started
 
-    def with_endpoints(self, *, http: str, grpc: str, model: str) -> "State":
+    def with_endpoints(
+        self, *, http: str, grpc: str, model: str, parts: list[dict[str, str | int]]
+    ) -> "State":
         """Return the state of the same cluster once it is ready."""
-        return replace(self, http=http, grpc=grpc, model=model)
+        return replace(self, http=http, grpc=grpc, model=model, parts=parts)
 
 
 def started_ticks(pid: int) -> int:

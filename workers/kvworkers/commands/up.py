@@ -177,7 +177,7 @@ def _log_path(state_file: StateFile) -> Path:
 def _announce(state: State, *, as_json: bool) -> None:
     """Say where the cluster is and how to talk to it."""
     if as_json:
-        fields = ("name", "http", "grpc", "model", "pid", "run_dir", "log")
+        fields = ("name", "http", "grpc", "model", "pid", "run_dir", "log", "parts")
         click.echo(json.dumps({field: getattr(state, field) for field in fields}))
         return
     click.secho("\nThe cluster is ready.", fg="green", bold=True)

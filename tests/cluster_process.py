@@ -1,0 +1,109 @@
+"""A real cluster for tests, by the very commands that users type; and a count of its processes."""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+MARK: Final = "KVSTORE_TEST_MARK"
+"""An environment variable that every process of a cluster inherits, however it detaches."""
+
+UP_SECONDS: Final = 170.0
+DOWN_SECONDS: Final = 60.0
+KVSTORE: Final = (sys.executable, "-m", "kvstore.cli.main")
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Return the living processes that carry `mark`, zombies left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                environment = (entry / "environ").read_bytes()
+                if f"{MARK}={mark}".encode() in environment.split(b"\0"):
+                    found.append(int(entry.name))
+    return sorted(found)
+
+
+def command_line(pid: int) -> str:
+    """Return what a process calls itself."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
+def eventually(check: Callable[[], Any], *, seconds: float, what: str) -> Any:
+    """Return the first true answer of `check`; fail when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if answer := check():
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+@dataclass(frozen=True)
+class ClusterProcess:
+    """A cluster that `kvstore up --detach` has started."""
+
+    name: str
+    http: str
+    grpc: str
+    model: str
+    pid: int
+    run_dir: Path
+    log: str
+    parts: list[dict[str, Any]]
+    mark: str = field(default="")
+
+    def address(self, part: str) -> str:
+        """Return the gRPC address of a part at the time when the cluster came up."""
+        return next(str(p["address"]) for p in self.parts if p["name"] == part)
+
+    def first_pid(self, part: str) -> int:
+        """Return the process of a part at the time when the cluster came up."""
+        return next(int(p["pid"]) for p in self.parts if p["name"] == part)
+
+    def pids(self, words: str) -> list[int]:
+        """Return the processes of this cluster whose command line contains `words`."""
+        return [pid for pid in marked_processes(self.mark) if words in command_line(pid)]
+
+
+@contextmanager
+def cluster_process(*options: str) -> Iterator[ClusterProcess]:
+    """Start a cluster, and end it by `kvstore down`, which has to leave no process behind."""
+    mark = secrets.token_hex(8)
+    name = f"test-{mark[:8]}"
+    environment = os.environ | {MARK: mark}
+    up = [*KVSTORE, "up", "--detach", "--json", "--name", name, "--http", "127.0.0.1:0", *options]
+    started = subprocess.run(
+        up, env=environment, capture_output=True, text=True, timeout=UP_SECONDS, check=False
+    )
+    try:
+        assert started.returncode == 0, started.stderr
+        facts = json.loads(started.stdout)
+        facts["run_dir"] = Path(facts["run_dir"])
+        yield ClusterProcess(**facts, mark=mark)
+    finally:
+        ended = subprocess.run(
+            [*KVSTORE, "down", "--name", name],
+            capture_output=True,
+            text=True,
+            timeout=DOWN_SECONDS,
+            check=False,
+        )
+        left = {pid: command_line(pid) for pid in marked_processes(mark)}
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert ended.returncode == 0, ended.stderr
+    assert not left, f"processes left behind: {left}"
+    assert not facts["run_dir"].exists()
