@@ -35,6 +35,7 @@ from kvstore.rpc.convert import check_id
 from kvstore.rpc.v1 import worker_pb2_grpc
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.engine.engine import Engine
+from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
@@ -299,6 +300,9 @@ async def _warm_up(engine: Engine, max_model_tokens: int) -> None:
     async with contextlib.aclosing(engine.generate(request)) as outputs:
         async for _ in outputs:
             pass
+    # First calls cost many times what later ones do. A worker that published that as its rate
+    # would look slow to routers, be sent nothing, and so never measure better.
+    engine.rates = RateFit()
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:
