@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.client.arena import SharedArena
 from kvstore.client.link import Link
-from kvstore.client.replies import Acquired, Names, SlotRef, packed_names
+from kvstore.client.replies import Names, Reserved, SlotRef, packed_names
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import SettleOutcome
@@ -31,7 +31,7 @@ async def get_copies(
         if acquired.pending:
             arrived = await arena.wait_ready(acquired.pending, deadline_s=deadline_ms / 1000)
             refs = refs + acquired.pending[:arrived]
-        blocks = await asyncio.to_thread(_copy_out, arena, refs, link.access.payload_bytes)
+        blocks = await asyncio.to_thread(copy_out, arena, refs, link.access.payload_bytes)
     except BaseException:
         link.spawn(link.release(acquired.lease))
         raise
@@ -65,7 +65,7 @@ async def put_copies(
     )
     slots = [item.slot for item in acquired.reserved]
     lease = [acquired.lease] if acquired.lease else []
-    work = asyncio.ensure_future(asyncio.to_thread(_copy_in, arena, acquired, sources))
+    work = asyncio.ensure_future(asyncio.to_thread(copy_in, arena, acquired.reserved, sources))
     try:
         await asyncio.shield(work)
     except BaseException:
@@ -86,7 +86,8 @@ async def _abort_after(
     await client.settle(abort=slots, release=lease)
 
 
-def _copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) -> list[bytes]:
+def copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) -> list[bytes]:
+    """Return copies of the blocks before the first one that was reused meanwhile."""
     blocks: list[bytes] = []
     for ref in refs:
         block = bytes(arena.view(ref)[:payload_bytes])
@@ -96,8 +97,11 @@ def _copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) -
     return blocks
 
 
-def _copy_in(arena: SharedArena, acquired: Acquired, sources: Sequence[memoryview]) -> None:
-    for item in acquired.reserved:
+def copy_in(
+    arena: SharedArena, reserved: Sequence[Reserved], sources: Sequence[memoryview]
+) -> None:
+    """Fill each reserved slot with `sources[index]`, and its padding with zeros."""
+    for item in reserved:
         source = sources[item.index]
         view = arena.view(item.slot)
         view[: len(source)] = source

@@ -155,6 +155,20 @@ class Session:
                 raise Unreachable("the keeper died during the call") from None
             raise
 
+    async def _once_ready(self, stub: Any, request: Any, ends: float) -> Any:
+        """Make a call as soon as the node is there; raises our errors, none after `ends`."""
+        while True:
+            try:
+                return await self._once(stub, request, ends, wait_for_ready=True)
+            except grpc.aio.AioRpcError as failure:
+                error = error_from(failure)
+                # The connection of a node that has just died looks ready until it is used.
+                if failure.code() is not grpc.StatusCode.UNAVAILABLE:
+                    raise error from failure
+                if self._loop.time() + _RETRY_PAUSE_S >= ends:
+                    raise error from failure
+            await asyncio.sleep(_RETRY_PAUSE_S)
+
     def _time_left(self, ends: float) -> float:
         if self.lost:
             raise Unreachable("the keeper is gone; a new session is being made")
@@ -184,10 +198,7 @@ class Session:
             shares=access.shares,
             client=access.name,
         )
-        try:
-            reply = await self._once(self._stub.OpenSession, request, ends, wait_for_ready=True)
-        except grpc.aio.AioRpcError as failure:
-            raise error_from(failure) from failure
+        reply = await self._once_ready(self._stub.OpenSession, request, ends)
         if self.root and reply.root != self.root:
             raise SessionLost("the node derives another root than before: its cluster key changed")
         self.root = Root(reply.root)

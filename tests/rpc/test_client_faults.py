@@ -1,4 +1,7 @@
-"""What a client does when the answer is late, lost, malformed, or its keeper is gone."""
+"""What a client does when the answer is late, lost, malformed, or its keeper is gone.
+
+Much of it is kvstore.client.link's work: rejoining, and sweeping up what lost answers reserved.
+"""
 
 import asyncio
 import gc
@@ -132,6 +135,22 @@ async def test_a_node_that_stays_away_costs_one_deadline(
     assert time.monotonic() - started < 1
     assert client.connected, "the keeper still holds the session"
     await node.start_rpc()
+
+
+async def test_a_node_that_dies_again_while_the_root_is_opened_goes_unnoticed(
+    node: ScriptedNode, client: AsyncClient
+) -> None:
+    """A connection looks ready until it is used: the reopening itself meets a dead node."""
+    node.script["Acquire"] = [raising(SessionLost("restarted"))]
+    node.script["OpenSession"] = [raising(Unreachable("stream removed"))] * 3
+    assert len((await client.acquire(NAMES, reserve=1, deadline_ms=5_000)).reserved) == 1
+    node.script["Acquire"] = [raising(SessionLost("restarted"))]
+    node.script["OpenSession"] = [raising(Unreachable("for good"))] * 1_000
+    started = time.monotonic()
+    with pytest.raises(Unreachable):
+        await client.acquire(NAMES, deadline_ms=100)
+    assert time.monotonic() - started < 1
+    node.script.clear()
 
 
 async def test_another_root_after_a_restart_is_no_silent_change(

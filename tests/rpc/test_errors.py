@@ -1,4 +1,7 @@
-"""Every error of the tree, raised in a handler, arrives at the caller as itself."""
+"""Every error of the tree, raised in a handler, arrives at the caller as itself.
+
+Server side kvstore.rpc.interceptors, client side kvstore.rpc.errors.
+"""
 
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from kvstore.client.arena import SharedArena
-from kvstore.client.replies import SlotRef
+from kvstore.client.copies import copy_in, copy_out
+from kvstore.client.replies import Reserved, SlotRef
 from kvstore.core.errors import SessionLost
 from kvstore.core.slots import SlotState, SlotWord
 from kvstore.directory.events import TierKind
@@ -109,3 +110,23 @@ def test_reservations_are_found_by_session(owner: ArenaMapping, shared: SharedAr
     owner.set_word(3, SlotWord(9, SlotState.COMMITTED, 0))
     assert shared.reserved_by(3) == {1: 7}
     assert shared.reserved_by(5) == {}
+
+
+def test_copies_end_at_the_first_block_that_was_reused(
+    owner: ArenaMapping, shared: SharedArena
+) -> None:
+    for slot in range(4):
+        owner.set_word(slot, SlotWord(1, SlotState.SEALED, 0))
+        shared.view(ref(slot))[:] = bytes([slot]) * BLOCK
+    refs = [ref(slot) for slot in range(4)]
+    assert copy_out(shared, refs, 10) == [bytes([slot]) * 10 for slot in range(4)]
+    owner.set_word(2, SlotWord(2, SlotState.SEALED, 0))
+    assert copy_out(shared, refs, 10) == [bytes(10), b"\1" * 10]
+
+
+def test_what_is_copied_in_leaves_nothing_of_an_earlier_block(
+    owner: ArenaMapping, shared: SharedArena
+) -> None:
+    shared.view(ref(0))[:] = b"s" * BLOCK
+    copy_in(shared, [Reserved(1, ref(0))], [memoryview(b"no"), memoryview(b"yes")])
+    assert bytes(shared.view(ref(0))) == b"yes" + bytes(BLOCK - 3)
