@@ -109,7 +109,7 @@ class ArenaStore:
                 break
             slots.append(slot)
         # A key is a hint. One comparison of all full names instead of one for each.
-        names = b"".join(map(table.arena.name, slots))
+        names = table.arena.names(slots)
         roots = set(map(table.root_number.__getitem__, slots))
         if names == packed[: len(names)] and roots <= {info.number}:
             return slots
@@ -337,21 +337,16 @@ class ArenaStore:
 
     def flush_touches(self) -> None:
         """Tell the policy about uses so far; Acquire defers it past its answer."""
-        for touch in self._touches:
-            shape = touch.info.shape
-            domain = touch.info.domain
-            parents: list[int | None] = [None, *touch.keys]
-            for index in range(len(touch.keys) - 1, -1, -1):
-                parent = parents[index]
-                access = Access(
-                    now_ms=touch.now_ms,
-                    position=touch.first_block + index,
-                    block_bytes=shape.block_bytes,
-                    parent=None if parent is None else BlockKey(parent),
-                    share_domain=domain,
-                )
-                self.table.policy.touch(BlockKey(touch.keys[index]), access)
-        self._touches.clear()
+        touches, self._touches = self._touches, []
+        touch_one = self.table.policy.touch
+        for touch in touches:
+            now_ms, first = touch.now_ms, touch.first_block
+            block_bytes, domain = touch.info.shape.block_bytes, touch.info.domain
+            keys = touch.keys
+            for index in range(len(keys) - 1, -1, -1):
+                parent = BlockKey(keys[index - 1]) if index else None
+                access = Access(now_ms, first + index, block_bytes, parent, domain)
+                touch_one(BlockKey(keys[index]), access)
 
     def _remember(self, touch: _Touch) -> None:
         self._touches.append(touch)
