@@ -1,4 +1,7 @@
-"""Both frontends over scripted workers: what users send and what they get."""
+"""Both frontends over scripted workers: what users send and what they get.
+
+Reaches `kvworkers.frontends.openai`, `kvworkers.frontends.grpc_frontend` and all below them.
+"""
 
 import asyncio
 import json
