@@ -4,8 +4,8 @@
 
 Each round takes a prompt that nobody has seen: worker `on` computes it (a miss with the store),
 worker `off` computes it without a store, worker `fresh` finds it in the arena, and `on` finds it
-again in its own pages. The order of the first two alternates. Ratios are medians over the rounds. One JSON
-line per case on standard output; progress on standard error.
+again in its own pages. The order of the first two alternates. Ratios are medians over the
+rounds. One JSON line per case on standard output; progress on standard error.
 """
 
 import asyncio

@@ -1,0 +1,132 @@
+"""How a run meets the store: when it asks, what it hands over, what it holds meanwhile."""
+
+from typing import Any
+
+from kvworkers.engine.cache import LoadResult, StoreJob
+from kvworkers.engine.prefix import PrefixStore
+from kvworkers.engine.sampling import SamplingParams
+from kvworkers.engine.sequence import Request, Sequence
+from kvworkers.pages.pool import PagePool
+
+from kvstore.client import SlotRef
+from kvstore.core.names import Root, pack_tokens
+from kvstore.core.outcomes import MissReason
+from kvstore.directory.events import TierKind
+from kvstore.directory.lru import Lru
+
+
+def slot(number: int) -> SlotRef:
+    return SlotRef(number, 1, number * 4096, TierKind.DRAM, 1)
+
+
+class ScriptedLink:
+    def __init__(self) -> None:
+        self.usable = True
+        self.result = LoadResult()
+        self.raises: Exception | None = None
+        self.asked: dict[str, Any] = {}
+        self.jobs: list[StoreJob] = []
+        self.unexpected = 0
+
+    async def load(self, names: Any, pages: Any, **options: Any) -> LoadResult:
+        self.asked = {"names": len(names), "pages": list(pages), **options}
+        if self.raises is not None:
+            raise self.raises
+        return self.result
+
+    def submit(self, job: StoreJob) -> None:
+        self.jobs.append(job)
+
+    def count_unexpected(self, call: str) -> None:
+        self.unexpected += 1
+
+
+class Rig:
+    def __init__(self, tokens: int = 70, **options: Any) -> None:
+        self.pool = PagePool(8, block_bytes=4096, policy=Lru())
+        self.link = ScriptedLink()
+        self.changes = 0
+        self.store = PrefixStore(self.pool, self._link, changed=self._changed)
+        request = Request(
+            request_id="r",
+            tokens=pack_tokens(list(range(tokens))),
+            sampling=SamplingParams(max_tokens=20),
+            **options,
+        )
+        self.run = Sequence(request, Root(b"r" * 32), arrived_ms=0.0)
+        pages = self.pool.allocate(self.run.pages_needed, now_ms=0.0)
+        assert pages is not None
+        self.run.pages = pages
+
+    def _link(self) -> Any:
+        return self.link
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+
+def test_the_store_is_asked_only_when_it_can_help() -> None:
+    it = Rig()
+    assert it.store.wanted(it.run) is it.link
+    it.link.usable = False
+    assert it.store.wanted(it.run) is None
+    assert it.run.store_reason is MissReason.UNREACHABLE
+    unread = Rig(no_read=True)
+    assert unread.store.wanted(unread.run) is None
+    assert unread.run.store_reason is MissReason.DISABLED
+    full = Rig()
+    full.run.hbm_blocks = full.run.hit_limit
+    assert full.store.wanted(full.run) is None
+    short = Rig(tokens=16)
+    assert short.store.wanted(short.run) is None
+
+
+async def test_a_fetch_asks_for_what_own_pages_lack() -> None:
+    it = Rig()
+    it.run.hbm_blocks = 1
+    it.link.result = LoadResult(tiers={TierKind.DRAM: 1}, found=1, reserved={2: slot(2)})
+    assert await it.store.fetch(it.run, it.link) == 1  # type: ignore[arg-type]
+    assert it.link.asked == {
+        "names": 3, "pages": it.run.pages[1:4], "usable": 3, "first_block": 1, "reserve": 3,
+    }  # fmt: skip
+    assert it.run.stored == 3, "one found, one reserved, then a gap"
+
+
+async def test_a_bug_in_loading_is_counted_and_the_prompt_computed() -> None:
+    it = Rig()
+    it.link.raises = RuntimeError("bug")
+    assert await it.store.fetch(it.run, it.link) == 0  # type: ignore[arg-type]
+    assert it.link.unexpected == 1 and it.run.store_reason is MissReason.UNREACHABLE
+
+
+async def test_settling_commits_what_was_computed_and_aborts_the_rest() -> None:
+    it = Rig()
+    it.link.result = LoadResult(
+        tiers={TierKind.DRAM: 1}, found=1, lease=9, kept=[slot(0)],
+        reserved={1: slot(1), 2: slot(2), 3: slot(3)},
+    )  # fmt: skip
+    await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
+    it.run.computed = 50  # blocks 0 to 2 are full; a caller left before the rest
+    it.store.settle_prompt(it.run)
+    it.store.settle_prompt(it.run)
+    (job,) = it.link.jobs
+    assert job.writes == [(it.run.pages[1], slot(1)), (it.run.pages[2], slot(2))]
+    assert job.aborts == [slot(3)] and job.lease == 9 and job.kept == [slot(0)]
+    # The run ends first: its pages must not be given away while the copy reads them.
+    it.pool.release(it.run.pages, now_ms=1.0)
+    assert it.pool.use().held == 2
+    job.done()
+    assert it.pool.use().held == 0 and it.changes == 1
+
+
+def test_the_replys_blocks_are_stored_at_the_end() -> None:
+    it = Rig()
+    it.run.stored, it.run.computed = 2, 70
+    it.store.store_rest(it.run)
+    (job,) = it.link.jobs
+    assert list(job.names) == it.run.names[2:4] and job.first_block == 2
+    assert list(job.pages) == it.run.pages[2:4]
+    kept = Rig(no_store=True)
+    kept.run.computed = 70
+    kept.store.store_rest(kept.run)
+    assert kept.link.jobs == []
