@@ -152,7 +152,8 @@ def event_to_reply(event: Event) -> watch_pb2.WatchReply:
             return watch_pb2.WatchReply(begin=begin)
         case Ended():
             return watch_pb2.WatchReply(end=watch_pb2.End(sequence=event.sequence))
-        case Lost():
+        case _:
+            assert isinstance(event, Lost)
             raise AssertionError("a loss is not sent; the stream just ends")
 
 

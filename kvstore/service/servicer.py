@@ -272,7 +272,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         async for reply in _refuse_stream("Get"):
             yield reply
 
-    async def Put(self, requests: Any, context: Context) -> Any:
+    async def Put(self, request_iterator: Any, context: Context) -> Any:
         """Not served yet."""
         raise Unsupported("Put is not served yet")
 

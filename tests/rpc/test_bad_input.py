@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
 
-import grpc
+import grpc.aio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -93,12 +93,14 @@ class Raw:
         return reply
 
     async def acquire(self, names: bytes = NAME, **fields: Any) -> cache_pb2.AcquireReply:
-        request = cache_pb2.AcquireRequest(**({"root": self.root, "names": names} | fields))
+        given: dict[str, Any] = {"root": self.root, "names": names, **fields}
+        request = cache_pb2.AcquireRequest(**given)
         reply: cache_pb2.AcquireReply = await self.call("Acquire", request)
         return reply
 
     async def settle(self, **fields: Any) -> cache_pb2.SettleReply:
-        request = cache_pb2.SettleRequest(**({"root": self.root} | fields))
+        given: dict[str, Any] = {"root": self.root, **fields}
+        request = cache_pb2.SettleRequest(**given)
         reply: cache_pb2.SettleReply = await self.call("Settle", request)
         return reply
 
@@ -319,7 +321,7 @@ async def test_streams_of_later_days_are_unsupported(raw: Raw) -> None:
     assert type(error_from(caught.value)) is Unsupported
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=tuple(HealthCheck.__members__.values()))
 @given(
     method=st.sampled_from(["OpenSession", "Acquire", "Settle", "Wait", "Lookup"]),
     garbage=st.binary(max_size=80),

@@ -41,7 +41,7 @@ def session_process() -> Iterator[None]:
     except Told:
         sys.exit(0)
     except KvStoreError as error:
-        print(f"kvstore: {error}", file=sys.stderr)  # noqa: T201 - the session's own last word
+        sys.stderr.write(f"kvstore: {error}\n")
         sys.exit(1)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import Unreachable
 from kvstore.rpc.channel import open_channel

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from typing import Final
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import Unreachable
 from kvstore.rpc.errors import error_from

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-import grpc
+import grpc.aio
 
 from kvstore.core.errors import KvStoreError, NotFound, Unreachable
 from kvstore.core.names import Root

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
@@ -140,7 +141,7 @@ class FrontendServer:
         await self._router.close()
         await self._fleet.close()
 
-    async def _start_http(self, app: object, listening: socket.socket) -> None:
+    async def _start_http(self, app: FastAPI, listening: socket.socket) -> None:
         settings = uvicorn.Config(
             app,
             loop="none",

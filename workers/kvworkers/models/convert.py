@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -112,7 +113,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
         progress("Converting: saving", 3, steps)
         # Saved weights are plain; what they were packed in before would only be refused.
         if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+            del model.config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     progress("Converting: saving", steps, steps)
@@ -121,8 +122,7 @@ def _convert(gguf: Path, target: Path, progress: Progress) -> None:
 @contextmanager
 def _counted_tensors(progress: Progress) -> Iterator[None]:
     """Turn the bar that transformers draws over a GGUF's tensors into steps of ours."""
-    from transformers import modeling_gguf_pytorch_utils as module
-
+    module: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     theirs = getattr(module, "tqdm", None)
 
     def counted(tensors: Collection[Any], **_: Any) -> Iterator[Any]:

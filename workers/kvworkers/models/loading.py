@@ -110,10 +110,11 @@ def _load_weights(spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    load: Any = AutoModelForCausalLM.from_pretrained  # its overloads fit no checker
     try:
         # The type is said explicitly: converted configs say bfloat16, which a CPU neither
         # computes quickly nor exactly.
-        module, loading = AutoModelForCausalLM.from_pretrained(
+        module, loading = load(
             spec.path,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=attention.IMPLEMENTATION,
