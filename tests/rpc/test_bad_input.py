@@ -36,6 +36,7 @@ from tests.session_process import PAYLOAD, SHARES, connect, names_of, namespace
 
 pytestmark = pytest.mark.timeout(60)
 NAME = b"n" * 32
+_ALL: Any = list(HealthCheck)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +322,7 @@ async def test_streams_of_later_days_are_unsupported(raw: Raw) -> None:
     assert type(error_from(caught.value)) is Unsupported
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=tuple(HealthCheck.__members__.values()))
+@settings(max_examples=60, deadline=None, suppress_health_check=_ALL)
 @given(
     method=st.sampled_from(["OpenSession", "Acquire", "Settle", "Wait", "Lookup"]),
     garbage=st.binary(max_size=80),
