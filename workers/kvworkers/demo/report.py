@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -103,9 +104,22 @@ def print_tables(console: Console, outcome: Outcome) -> None:
     _print_verdict(console, outcome)
 
 
+def _table(title: str) -> Table:
+    """Return an empty table of our look: no frame, so that ten columns fit a terminal."""
+    return Table(
+        title=f"\n[bold not italic]{title}",
+        title_justify="left",
+        header_style="dim",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+
+
 def _requests(outcome: Outcome) -> Table:
-    table = Table(title="Requests", title_justify="left", header_style="bold")
-    for name in ("client", "turn", "prompt", "HBM", "DRAM", "computed", "TTFT", "tokens/s"):
+    table = _table("Requests: prompt tokens by where they came from")
+    for name in ("client", "turn", "prompt", "HBM", "DRAM", "computed", "TTFT ms", "tokens/s"):
         table.add_column(name, justify="right")
     table.add_column("worker")
     table.add_column("equal", justify="center")
@@ -121,7 +135,7 @@ def _requests(outcome: Outcome) -> Table:
             _count(answer.cached["hbm"]),
             _count(answer.cached["dram"]),
             str(answer.prompt_tokens - answer.cached_tokens),
-            f"{answer.ttft_ms:.0f} ms",
+            f"{answer.ttft_ms:.0f}",
             f"{answer.tokens_per_second:.1f}",
             answer.worker,
             mark,
@@ -134,7 +148,7 @@ def _count(tokens: int) -> str:
 
 
 def _tiers(outcome: Outcome) -> Table:
-    table = Table(title="Where prompt tokens came from", title_justify="left", header_style="bold")
+    table = _table("Hit rate of all prompt tokens")
     table.add_column("tier")
     table.add_column("tokens", justify="right")
     table.add_column("share", justify="right")
@@ -157,8 +171,7 @@ def _share(tokens: int, total: int) -> tuple[str, str, str]:
 
 
 def _pairs(pairs: Sequence[Pair]) -> Table:
-    title = "The same prompts, one at a time: time to first token"
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = _table("Time to first token, alone")
     for name in ("prompt", "cached", "with cache", "without", "sooner"):
         table.add_column(name, justify="right")
     for pair in pairs:
@@ -182,6 +195,7 @@ def _pairs(pairs: Sequence[Pair]) -> Table:
 
 
 def _print_verdict(console: Console, outcome: Outcome) -> None:
+    console.print()
     total = len(outcome.exchanges)
     ties = sum(verdict.near_ties for verdict in outcome.verdicts)
     if ties:
