@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -365,5 +366,5 @@ class StoreMachine(RuleBasedStateMachine):
         os.close(self.fd)
 
 
-StoreMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
-TestStore = StoreMachine.TestCase
+StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStore = pytest.mark.timeout(180)(StoreMachine.TestCase)
