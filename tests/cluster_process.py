@@ -1,4 +1,10 @@
-"""A real cluster for tests, by the very commands that users type; and a count of its processes."""
+"""A real cluster for tests, by the very commands that users type; and a count of its processes.
+
+What only exists as processes of such a cluster is reached from here: `kvworkers.cluster.session`
+starts what `kvworkers.cluster.launch` says through `kvworkers.cluster.ray_runtime`,
+`kvworkers.cluster.progress` shows it, `kvworkers.cluster.controller` restarts the
+`kvworkers.cluster.parts` that tests kill, and `kvworkers.demo.session` is the demonstration.
+"""
 
 import json
 import os

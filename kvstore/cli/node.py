@@ -47,8 +47,20 @@ def parse_size(context: click.Context, option: click.Parameter, value: str) -> i
     help="32 secret bytes that names are derived with; made where missing. [RUN_DIR/cluster.key]",
 )
 @click.option("--parent-pid", type=int, default=0, help="End when this process ends.")
-@click.option("--lease-ms", type=click.IntRange(10), default=30_000, show_default=True)
-@click.option("--claim-ms", type=click.IntRange(0), default=5_000, show_default=True)
+@click.option(
+    "--lease-ms",
+    type=click.IntRange(10),
+    default=30_000,
+    show_default=True,
+    help="Leases live this long unless released.",
+)
+@click.option(
+    "--claim-ms",
+    type=click.IntRange(0),
+    default=5_000,
+    show_default=True,
+    help="After this long another session may compute a block that one has claimed.",
+)
 @click.option(
     "--hang-ms",
     type=click.IntRange(100),
@@ -56,7 +68,13 @@ def parse_size(context: click.Context, option: click.Parameter, value: str) -> i
     show_default=True,
     help="Replace a node that answers nothing for this long.",
 )
-@click.option("--max-sessions", type=click.IntRange(1), default=1_024, show_default=True)
+@click.option(
+    "--max-sessions",
+    type=click.IntRange(1),
+    default=1_024,
+    show_default=True,
+    help="Clients at once; more are refused.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.
