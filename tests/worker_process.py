@@ -21,7 +21,8 @@ class Answer:
     """Everything that one Run said."""
 
     tokens: list[int] = field(default_factory=list)
-    cache: types_pb2.CacheReport | None = None
+    cache: types_pb2.CacheReport = field(default_factory=types_pb2.CacheReport)
+    """Empty (no prompt tokens) until the first tokens came."""
     ttft_ms: float = 0.0
     load_ms: float = 0.0
     finish_reason: str = ""
@@ -106,7 +107,7 @@ def take(answer: Answer, reply: worker_pb2.RunReply) -> None:
     answer.tokens += tokens.tolist()
     answer.logprobs += list(reply.logprobs)
     if reply.HasField("cache"):
-        assert answer.cache is None, "the account comes once"
+        assert not answer.cache.prompt_tokens, "the account comes once"
         answer.cache, answer.ttft_ms, answer.load_ms = reply.cache, reply.ttft_ms, reply.load_ms
     answer.finish_reason = reply.finish_reason or answer.finish_reason
 

@@ -16,7 +16,7 @@ async def test_blocks_go_into_pages_and_back() -> None:
         arena[block * BLOCK : (block + 1) * BLOCK] = bytes([block]) * BLOCK
     mover = Mover(pool)
     await mover.load(memoryview(arena), [3 * BLOCK, 5 * BLOCK], [2, 0])
-    assert pool[:, 0].tolist() == [5, 0, 3, 0] and pool[2].unique().tolist() == [3]
+    assert pool[:, 0].tolist() == [5, 0, 3, 0] and bool((pool[2] == 3).all())
     pool[1] = 77
     await mover.store([1, 2], memoryview(arena), [0, 7 * BLOCK])
     assert arena[:BLOCK] == bytes([77]) * BLOCK
