@@ -216,7 +216,8 @@ class ClusterView:
             return self._change(known, event)
         elif isinstance(event, Ended):
             self._end(known, event)
-        elif isinstance(event, Marked):
+        else:
+            assert isinstance(event, Marked), "a loss is no sign of life"
             return _compare(known, event)
         return None
 

@@ -17,7 +17,7 @@ from kvstore.router.members import Member
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
-from tests.byte_tokenizer import make_byte_tokenizer
+from tests.byte_tokenizer import END, make_byte_tokenizer
 from tests.processes import Started, scripted, started
 from tests.scripted_worker import ScriptedWorker
 
@@ -106,12 +106,21 @@ async def test_limits_hold_across_a_retry(
     assert replies[-1].retries == 1
 
 
-async def test_a_worker_that_dies_after_its_last_token_costs_nothing(
-    frontend: FrontendServer, processes: Callable[..., Started]
+async def test_a_worker_that_is_lost_after_its_last_token_costs_nothing(
+    frontend: FrontendServer,
 ) -> None:
-    await follow(frontend, processes("w0", "--die-after", "5"))
-    replies = await generate(frontend, max_tokens=5)
-    assert (text(replies), replies[-1].finish_reason) == (LETTERS[:5], "length")
+    worker = ScriptedWorker("w0", reply=[*LETTERS.encode(), END])
+    await worker.start()
+    try:
+        await follow(frontend, worker)
+        for limit, expected in ((5, "length"), (27, "stop")):
+            worker.faults.break_after = limit
+            replies = await generate(frontend, max_tokens=limit)
+            assert text(replies) == LETTERS[:limit]
+            assert (replies[-1].finish_reason, replies[-1].retries) == (expected, 0)
+        assert len(worker.requests) == 2
+    finally:
+        await worker.stop()
 
 
 async def test_a_stopped_worker_is_given_up_and_a_slow_one_is_not(

@@ -1,6 +1,6 @@
 """Both frontends over scripted workers: what users send and what they get.
 
-Reaches `kvworkers.frontends.openai`, `kvworkers.frontends.grpc_frontend` and all below them.
+Reaches `kvworkers.frontends.openai`, `kvworkers.frontends.replies`, `kvworkers.frontends.grpc_frontend` and all below them.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
+from kvworkers.frontends.tokenizer import ChatTokenizer
 
 from kvstore.core.errors import BadInput, NotFound, Refused
 from kvstore.core.names import pack_tokens
@@ -122,6 +123,34 @@ async def test_the_openai_client_gets_a_stream_of_whole_characters(
     assert "🌍" in pieces and not any("\ufffd" in piece for piece in pieces)
     assert reasons == ["stop"]
     assert usage is not None and usage.completion_tokens == len(TEXT.encode())
+
+
+async def test_a_stream_that_breaks_ends_with_an_error(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    worker.faults.break_after = 1
+    reply = await http.post("/v1/chat/completions", json=ask(stream=True))
+    assert reply.status_code == 200
+    lines = [line for line in reply.text.split("\n") if line]
+    # Every attempt adds one letter before it breaks; after the last one allowed the error follows.
+    assert [json.loads(line[6:])["choices"][0]["delta"]["content"] for line in lines[:3]] == [
+        "", "G", "r",
+    ]  # fmt: skip
+    assert json.loads(lines[-1][6:])["error"]["type"] == "service_unavailable"
+
+
+async def test_long_texts_are_tokenised_off_the_loop_and_templates_may_refuse(
+    http: httpx.AsyncClient, worker: ScriptedWorker
+) -> None:
+    long = "é" * 1_500
+    await http.post("/v1/chat/completions", json=ask(messages=[{"role": "user", "content": long}]))
+    prompt = array("I", worker.requests[-1].tokens)
+    assert bytes(token for token in prompt if token < END).decode() == long
+    refused = await http.post(
+        "/v1/chat/completions", json=ask(messages=[{"role": "tool", "content": "a"}])
+    )
+    assert refused.status_code == 400
+    assert "a tool cannot begin" in refused.json()["error"]["message"]
 
 
 async def test_stop_strings_and_limits_end_a_reply(
@@ -316,6 +345,19 @@ async def test_a_taken_port_is_named(model: Path) -> None:
             await FrontendServer(FrontendConfig(model=model, http=address)).start()
     with pytest.raises(BadInput, match="HOST:PORT"):
         FrontendConfig(model=model, grpc="nowhere")
+
+
+def test_ends_of_replies_come_from_the_generation_settings(model: Path, tmp_path: Path) -> None:
+    made = make_byte_tokenizer(tmp_path)
+    settings = made / "generation_config.json"
+    assert ChatTokenizer(made).eos_token_ids == {END}
+    settings.write_text('{"eos_token_id": [1, 2]}')
+    assert ChatTokenizer(made).eos_token_ids == {1, 2}
+    settings.unlink()
+    assert ChatTokenizer(made).eos_token_ids == {END}
+    settings.write_text("{")
+    with pytest.raises(BadInput, match="generation_config"):
+        ChatTokenizer(made)
 
 
 def test_a_directory_without_tokenizer_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.directory import places
 from kvstore.directory.places import BlockIndex, longest_prefix
 from kvstore.directory.policy import block_key
 
@@ -68,6 +70,24 @@ def test_adding_and_discarding_twice_changes_nothing() -> None:
     index.discard(place, ROOT, names(2))
     assert (place.count, len(index)) == (1, 1)
     assert place.xor_keys == block_key(ROOT, name(3))
+
+
+def test_discarding_from_one_place_keeps_the_others() -> None:
+    index = BlockIndex(max_blocks=100)
+    first, second = index.new_place(), index.new_place()
+    index.add(first, ROOT, names(3))
+    index.add(second, ROOT, names(3))
+    index.discard(first, ROOT, names(3))
+    assert index.match(ROOT, names(3), [first.bit, second.bit]) == [0, 3]
+
+
+def test_sharing_starts_anew_when_there_are_too_many_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "MAX_INTERNED", 2)
+    index = BlockIndex(max_blocks=100)
+    held = [index.new_place() for _ in range(5)]
+    for place in held:
+        index.add(place, ROOT, names(2))
+    assert index.match(ROOT, names(2), [place.bit for place in held]) == [2] * 5
 
 
 def test_a_full_index_leaves_blocks_out_and_says_so() -> None:

@@ -5,17 +5,17 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from kvstore.core.errors import KvStoreError, TooLarge
-from kvworkers.frontends.generation import Chunk
 from kvworkers.frontends.openai_wire import ChatBody, ChatReply, failure, parse
-from kvworkers.frontends.pipeline import Pipeline, Running, first_then_rest, whole
+from kvworkers.frontends.pipeline import Pipeline, Running
+from kvworkers.frontends.replies import Started, begin, whole
 
 CLIENT_CLOSED: Final = 499
 """What a log shows for a request whose client went away; nobody receives it."""
@@ -105,34 +105,49 @@ async def _answer(
             return Response(status_code=CLIENT_CLOSED)
         return JSONResponse(reply.whole(every, pipeline.tokenizer))
     # The first chunk decides: before it, a failure is still a status code and not a broken stream.
-    started = await _unless_gone(request, first_then_rest(chunks))
+    started = await _unless_gone(request, begin(chunks))
     if started is None:
         return Response(status_code=CLIENT_CLOSED)
     usage = body.stream_options is not None and body.stream_options.include_usage
-    events = _events(started[1], pipeline, reply, usage=usage)
-    return StreamingResponse(
-        events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-    )
+    return EventStream(started, _events(started, pipeline, reply, usage=usage))
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that end their request however the response ends, even before it began."""
+
+    def __init__(self, started: Started, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(
+            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+        self._started = started
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; see the class."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._started.close()
 
 
 async def _events(
-    chunks: AsyncGenerator[Chunk, None], pipeline: Pipeline, reply: ChatReply, *, usage: bool
+    started: Started, pipeline: Pipeline, reply: ChatReply, *, usage: bool
 ) -> AsyncGenerator[bytes, None]:
     """Yield server-sent events until `[DONE]`, or an error where the stream breaks."""
-    async with aclosing(chunks):
-        try:
-            yield _event(reply.opening())
-            output_tokens = 0
-            async for chunk in chunks:
-                output_tokens = chunk.output_tokens
-                # Half a character is no text yet; clients need no empty piece for it.
-                if chunk.text or chunk.finish_reason or chunk.chances:
-                    yield _event(reply.piece(chunk, pipeline.tokenizer))
-            if usage:
-                yield _event(reply.usage_piece(output_tokens))
-            yield b"data: [DONE]\n\n"
-        except KvStoreError as error:
-            yield _event(failure(error)[1])
+    try:
+        yield _event(reply.opening())
+        output_tokens = 0
+        async for chunk in started.chunks():
+            output_tokens = chunk.output_tokens
+            # Half a character is no text yet; clients need no empty piece for it.
+            if chunk.text or chunk.finish_reason or chunk.chances:
+                yield _event(reply.piece(chunk, pipeline.tokenizer))
+        if usage:
+            yield _event(reply.usage_piece(output_tokens))
+        yield b"data: [DONE]\n\n"
+    except KvStoreError as error:
+        yield _event(failure(error)[1])
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -198,11 +198,12 @@ class Pipeline:
                         if chunk.finish_reason:
                             return
             except WORTH_RETRYING as error:
+                if reason := self._ended(running):
+                    # It was lost after its last token: only the end was not said.
+                    self._router.complete(decision.booking, failed=True)
+                    yield self._last(running, decision.worker, reason, stopped=False)
+                    return
                 self._count_failure(running, decision, error, failed)
-            if reason := self._ended(running):
-                # It was lost after its last token: only the end was not said.
-                yield self._last(running, decision.worker, reason, stopped=False)
-                return
 
     def _ended(self, running: Running) -> str:
         """Return why the tokens so far are a whole reply; empty when they are not."""
@@ -367,24 +368,3 @@ def _chances(reply: worker_pb2.RunReply) -> tuple[TokenChance, ...]:
         for entry in reply.logprobs
         if entry.token_ids
     )
-
-
-async def first_then_rest(
-    chunks: AsyncGenerator[Chunk, None],
-) -> tuple[Chunk, AsyncGenerator[Chunk, None]]:
-    """Wait for the first chunk, so that a failure before it can still become a status code."""
-    first = await anext(chunks)
-
-    async def rest() -> AsyncGenerator[Chunk, None]:
-        async with aclosing(chunks):
-            yield first
-            async for chunk in chunks:
-                yield chunk
-
-    return first, rest()
-
-
-async def whole(chunks: AsyncGenerator[Chunk, None]) -> list[Chunk]:
-    """Return every chunk of a reply that is wanted in one piece."""
-    async with aclosing(chunks):
-        return [chunk async for chunk in chunks]
