@@ -23,7 +23,7 @@ def cluster() -> Iterator[ClusterProcess]:
 @pytest.fixture(scope="session")
 def reference(model_dir: Path) -> Reference:
     """The plain model of `transformers`."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # several threads on shared cores wait for each other
     return Reference(model_dir)
 
 

@@ -19,7 +19,7 @@ from tests.inference_client import Said, generate, run_worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
-REPLY_TOKENS = 16
+REPLY_TOKENS = 12
 
 
 def opening(name: str, words: int) -> str:
@@ -76,47 +76,64 @@ def test_the_openai_client_chats_and_sees_what_was_cached(
     assert cached is not None and cached >= (first.usage.prompt_tokens - 1) // 16 * 16
 
 
+SITUATIONS = (
+    "long",
+    "same opening",
+    "second turn",
+    "branch",
+    "exactly at a block",
+    "one beyond a block",
+    "under a block",
+    "other scripts",
+)
+
+
+@pytest.fixture(scope="module")
 def prompts(reference: Reference) -> dict[str, list[int]]:
-    """Return eight prompts: shared openings, branches, edges of blocks, other scripts."""
-    lyon = ("system", opening("lyon", 200))
+    """Eight prompts: shared openings, branches, edges of blocks, other scripts."""
+    lyon = ("system", opening("lyon", 120))
     asked = ("user", "What is a traboule?")
     long = reference.chat(lyon, asked)
-    return {
-        "long": long,
-        "same opening": reference.chat(lyon, ("user", "Which rivers meet here?")),
-        "second turn": reference.chat(
+    short = "Rivers run to the sea"
+    found = [
+        long,
+        reference.chat(lyon, ("user", "Which rivers meet here?")),
+        reference.chat(
             lyon, asked, ("assistant", "A covered passage."), ("user", "Who used them?")
         ),
-        "branch": reference.chat(
+        reference.chat(
             lyon, asked, ("assistant", "A covered passage!"), ("user", "Are there many?")
         ),
-        "exactly at a block": long[: len(long) // 16 * 16],
-        "one beyond a block": long[: len(long) // 16 * 16 + 1][-65:],
-        "under a block": reference.tokenizer("Rivers run to the sea", add_special_tokens=False)[
-            "input_ids"
-        ],
-        "other scripts": reference.chat(("user", "Grüße aus Köln, 東京, и Москва 🌊! Reply.")),
-    }
+        long[: len(long) // 16 * 16],
+        long[: len(long) // 16 * 16 + 1][-65:],
+        reference.tokenizer(short, add_special_tokens=False)["input_ids"],
+        reference.chat(("user", "Grüße aus Köln, 東京, и Москва 🌊! Reply.")),
+    ]
+    return dict(zip(SITUATIONS, found, strict=True))
 
 
-def test_replies_are_exact_without_and_with_the_cache(
-    cluster: ClusterProcess, reference: Reference, exactness: Exactness
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_replies_are_exact_cold_and_cached(
+    cluster: ClusterProcess,
+    reference: Reference,
+    exactness: Exactness,
+    prompts: dict[str, list[int]],
+    situation: str,
 ) -> None:
-    for what, prompt in prompts(reference).items():
-        expected = reference.reply(prompt, REPLY_TOKENS)
-        for cache in (True, True):
-            said = generate(cluster.grpc, prompt, max_tokens=REPLY_TOKENS, cache=cache)
-            exactness.check(what, prompt, expected, without_end(reference, said))
-        report = said.cache
-        assert report.hbm_tokens + report.dram_tokens == (len(prompt) - 1) // 16 * 16, what
-        assert report.prompt_tokens == len(prompt)
-    assert exactness.equal >= 14
+    prompt = prompts[situation]
+    expected = reference.reply(prompt, REPLY_TOKENS)
+    for _ in range(2):
+        said = generate(cluster.grpc, prompt, max_tokens=REPLY_TOKENS)
+        exactness.check(situation, prompt, expected, without_end(reference, said))
+    report = said.cache
+    assert report.hbm_tokens + report.dram_tokens == (len(prompt) - 1) // 16 * 16
+    assert report.prompt_tokens == len(prompt)
 
 
 def test_a_second_worker_takes_the_prefix_out_of_the_arena(
     cluster: ClusterProcess, reference: Reference, exactness: Exactness
 ) -> None:
-    prompt = reference.chat(("system", opening("tides", 220)), ("user", "What is a neap tide?"))
+    prompt = reference.chat(("system", opening("tides", 120)), ("user", "What is a neap tide?"))
     first = run_worker(cluster.address("worker-0"), prompt, max_tokens=REPLY_TOKENS)
     assert first.cache.computed_tokens == len(prompt)
     whole = (len(prompt) - 1) // 16 * 16
@@ -180,11 +197,11 @@ def test_a_worker_killed_in_the_middle_of_a_reply_does_not_change_it(
             killed.append(reply.worker)
             os.kill(cluster.first_pid(reply.worker), signal.SIGKILL)
 
-    said = generate(cluster.grpc, prompt, max_tokens=48, heard=kill_once)
+    said = generate(cluster.grpc, prompt, max_tokens=32, heard=kill_once)
     assert killed
     assert said.retries >= 1
     assert said.worker != killed[0]
-    expected = reference.reply(prompt, 48)
+    expected = reference.reply(prompt, 32)
     exactness.check("killed in the middle", prompt, expected, without_end(reference, said))
     eventually(lambda: live_workers(cluster) == 2, seconds=90, what="Ray brings the worker back")
 

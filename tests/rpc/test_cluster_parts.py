@@ -1,0 +1,107 @@
+"""The shells that Ray keeps alive, here without Ray: a real keeper, and starts that fail."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from kvworkers.cluster.config import ClusterConfig
+from kvworkers.cluster.parts import FrontendShell, NodeShell, Shell, WorkerShell
+from kvworkers.cluster.plan import MemberList, Phase, Report
+from kvworkers.cluster.rundir import new_run_dir
+from kvworkers.cluster.state import started_ticks
+
+from kvstore.cli.values import Address
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+async def run_dir() -> AsyncIterator[Path]:
+    path = new_run_dir()
+    yield path
+    for entry in sorted(path.rglob("*"), reverse=True):
+        entry.rmdir() if entry.is_dir() else entry.unlink()
+    path.rmdir()
+
+
+def config(run_dir: Path, **changed: object) -> ClusterConfig:
+    fields: dict[str, object] = {
+        "model": run_dir / "no-model",
+        "run_dir": run_dir,
+        "arena_bytes": 64 << 20,
+        "http": Address("127.0.0.1", 0),
+    }
+    return ClusterConfig(**fields | changed)  # type: ignore[arg-type]
+
+
+async def until(shell: Shell, *phases: Phase, other_than: int = 0) -> Report:
+    async with asyncio.timeout(40):
+        while True:
+            report = await shell.report()
+            if report.phase in phases and report.incarnation != other_than:
+                return report
+            await asyncio.sleep(0.05)
+
+
+def keeper_pid(shell: NodeShell) -> int:
+    assert shell._keeper is not None
+    return shell._keeper.pid
+
+
+async def test_a_keeper_that_dies_comes_back_as_another_incarnation(run_dir: Path) -> None:
+    shell = NodeShell("node-0", config(run_dir))
+    assert (await shell.report()).phase is Phase.EMPTY
+    assert (await shell.start(7, "node-0")).phase is Phase.STARTING
+    first = await until(shell, Phase.SERVING, Phase.FAILED)
+    assert first.phase is Phase.SERVING, first.detail
+    assert first.incarnation == 7
+    assert first.address.startswith("127.0.0.1:")
+    pid = keeper_pid(shell)
+    os.kill(pid, signal.SIGKILL)
+    again = await until(shell, Phase.SERVING, other_than=7)
+    assert again.incarnation > 7
+    assert keeper_pid(shell) != pid
+    last = keeper_pid(shell)
+    await shell.stop()
+    assert started_ticks(last) == 0
+
+
+async def test_starting_twice_starts_once(run_dir: Path) -> None:
+    shell = NodeShell("node-0", config(run_dir))
+    await shell.start(1, "node-0")
+    await shell.start(2, "node-0")
+    assert (await until(shell, Phase.SERVING)).incarnation == 1
+    await shell.stop()
+
+
+async def test_a_worker_that_cannot_start_says_why(run_dir: Path) -> None:
+    (run_dir / "node-0").mkdir()
+    (run_dir / "node-0" / "node.json").write_text("{}")
+    shell = WorkerShell("worker-0", config(run_dir))
+    await shell.start(1, "node-0")
+    report = await until(shell, Phase.FAILED, Phase.SERVING)
+    assert "no-model" in report.detail
+    await shell.stop()
+
+
+async def test_a_frontend_that_cannot_start_says_why(run_dir: Path) -> None:
+    shell = FrontendShell("frontend-0", config(run_dir))
+    await shell.start(1, "")
+    report = await until(shell, Phase.FAILED, Phase.SERVING)
+    assert report.phase is Phase.FAILED
+    assert report.detail
+    assert (await shell.set_members(MemberList(version=3))).members_version == 0
+    await shell.stop()
+
+
+async def test_a_keeper_that_refuses_to_start_is_quoted(run_dir: Path) -> None:
+    (run_dir / "node-0").write_text("a file where the directory should be")
+    shell = NodeShell("node-0", config(run_dir))
+    await shell.start(1, "node-0")
+    report = await until(shell, Phase.FAILED, Phase.SERVING)
+    assert report.phase is Phase.FAILED
+    assert "keeper ended with status" in report.detail
+    await shell.stop()
