@@ -1,5 +1,6 @@
 """One cluster and one reference model for all end-to-end tests of a session."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,4 +33,5 @@ def exactness(reference: Reference) -> Iterator[Exactness]:
     """Compares and counts; says at the end what it saw."""
     counted = Exactness(reference)
     yield counted
-    print(f"\n{counted.replies} replies, {counted.equal} equal, {len(counted.near_ties)} near ties")  # noqa: T201
+    said = f"{counted.replies} replies, {counted.equal} equal, {len(counted.near_ties)} near ties"
+    sys.stderr.write(f"\n{said}\n")

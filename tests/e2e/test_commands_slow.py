@@ -1,4 +1,7 @@
-"""The commands as users type them: the demonstration, Ctrl-C at any moment, the chat, bad input."""
+"""The commands as users type them: the demonstration, Ctrl-C at any moment, the chat, bad input.
+
+`kvworkers.commands.demo` runs with `kvworkers.demo.session` behind it.
+"""
 
 import json
 import os

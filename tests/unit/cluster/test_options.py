@@ -4,23 +4,32 @@ import socket
 from pathlib import Path
 
 import pytest
-from kvworkers.commands.options import check_free, check_memory, clear
+from kvworkers.commands.options import check_memory, clear, free_address
 
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
 
 
-def test_a_free_port_passes_and_a_busy_one_names_its_flag() -> None:
-    check_free((("--http", Address("127.0.0.1", 0)),))
+def test_any_free_port_becomes_a_real_one_that_can_be_bound() -> None:
+    chosen = {free_address("--http", Address("127.0.0.1", 0)) for _ in range(4)}
+    assert len(chosen) > 1
+    for address in chosen:
+        assert 20_000 <= address.port < 32_000
+        with socket.create_server((address.host, address.port)):
+            pass
+
+
+def test_a_busy_port_names_its_flag() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         address = Address("127.0.0.1", busy.getsockname()[1])
         with pytest.raises(BadInput, match=f"--grpc {address}: Address already in use"):
-            check_free((("--http", Address("127.0.0.1", 0)), ("--grpc", address)))
+            free_address("--grpc", address)
 
 
-def test_an_address_of_another_machine_is_refused() -> None:
+@pytest.mark.parametrize("port", [0, 8000])
+def test_an_address_of_another_machine_is_refused(port: int) -> None:
     with pytest.raises(BadInput, match="--http"):
-        check_free((("--http", Address("192.0.2.1", 0)),))
+        free_address("--http", Address("192.0.2.1", port))
 
 
 def test_an_arena_must_fit_into_memory() -> None:

@@ -10,10 +10,10 @@ from kvworkers.cluster.rundir import new_run_dir
 from kvworkers.cluster.supervisor import EXIT_INTERRUPTED, session_command, supervise
 from kvworkers.commands.options import (
     address_options,
-    check_free,
     check_memory,
     clear,
     cluster_options,
+    free_address,
 )
 from kvworkers.demo.script import conversations
 
@@ -44,7 +44,7 @@ def demo(
     checks each reply against the same model without any cache. Exit status 0 only if all are equal.
     """
     conversations(clients, turns)  # refuses what cannot be asked, before anything starts
-    check_free((("--http", http), ("--grpc", grpc)))
+    http, grpc = free_address("--http", http), free_address("--grpc", grpc)
     check_memory(arena)
     config = ClusterConfig(
         model=Path(model or "."),

@@ -1,15 +1,20 @@
 """Options that `up` and `demo` share, and what both do around a session."""
 
+import random
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from kvstore.cli.values import ADDRESS, BYTES, Address
 from kvstore.core.errors import BadInput
+
+_OUR_PORTS: Final = range(20_000, 32_000)
+_PORT_TRIES: Final = 32
 
 
 def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,20 +75,35 @@ def address_options(http: str) -> Callable[[Callable[..., Any]], Callable[..., A
     return add
 
 
-def check_free(flags: Sequence[tuple[str, Address]]) -> None:
-    """Raise `BadInput` naming the flag whose address cannot be bound; minutes of start-up later
-    the same fault would be an actor's failure."""
-    for flag, address in flags:
-        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((address.host.strip("[]"), address.port))
-            except OSError as error:
-                reason = error.strerror or str(error)
-                raise BadInput(
-                    f"{flag} {address}: {reason}; choose another port or 0 for a free one"
-                ) from error
+def free_address(flag: str, address: Address) -> Address:
+    """Return `address` with a real port where it asks for any free one.
+
+    A frontend that is restarted must come back to the same port, so it is chosen here, below the
+    range that the kernel and Ray take ports from. Raises `BadInput` naming the flag whose address
+    cannot be bound: minutes of start-up later the same fault would be an actor's failure.
+    """
+    if address.port:
+        _try_to_bind(flag, address)
+        return address
+    for port in random.sample(_OUR_PORTS, k=_PORT_TRIES - 1):
+        with suppress(BadInput):
+            _try_to_bind(flag, Address(address.host, port))
+            return Address(address.host, port)
+    _try_to_bind(flag, address)  # says what is wrong with the host
+    raise BadInput(f"{flag} {address}: found no free port; name one")
+
+
+def _try_to_bind(flag: str, address: Address) -> None:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.host.strip("[]"), address.port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise BadInput(
+                f"{flag} {address}: {reason}; choose another port or 0 for a free one"
+            ) from error
 
 
 def check_memory(arena_bytes: int) -> None:

@@ -25,10 +25,10 @@ from kvworkers.cluster.supervisor import (
 )
 from kvworkers.commands.options import (
     address_options,
-    check_free,
     check_memory,
     clear,
     cluster_options,
+    free_address,
 )
 
 _READY_SECONDS: Final = 900.0
@@ -63,7 +63,7 @@ def up(
     Runs until Ctrl-C, or in the background with --detach. The first start prepares the model.
     """
     state_file = StateFile(user_dir(), name)
-    check_free((("--http", http), ("--grpc", grpc)))
+    http, grpc = free_address("--http", http), free_address("--grpc", grpc)
     check_memory(arena)
     config = ClusterConfig(
         model=Path(model or "."),

@@ -1,0 +1,56 @@
+"""The controller is on no request's path: it may die, and comes back knowing everything."""
+
+import contextlib
+import os
+import signal
+
+import grpc
+import pytest
+
+from tests.cluster_process import ClusterProcess, eventually
+from tests.e2e.test_cluster import live_workers
+from tests.exactness import Reference
+from tests.inference_client import generate
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+def test_requests_go_on_while_the_controller_is_away_and_it_heals_afterwards(
+    cluster: ClusterProcess, reference: Reference
+) -> None:
+    prompt = reference.chat(("user", "Name a river."))
+    expected = generate(cluster.grpc, prompt, max_tokens=8).tokens
+    (controller,) = cluster.pids("ray::Controller")
+    os.kill(controller, signal.SIGKILL)
+    assert generate(cluster.grpc, prompt, max_tokens=8).tokens == expected
+    eventually(
+        lambda: [pid for pid in cluster.pids("ray::Controller") if pid != controller],
+        seconds=60,
+        what="Ray brings the controller back",
+    )
+    worker = cluster.pids("ray::WorkerShell")[0]
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: live_workers(cluster) == 1, seconds=60, what="frontends hear of the loss")
+    assert generate(cluster.grpc, prompt, max_tokens=8).tokens == expected
+    eventually(lambda: live_workers(cluster) == 2, seconds=120, what="the new controller heals it")
+
+
+def test_a_frontend_that_dies_comes_back_and_serves(
+    cluster: ClusterProcess, reference: Reference
+) -> None:
+    prompt = reference.chat(("user", "Name a lake."))
+    expected = generate(cluster.grpc, prompt, max_tokens=8).tokens
+    (frontend,) = cluster.pids("ray::FrontendShell")
+    os.kill(frontend, signal.SIGKILL)
+    eventually(
+        lambda: [pid for pid in cluster.pids("ray::FrontendShell") if pid != frontend],
+        seconds=60,
+        what="Ray brings the frontend back",
+    )
+
+    def same_again() -> bool:
+        with contextlib.suppress(grpc.RpcError):
+            return generate(cluster.grpc, prompt, max_tokens=8).tokens == expected
+        return False
+
+    eventually(same_again, seconds=90, what="it serves at the same address")
