@@ -1,6 +1,7 @@
 """Both frontends over scripted workers: what users send and what they get.
 
-Reaches `kvworkers.frontends.openai`, `kvworkers.frontends.replies`, `kvworkers.frontends.grpc_frontend` and all below them.
+Reaches `kvworkers.frontends.openai`, `kvworkers.frontends.replies` and
+`kvworkers.frontends.grpc_frontend`.
 """
 
 import asyncio
