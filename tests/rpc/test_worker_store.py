@@ -72,15 +72,18 @@ def failures(server: WorkerServer, call: str, error: str) -> float:
     return server.registry.get_sample_value("kvstore_worker_store_failures_total", labels) or 0.0
 
 
-async def reserved_bytes(node: RunningNode) -> int:
+async def connect(node: RunningNode) -> AsyncClient:
     spec = load_model(tiny_model()).spec
-    client = await AsyncClient.connect(
+    return await AsyncClient.connect(
         node.run_dir,
         namespace=spec.namespace,
         payload_bytes=spec.layout.payload_bytes,
         shares=spec.layout.kv_heads,
     )
-    async with client:
+
+
+async def reserved_bytes(node: RunningNode) -> int:
+    async with await connect(node) as client:
         return (await client.stats()).reserved_bytes
 
 
@@ -142,23 +145,27 @@ async def test_no_store_no_read_and_salts_keep_apart(node: RunningNode) -> None:
 
 
 async def test_a_tiny_arena_and_pool_evict_and_stay_exact() -> None:
-    prompts = [prompt_of(400 + n, 120) for n in range(5)]
-    with start_node(arena_bytes=2 << 20) as node:
-        async with AsyncExitStack() as stack:
-            servers = [
-                await stack.enter_async_context(
-                    worker(node.run_dir, name=f"worker-{n}", pool_bytes=12 * 4096)
-                )
-                for n in range(2)
-            ]
-            for turn in range(12):
-                prompt = prompts[turn % len(prompts)]
-                answer = await ask(servers[turn % 2].address, prompt, max_tokens=12)
-                assert answer.tokens == reference_reply(prompt, 12)
-            evicted = [
-                s.registry.get_sample_value("kvstore_worker_evicted_pages_total") for s in servers
-            ]
-            assert all(evicted)
+    # 31 blocks a prompt: 40 pages hold one of them, the arena's 512 slots 16 of these 20.
+    prompts = [prompt_of(400 + n, 500) for n in range(20)]
+    async with AsyncExitStack() as stack:
+        node = stack.enter_context(start_node(arena_bytes=2 << 20))
+        servers = [
+            await stack.enter_async_context(
+                worker(node.run_dir, name=f"worker-{n}", pool_bytes=40 * 4096)
+            )
+            for n in range(2)
+        ]
+        for turn, prompt in enumerate((*prompts, *prompts[:2], *prompts[-3:])):
+            server = servers[turn % 2]
+            answer = await ask(server.address, prompt, max_tokens=6)
+            assert answer.tokens == reference_reply(prompt, 6)
+            assert await server.settled(deadline_ms=SETTLED_MS)
+        for server in servers:
+            assert server.registry.get_sample_value("kvstore_worker_evicted_pages_total")
+        async with await connect(node) as client:
+            stats = await client.stats()
+        assert stats.reserved_bytes == 0
+        assert sum(tier.evictions for tier in stats.tiers.values()) > 0
 
 
 async def test_a_killed_node_costs_nothing_but_hits_and_comes_back(node: RunningNode) -> None:
