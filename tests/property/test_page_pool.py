@@ -11,7 +11,7 @@ from kvstore.directory.policy import block_key
 
 ROOTS = (Root(b"a" * 32), Root(b"b" * 32))
 NAMES = tuple(BlockName(bytes([i]) * 32) for i in range(1, 8))
-PAGES = 9
+PAGES = 5
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -72,6 +72,12 @@ class PoolMachine(RuleBasedStateMachine):
             self.names[key] = page
         self.follow_changes()
 
+    @rule()
+    def allocate_more_than_is_free(self) -> None:
+        use = self.pool.use()
+        if use.cached:
+            self.allocate(use.free + 1)
+
     @rule(root=st.sampled_from(ROOTS), count=st.integers(0, len(NAMES)))
     def match(self, root: Root, count: int) -> None:
         expected = []
@@ -125,4 +131,4 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPagePool = PoolMachine.TestCase
-TestPagePool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPagePool.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

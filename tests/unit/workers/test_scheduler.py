@@ -183,6 +183,12 @@ def test_no_store_keeps_nothing_and_no_read_ignores_own_pages() -> None:
     pool.check()
 
 
+def test_nobody_waits_for_a_prefix_that_will_not_be_kept() -> None:
+    scheduler, _ = make(step_tokens=16)
+    start(scheduler, sequence(64, no_store=True), sequence(64))
+    assert scheduler.running == 2 and scheduler.waiting == 0
+
+
 def test_a_salt_gives_other_names() -> None:
     plain, salted, again = sequence(48), sequence(48, salt=b"x"), sequence(48, salt=b"x")
     assert salted.names == again.names
