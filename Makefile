@@ -17,7 +17,7 @@ READY ?= $(VENV)/.ready
 OLDEST := .venv-oldest
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCH_ARGS ?= --quick
+BENCH_ARGS ?=
 
 # Tools find the three roots whether or not the installation in VENV points to this tree.
 export PYTHONPATH := $(CURDIR):$(CURDIR)/workers:$(CURDIR)/kernels
@@ -112,8 +112,8 @@ coverage: $(READY) ## Branch coverage of the deciding code; it has to be complet
 	  tests/unit tests/property tests/contract $(PYTEST_ARGS)
 
 .PHONY: bench
-bench: $(READY) ## Benchmarks against the machine's limits
-	$(BIN)/python -m kvstore.cli.main bench $(BENCH_ARGS)
+bench: $(READY) ## Benchmarks: one JSON object per case on standard output
+	@for script in benchmarks/bench_*.py; do $(BIN)/python "$$script" $(BENCH_ARGS); done
 
 .PHONY: clean
 clean: ## Remove environments, caches and build results

@@ -112,3 +112,24 @@ def test_a_retired_place_vanishes_at_once_and_its_bit_returns_after_the_sweep() 
         assert index.new_place().bit != old.bit or not index._retired
     assert len(index) == 11
     assert index.sweep(7) == 0
+
+
+def test_a_block_that_one_of_two_places_drops_is_still_found() -> None:
+    index = BlockIndex(max_blocks=100)
+    first, second = index.new_place(), index.new_place()
+    for place in (first, second):
+        index.add(place, ROOT, names(4))
+    index.discard(first, ROOT, names(2, start=3))
+    assert index.match(ROOT, names(4), [first.bit, second.bit]) == [2, 4]
+    assert (first.count, second.count) == (2, 4)
+
+
+def test_shared_sets_are_forgotten_before_they_grow_without_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(places, "MAX_INTERNED", 1)
+    index = BlockIndex(max_blocks=100)
+    held = [index.new_place() for _ in range(4)]
+    for at, place in enumerate(held):
+        index.add(place, ROOT, names(4 - at))
+    assert index.match(ROOT, names(4), [place.bit for place in held]) == [4, 3, 2, 1]
