@@ -1,0 +1,10 @@
+"""Settings of all tests."""
+
+from hypothesis import HealthCheck, settings
+
+# Machines that run tests are shared: how long one example takes says nothing. The suite has its
+# own timeouts, and an example that fails is printed with what it takes to replay it.
+settings.register_profile(
+    "kvstore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("kvstore")
