@@ -102,17 +102,17 @@ def _follow(
             if key.data == "ready":
                 selector.unregister(key.fileobj)
                 _hear_ready(key.fd, on_ready)
-            elif asked_to_end(os.read(wakeup, 64)):
-                told += 1
+            elif asked := times_asked_to_end(os.read(wakeup, 64)):
+                told += asked
                 deadline = time.monotonic() + (GRACE_SECONDS if told == 1 else 0.0)
                 session.send_signal(signal.SIGTERM)
         _reap(session.pid)
     return told > 0
 
 
-def asked_to_end(numbers: bytes) -> bool:
-    """Say whether a signal that ends us is among those that the wakeup pipe named."""
-    return any(number in _SIGNALS for number in numbers)
+def times_asked_to_end(numbers: bytes) -> int:
+    """Return how many of the signals that the wakeup pipe named end us."""
+    return sum(number in _SIGNALS for number in numbers)
 
 
 def _hear_ready(source: int, on_ready: Callable[[dict[str, Any]], None]) -> None:
