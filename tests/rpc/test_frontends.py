@@ -157,13 +157,14 @@ async def test_long_texts_are_tokenised_off_the_loop_and_templates_may_refuse(
 async def test_stop_strings_and_limits_end_a_reply(
     client: openai.AsyncOpenAI, worker: ScriptedWorker
 ) -> None:
+    worker.faults.hang_after = 14  # it would never end by itself
     stopped = await client.chat.completions.create(**ask(stop=[", 🌍"]))
     assert stopped.choices[0].message.content == "Grüße"
     assert stopped.choices[0].finish_reason == "stop"
+    await eventually(lambda: worker.running == 0, "a stopped reply frees its worker")
     limited = await client.chat.completions.create(**ask(max_completion_tokens=3))
     assert limited.choices[0].message.content == "Gr\ufffd"  # the third byte is half a character
     assert limited.choices[0].finish_reason == "length"
-    await eventually(lambda: worker.running == 0, "a stopped reply frees its worker")
 
 
 async def test_log_probabilities_come_with_the_tokens(client: openai.AsyncOpenAI) -> None:
