@@ -35,7 +35,6 @@ from kvstore.rpc.convert import check_id
 from kvstore.rpc.v1 import worker_pb2_grpc
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.engine.engine import Engine
-from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
@@ -302,7 +301,7 @@ async def _warm_up(engine: Engine, max_model_tokens: int) -> None:
             pass
     # First calls cost many times what later ones do. A worker that published that as its rate
     # would look slow to routers, be sent nothing, and so never measure better.
-    engine.rates = RateFit()
+    engine.forget_rates()
 
 
 async def _cancelled(task: "asyncio.Task[None]") -> None:

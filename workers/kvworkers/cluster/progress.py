@@ -39,10 +39,11 @@ class StartProgress:
             self._console.print(f"[{elapsed:6.1f} s] {step}: {detail} {mark}", markup=False)
             return
         if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task("", total=1, step=step, detail=detail)
+            self._tasks[step] = self._progress.add_task("", total=None, step=step, detail=detail)
         self._progress.update(
             self._tasks[step],
-            total=1,
+            # Without a total the bar says that something moves, and does not pretend how far.
+            total=1 if done else None,
             completed=1 if done else 0,
             step=step,
             detail=detail,

@@ -81,11 +81,11 @@ def live_line(exchange: Exchange) -> str:
     share = answer.cached_tokens / answer.prompt_tokens
     colour = "green" if share > 0.5 else "yellow"
     words = " ".join(answer.text.split())
-    quote = words if len(words) <= 46 else words[:45] + "…"
+    quote = words if len(words) <= 60 else words[:59] + "…"
     return (
-        f"  client {exchange.client} turn {exchange.turn + 1}  "
-        f"[{colour}]{answer.cached_tokens:>5}[/] of {answer.prompt_tokens:>5} cached  "
-        f"first token [bold]{answer.ttft_ms:>6.0f} ms[/]  {answer.worker}  "
+        f"  client {exchange.client} turn {exchange.turn + 1}: "
+        f"[{colour}]{answer.cached_tokens:>5}[/] of {answer.prompt_tokens} cached, "
+        f"first token in [bold]{answer.ttft_ms:>5.0f} ms[/] at {answer.worker} "
         f"[dim]“{_plain(quote)}”[/]"
     )
 

@@ -37,7 +37,7 @@ class Demonstration:
     def __init__(self, *, clients: int, turns: int, as_json: bool) -> None:
         self._parts = conversations(clients, turns)
         self._as_json = as_json
-        self._console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=as_json, highlight=False)
         self._begun = time.monotonic()
 
     def run(self, config: ClusterConfig, model: str | None) -> bool:
@@ -102,7 +102,7 @@ class Demonstration:
             self._line(summary(outcome))
 
     def _say(self, words: str) -> None:
-        self._console.print(words)
+        self._console.print(words, no_wrap=True, overflow="ellipsis", crop=True)
 
     def _line(self, facts: dict[str, object]) -> None:
         sys.stdout.write(json.dumps(facts) + "\n")

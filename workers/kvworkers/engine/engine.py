@@ -137,6 +137,11 @@ class Engine:
             draining=self._draining or self.broken.is_set(),
         )
 
+    def forget_rates(self) -> None:
+        """Measure anew, and tell routers at once that nothing is measured."""
+        self.rates = RateFit()
+        self._reporter.publish(self._pool, self.load())
+
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
         """Run one request. Closing the iterator frees its pages within a step.
 
