@@ -11,6 +11,7 @@ from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from kvworkers.cluster.controller import Status
 from kvworkers.cluster.plan import Phase, Report
@@ -88,7 +89,11 @@ def start_progress() -> Iterator[StartProgress]:
         TextColumn("[bold]{task.fields[step]:<12}"),
         BarColumn(bar_width=16),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
+        TextColumn(
+            "{task.fields[detail]}",
+            markup=False,
+            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
+        ),
     )
     with Progress(*columns, console=console) as progress:
         yield StartProgress(console, progress)

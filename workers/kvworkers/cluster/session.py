@@ -76,7 +76,7 @@ def prepare_model(source: str | None, progress: StartProgress) -> Path:
         progress.amount("model", words, done, total)
 
     path = ensure_model(source, progress=tell)
-    progress.note("model", str(path), done=True)
+    progress.note("model", f"{path.name} is ready", done=True)
     return path
 
 
