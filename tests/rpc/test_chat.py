@@ -14,7 +14,7 @@ from kvworkers.commands.chat import chat
 class Frontend(BaseHTTPRequestHandler):
     asked: list[dict[str, Any]]
 
-    def log_message(self, *arguments: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Be quiet."""
 
     def do_GET(self) -> None:

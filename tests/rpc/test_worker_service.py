@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
+import grpc.aio
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -157,7 +157,7 @@ async def test_watch_lists_pages_and_load(worker: WorkerServer) -> None:
         stub = worker_pb2_grpc.WorkerStub(channel)
         told = await stub.Describe(worker_pb2.DescribeRequest())
         names = b"".join(chain(Root(told.root), pack_tokens(prompt)))
-        listed, kinds = b"", []
+        listed, kinds, reply = b"", [], watch_pb2.WatchReply()
         async for reply in stub.Watch(watch_pb2.WatchRequest(), timeout=20):
             kinds.append(reply.WhichOneof("what"))
             if kinds[-1] == "slice":

@@ -257,6 +257,14 @@ def test_tracked_text_is_free_of(law: str, pattern: re.Pattern[str]) -> None:
     _none(found)
 
 
+def test_the_readme_shows_the_example_that_is_tested() -> None:
+    shown, tested = (
+        re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(encoding="utf-8"), re.S | re.M)
+        for name in ("README.md", "docs/client.md")
+    )
+    assert shown and shown[0] == tested[0]  # tests/rpc/test_client_page.py runs it
+
+
 def test_ci_runs_what_people_run() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
