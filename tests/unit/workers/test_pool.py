@@ -56,3 +56,12 @@ def test_names_under_another_root_do_not_match() -> None:
     pool = PagePool(3, block_bytes=4096, policy=Lru())
     filled(pool, named(2), 0.0)
     assert pool.match(Root(b"s" * 32), named(2)) == []
+
+
+def test_a_held_page_is_never_the_victim_however_old() -> None:
+    pool = PagePool(2, block_bytes=4096, policy=Lru())
+    old, young = filled(pool, named(2), 0.0)
+    pool.release([young], now_ms=1.0)
+    assert pool.allocate(1, now_ms=2.0) == [young]
+    assert pool.match(ROOT, named(2)) == [old]
+    pool.check()
