@@ -39,6 +39,8 @@ def environment(run_dir: Path) -> dict[str, str]:
         # The arena counts as used memory; the worker bounds itself, so Ray must not kill for it.
         "RAY_memory_monitor_refresh_ms": "0",
         "RAY_TMPDIR": str(run_dir),
+        # Compute threads that wait for one another must not spin on cores that others need.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }

@@ -84,11 +84,12 @@ class Demonstration:
     def _check(self, config: ClusterConfig, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Hold the replies against the plain model, in this process, the cluster being gone."""
         columns = (
-            TextColumn("\n[bold]Checking every reply against the uncached model[/]"),
+            TextColumn("  the plain model in transformers"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
+        self._say("\n[bold]Checking every reply against the uncached model[/]")
         console = Console(stderr=True, highlight=False)
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("", total=len(exchanges))
