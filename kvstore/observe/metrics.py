@@ -204,6 +204,26 @@ class ClientMetrics:
         )  # fmt: skip
 
 
+class ClusterMetrics:
+    """What the controller of a cluster counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.parts = Gauge(
+            "kvstore_cluster_parts", "Parts by where they stand", ["role", "phase"],
+            registry=registry,
+        )  # fmt: skip
+        self.restarts = Counter(
+            "kvstore_cluster_restarts", "Parts that came back empty", ["part"], registry=registry
+        )
+        self.failures = Counter(
+            "kvstore_cluster_failures", "Calls to parts that failed, by what was asked", ["call"],
+            registry=registry,
+        )  # fmt: skip
+        self.members_version = Gauge(
+            "kvstore_cluster_members_version", "Changes of the member list", registry=registry
+        )
+
+
 def exposition(registry: CollectorRegistry) -> Callable[[], bytes]:
     """Return a function that renders the registry in Prometheus' text format."""
     return lambda: generate_latest(registry)

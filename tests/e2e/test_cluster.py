@@ -204,6 +204,9 @@ def test_a_worker_killed_in_the_middle_of_a_reply_does_not_change_it(
     expected = reference.reply(prompt, 32)
     exactness.check("killed in the middle", prompt, expected, without_end(reference, said))
     eventually(lambda: live_workers(cluster) == 2, seconds=90, what="Ray brings the worker back")
+    controller = next(part["metrics"] for part in cluster.parts if part["name"] == "controller")
+    counted = httpx.get(f"http://{controller}/metrics", timeout=10).text
+    assert f'kvstore_cluster_restarts_total{{part="{killed[0]}"}} 1.0' in counted
 
 
 def test_many_clients_at_once_are_all_answered(

@@ -16,8 +16,6 @@ STARTING = Status(
     ready=False,
     hopeless="",
     members_version=0,
-    restarts={},
-    failures={},
 )
 
 

@@ -11,9 +11,7 @@ from rich.progress import Progress, TextColumn
 
 def status(phase: Phase, detail: str = "") -> Status:
     report = Report(name="worker-0", role=Role.WORKER, phase=phase, address="h:1", detail=detail)
-    return Status(
-        parts=(report,), ready=False, hopeless="", members_version=0, restarts={}, failures={}
-    )
+    return Status(parts=(report,), ready=False, hopeless="", members_version=0)
 
 
 def test_a_log_gets_one_line_per_change() -> None:

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.observe.metrics import (
     ClientMetrics,
+    ClusterMetrics,
     NodeMetrics,
     RouterMetrics,
     WorkerMetrics,
@@ -22,6 +23,7 @@ BUNDLES = {
     "router": RouterMetrics,
     "worker": WorkerMetrics,
     "client": ClientMetrics,
+    "cluster": ClusterMetrics,
 }
 
 

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, start_http_server
 
 from kvstore.core.errors import KvStoreError
+from kvstore.observe.metrics import ClusterMetrics
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvworkers.cluster.config import ClusterConfig
@@ -56,8 +58,8 @@ class Status:
     ready: bool
     hopeless: str
     members_version: int
-    restarts: dict[str, int]
-    failures: dict[str, int]
+    metrics: str = ""
+    """Where the controller's own metrics are served."""
 
 
 class Controller:
@@ -68,7 +70,10 @@ class Controller:
         self._parts: dict[str, Part] = {}
         self._actors: dict[str, Any] = {}
         self._members = MemberList()
-        self._failures: Counter[str] = Counter()
+        registry = CollectorRegistry()
+        self._metrics = ClusterMetrics(registry)
+        server, _ = start_http_server(0, addr="127.0.0.1", registry=registry)
+        self._metrics_address = f"127.0.0.1:{server.server_port}"
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._fault = ""
@@ -85,8 +90,7 @@ class Controller:
             ready=bool(self._parts) and ready(self._parts.values(), self._members),
             hopeless=self._fault or hopeless(self._parts.values()),
             members_version=self._members.version,
-            restarts={part.name: part.restarts for part in self._parts.values()},
-            failures=dict(self._failures),
+            metrics=self._metrics_address,
         )
 
     async def stop(self) -> None:
@@ -105,7 +109,7 @@ class Controller:
         try:
             await _answer(actor.stop.remote(), _STOP_SECONDS)
         except (RayError, TimeoutError):
-            self._failures["stop"] += 1
+            self._metrics.failures.labels("stop").inc()
 
     async def _run(self) -> None:
         try:
@@ -117,9 +121,19 @@ class Controller:
             await asyncio.gather(*(self._hear(part) for part in self._parts.values()))
             now_ms = _now_ms()
             self._members = next_members(self._members, self._parts.values())
+            self._count()
             for action in next_actions(self._parts, self._members, now_ms=now_ms):
                 self._begin(action)
             await asyncio.sleep(_POLL_SECONDS)
+
+    def _count(self) -> None:
+        self._metrics.members_version.set(self._members.version)
+        standing = Counter(
+            (part.role, part.report.phase) for part in self._parts.values() if part.report
+        )
+        for role in Role:
+            for phase in Phase:
+                self._metrics.parts.labels(role, phase).set(standing[role, phase])
 
     async def _place(self) -> None:
         """Make (or after a restart find) one node per host, the workers and a frontend."""
@@ -180,13 +194,15 @@ class Controller:
             if report.phase is Phase.SERVING:
                 await self._health.check(report.address)
         except RayActorError:
-            self._failures["lost"] += 1
+            self._metrics.failures.labels("lost").inc()
             part.lose()
         except (TimeoutError, KvStoreError):
             # Slow or between two lives: routers see that by themselves. Silence adds up.
-            self._failures["silent"] += 1
+            self._metrics.failures.labels("silent").inc()
         else:
+            before = part.restarts
             part.hear(report, now_ms=_now_ms())
+            self._metrics.restarts.labels(part.name).inc(part.restarts - before)
 
     def _begin(self, action: Action) -> None:
         """Carry an action out beside the loop, one at a time per part."""
@@ -207,7 +223,7 @@ class Controller:
             case Push():
                 await self._told("push", actor.set_members.remote(self._members))
             case Restart():
-                self._failures["hung"] += 1
+                self._metrics.failures.labels("hung").inc()
                 part.heard_ms = _now_ms()
                 ray.kill(actor, no_restart=False)
 
@@ -218,7 +234,7 @@ class Controller:
         try:
             await _answer(reference, _REPORT_SECONDS)
         except (RayError, TimeoutError):
-            self._failures[what] += 1
+            self._metrics.failures.labels(what).inc()
 
 
 class _Health:

@@ -65,8 +65,10 @@ class RunningCluster:
 
     def endpoints(self) -> Endpoints:
         """Return where to send requests."""
-        reports = self.status().parts
+        status = self.status()
+        reports = status.parts
         parts = [{field: getattr(report, field) for field in _TOLD} for report in reports]
+        parts.append({"name": "controller", "role": "controller", "metrics": status.metrics})
         for report in reports:
             if report.role is Role.FRONTEND and report.phase is Phase.SERVING:
                 model = _served_model(report.address)
