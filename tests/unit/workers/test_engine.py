@@ -14,7 +14,7 @@ from kvworkers.engine.engine import Engine
 from kvworkers.engine.output import FirstTokens, Output
 from kvworkers.engine.report import Reporter
 from kvworkers.engine.sampling import SamplingParams
-from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
+from kvworkers.engine.scheduler import Scheduler, SchedulerConfig, Work
 from kvworkers.engine.sequence import FinishReason, Request
 from kvworkers.models.loading import LoadedModel, load_model
 from kvworkers.models.step import StepInputs
@@ -237,6 +237,53 @@ async def test_logits_that_are_not_finite_fail_the_request(loaded: LoadedModel) 
             await run(it.engine, ask([5, 6]))
 
 
+async def test_pages_that_gave_rubbish_are_served_to_nobody(loaded: LoadedModel) -> None:
+    prompt = prompt_of(12, 70)
+    async with rig(loaded, step_tokens=32) as it:
+        it.model.not_finite = True
+        with pytest.raises(Unreachable, match="not finite"):
+            await run(it.engine, ask(prompt))
+        it.model.not_finite = False
+        reply = await run(it.engine, ask(prompt))
+        assert reply.first is not None and reply.first.cache.cached_tokens == 0
+        assert reply.tokens == reference_reply(prompt, 8)
+
+
+async def test_a_loop_that_fails_leaves_nobody_waiting(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Scheduler) -> list[Work]:
+        raise AssertionError("a bug")
+
+    async with rig(loaded) as it:
+        monkeypatch.setattr(Scheduler, "plan", fail)
+        with pytest.raises(Unreachable, match="broken"):
+            await run(it.engine, ask([5, 6]))
+        assert it.engine.broken.is_set()
+        with pytest.raises(Refused):
+            await run(it.engine, ask([5, 6]))
+
+
+async def test_the_end_of_a_worker_is_not_the_end_of_a_reply(loaded: LoadedModel) -> None:
+    async with rig(loaded) as it:
+        outputs = it.engine.generate(ask([5, 6], max_tokens=400, ignore_eos=True))
+        await anext(outputs)
+        await it.engine.stop(drain_ms=0)
+        with pytest.raises(Unreachable, match="ending"):
+            _ = [output async for output in outputs]
+
+
+async def test_routers_hear_of_a_request_before_the_running_step_ends(loaded: LoadedModel) -> None:
+    async with rig(loaded) as it:
+        outputs = it.engine.generate(ask([5, 6], max_tokens=400, ignore_eos=True))
+        await anext(outputs)
+        second = asyncio.create_task(run(it.engine, ask(prompt_of(13, 90), max_tokens=1)))
+        await asyncio.sleep(0)
+        assert it.publisher.load is not None and it.publisher.load.queued_tokens == 90
+        await second
+        await outputs.aclose()
+
+
 async def test_what_cannot_run_is_refused_before_any_work(loaded: LoadedModel) -> None:
     async with rig(loaded, pages=4, max_waiting=1, max_running=1) as it:
         with pytest.raises(BadInput, match=f"token id {VOCAB}"):
@@ -270,7 +317,10 @@ async def test_seeds_and_logprobs_do_not_depend_on_company(loaded: LoadedModel) 
         company, *_ = await asyncio.gather(
             run(it.engine, request), *(run(it.engine, other) for other in others)
         )
+        rest = ask(prompt_of(11, 20) + alone.tokens[:4], temperature=1.0, seed=11, max_tokens=6)
+        resumed = await run(it.engine, rest)
     assert alone.tokens == company.tokens
+    assert resumed.tokens == alone.tokens[4:], "a retry goes on as the lost worker would have"
     logprobs = [entry for output in alone.outputs for entry in output.logprobs]
     assert [entry.token_ids[0] for entry in logprobs] == alone.tokens
     assert all(len(entry.token_ids) == 4 for entry in logprobs)

@@ -65,3 +65,21 @@ def test_a_held_page_is_never_the_victim_however_old() -> None:
     assert pool.allocate(1, now_ms=2.0) == [young]
     assert pool.match(ROOT, named(2)) == [old]
     pool.check()
+
+
+def test_pages_that_lost_their_name_are_found_by_nobody_and_become_free() -> None:
+    pool = PagePool(3, block_bytes=4096, policy=Lru())
+    names = named(2)
+    pages = filled(pool, names, 0.0)
+    assert pool.match(ROOT, names[:1]) == pages[:1], "another one holds the first"
+    pool.drain_changes()
+    pool.unname(pages)
+    assert pool.count_prefix(ROOT, names) == 0
+    assert [(change.key.name, change.deleted) for change in pool.drain_changes()] == [
+        (names[0], True), (names[1], True)
+    ]  # fmt: skip
+    pool.check()
+    pool.release(pages, now_ms=1.0)
+    assert pool.use() == PoolUse(free=2, held=1, cached=0)
+    pool.release(pages[:1], now_ms=2.0)
+    assert pool.use() == PoolUse(free=3, held=0, cached=0)

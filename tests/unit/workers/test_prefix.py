@@ -106,6 +106,7 @@ async def test_settling_commits_what_was_computed_and_aborts_the_rest() -> None:
         reserved={1: slot(1), 2: slot(2), 3: slot(3)},
     )  # fmt: skip
     await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
+    it.run.published = 3
     it.run.computed = 50  # blocks 0 to 2 are full; a caller left before the rest
     it.store.settle_prompt(it.run)
     it.store.settle_prompt(it.run)
@@ -130,3 +131,14 @@ def test_the_replys_blocks_are_stored_at_the_end() -> None:
     kept.run.computed = 70
     kept.store.store_rest(kept.run)
     assert kept.link.jobs == []
+
+
+async def test_a_run_without_names_in_its_pages_keeps_no_loaded_block() -> None:
+    it = Rig()
+    it.link.result = LoadResult(
+        tiers={TierKind.DRAM: 1}, found=1, lease=9, kept=[slot(0)], reserved={1: slot(1)}
+    )
+    await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
+    it.store.settle_prompt(it.run)  # its caller left, or its pages were disowned
+    (job,) = it.link.jobs
+    assert (list(job.kept), list(job.writes), list(job.aborts)) == ([], [], [slot(1)])

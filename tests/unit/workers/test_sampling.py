@@ -9,7 +9,7 @@ from kvstore.core.errors import BadInput
 
 def test_greedy_takes_the_lowest_of_equal_maxima() -> None:
     logits = torch.tensor([0.0, 3.0, 1.0, 3.0])
-    assert Sampler(SamplingParams(max_tokens=1)).sample(logits).token == 1
+    assert Sampler(SamplingParams(max_tokens=1)).sample(logits, position=0).token == 1
 
 
 def test_a_seed_gives_the_same_tokens_and_another_seed_others() -> None:
@@ -17,34 +17,44 @@ def test_a_seed_gives_the_same_tokens_and_another_seed_others() -> None:
 
     def draw(seed: int) -> list[int]:
         sampler = Sampler(SamplingParams(max_tokens=1, temperature=1.0, seed=seed))
-        return [sampler.sample(logits).token for _ in range(20)]
+        return [sampler.sample(logits, position=at).token for at in range(20)]
 
     assert draw(3) == draw(3)
     assert draw(3) != draw(4)
+    assert len(set(draw(3))) > 15, "each position draws anew"
+
+
+def test_another_sampler_goes_on_where_one_was_lost() -> None:
+    logits = torch.linspace(0, 1, 1000)
+    params = SamplingParams(max_tokens=1, temperature=1.0, seed=3)
+    whole = Sampler(params)
+    tokens = [whole.sample(logits, position=at).token for at in range(20)]
+    rest = Sampler(params)
+    assert [rest.sample(logits, position=at).token for at in range(12, 20)] == tokens[12:]
 
 
 def test_top_k_and_top_p_cut_the_tail() -> None:
     logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
     top_k = Sampler(SamplingParams(max_tokens=1, temperature=1.0, top_k=2, seed=1))
-    assert {top_k.sample(logits).token for _ in range(200)} == {1, 2}
+    assert {top_k.sample(logits, position=at).token for at in range(200)} == {1, 2}
     # 0.5 does not reach 0.6, so the second token is in as well.
     top_p = Sampler(SamplingParams(max_tokens=1, temperature=1.0, top_p=0.6, seed=1))
-    assert {top_p.sample(logits).token for _ in range(200)} == {1, 2}
+    assert {top_p.sample(logits, position=at).token for at in range(200)} == {1, 2}
     tiny = Sampler(SamplingParams(max_tokens=1, temperature=1.0, top_p=1e-6, seed=1))
-    assert {tiny.sample(logits).token for _ in range(50)} == {1}
+    assert {tiny.sample(logits, position=at).token for at in range(50)} == {1}
 
 
 def test_draws_follow_the_temperature() -> None:
     logits = torch.log(torch.tensor([0.8, 0.2]))
     sampler = Sampler(SamplingParams(max_tokens=1, temperature=2.0, seed=5))
-    share = sum(sampler.sample(logits).token == 0 for _ in range(4000)) / 4000
+    share = sum(sampler.sample(logits, position=at).token == 0 for at in range(4000)) / 4000
     expected = math.sqrt(0.8) / (math.sqrt(0.8) + math.sqrt(0.2))
     assert abs(share - expected) < 0.03
 
 
 def test_logprobs_are_the_models_own_and_name_the_choice_first() -> None:
     logits = torch.log(torch.tensor([0.1, 0.6, 0.3]))
-    sampled = Sampler(SamplingParams(max_tokens=1, logprobs=2)).sample(logits)
+    sampled = Sampler(SamplingParams(max_tokens=1, logprobs=2)).sample(logits, position=0)
     assert sampled.logprobs is not None
     assert sampled.logprobs.token_ids == (1, 1, 2)
     assert sampled.logprobs.values == pytest.approx([math.log(0.6), math.log(0.6), math.log(0.3)])

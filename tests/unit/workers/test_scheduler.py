@@ -140,7 +140,9 @@ def test_two_with_one_prefix_compute_it_once() -> None:
     start(scheduler, first, second, other)
     assert second.state is SequenceState.WAITING, "the prefix is being computed"
     assert other.state is SequenceState.RUNNING, "one held back is overtaken"
-    assert scheduler.next_hold_end_ms() == scheduler.config.hold_ms
+    hold_ms = scheduler.config.hold_ms
+    assert scheduler.next_hold_end_ms(1.0) == hold_ms
+    assert scheduler.next_hold_end_ms(hold_ms) is None, "it waits for pages then, not for a time"
     run_step(scheduler)
     assert scheduler.admit(1.0) == []
     run_step(scheduler)

@@ -94,7 +94,7 @@ class Engine:
     def start(self) -> None:
         """Begin to take steps."""
         assert self._task is None
-        self._task = self._loop.create_task(self._run(), name="engine")
+        self._task = self._loop.create_task(self._run_guarded(), name="engine")
 
     async def stop(self, *, drain_ms: int) -> None:
         """Refuse new requests, let running ones finish until the deadline, abort the rest."""
@@ -109,7 +109,8 @@ class Engine:
             except TimeoutError:
                 break
         for active in list(self._actives.values()):
-            self._end(active, FinishReason.ABORT)
+            # Not an end of the reply: whoever asked goes on elsewhere with the tokens it has.
+            self._fail(active, Unreachable("the worker is ending"))
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -176,8 +177,17 @@ class Engine:
         self._scheduler.submit(run, retry_after_ms=max(1, int(waits)))
         active = _Active(run, Sampler(request.sampling), OutputStream())
         self._actives[run] = active
+        # A step may take a second: until its end routers would take this worker for idle.
+        self._reporter.publish(self._pool, self.load())
         self._wake.set()
         return active
+
+    async def _run_guarded(self) -> None:
+        try:
+            await self._run()
+        except Exception as error:  # task boundary: nobody may wait for steps that never come
+            _log.exception("the engine's loop failed")
+            self._break(error)
 
     async def _run(self) -> None:
         while True:
@@ -200,7 +210,7 @@ class Engine:
             for active in self._actives.values()
             if active.run.request.deadline_ms
         ]
-        if (hold := self._scheduler.next_hold_end_ms()) is not None:
+        if (hold := self._scheduler.next_hold_end_ms(now_ms)) is not None:
             ends.append(hold)
         seconds = max(0.0, min(ends) - now_ms) / 1000 if ends else None
         try:
@@ -228,10 +238,14 @@ class Engine:
         run = active.run
         blocks = await self._prefix.fetch(run, link)
         run.loading = False
-        if run.finish is None:
-            self._scheduler.loaded(run, blocks, now_ms=self._now_ms())
-        else:
-            self._retire(active)
+        try:
+            if run.finish is None:
+                self._scheduler.loaded(run, blocks, now_ms=self._now_ms())
+            else:
+                self._retire(active)
+        except Exception as error:  # task boundary, as in `_run_guarded`
+            _log.exception("taking in a load failed")
+            self._break(error)
         self._wake.set()
 
     async def _step(self, works: Sequence[Work]) -> None:
@@ -258,9 +272,10 @@ class Engine:
     def _forward(self, works: Sequence[Work], samplers: Sequence[Sampler]) -> list[Sampled | None]:
         """Run on the compute thread; None for a row whose logits are not finite."""
         logits = self._model.forward(build_step(works), self._pages)
+        ends = [work.start + work.count for work in works if work.samples]
         return [
-            sampler.sample(row) if bool(torch.isfinite(row).all()) else None
-            for sampler, row in zip(samplers, logits, strict=True)
+            sampler.sample(row, position=end) if bool(torch.isfinite(row).all()) else None
+            for sampler, row, end in zip(samplers, logits, ends, strict=True)
         ]
 
     def _apply(self, active: _Active, work: Work, sampled: Sampled | None) -> None:
@@ -269,11 +284,13 @@ class Engine:
         if run.finish is not None or active.error is not None:
             self._retire(active)
             return
-        self._scheduler.advance(work, now_ms=now_ms)
-        if not work.samples:
-            return
-        if sampled is None:
+        if work.samples and sampled is None:
+            # K and V of this prompt are as wrong as what came of them: keep none of them.
+            self._scheduler.disown(run)
             self._fail(active, Unreachable("the model gave logits that are not finite"))
+            return
+        self._scheduler.advance(work, now_ms=now_ms)
+        if sampled is None:
             return
         if run.first_token_ms is None:
             self._first_token(active, now_ms)
@@ -344,9 +361,13 @@ class Engine:
             self._fail(active, Unreachable(f"a step failed: {type(error).__name__}"))
             self._retire(active)
         if self._failing_steps >= MAX_FAILING_STEPS:
-            self.broken.set()
-            for active in list(self._actives.values()):
-                self._fail(active, Unreachable("the worker's model is broken"))
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        """Give up: fail everybody, and let the process be replaced."""
+        self.broken.set()
+        for active in list(self._actives.values()):
+            self._fail(active, Unreachable(f"the worker is broken: {type(error).__name__}"))
 
     def _measure(self, works: Sequence[Work], seconds: float) -> None:
         self._reporter.step(seconds)

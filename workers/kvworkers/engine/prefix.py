@@ -87,9 +87,13 @@ class PrefixStore:
                 writes=writes,
                 aborts=aborts,
                 lease=result.lease,
-                kept=result.kept if run.keeps else (),
+                kept=result.kept if self._listed(run, result) else (),
             )
         )
+
+    def _listed(self, run: Run, result: LoadResult) -> bool:
+        """Say whether the blocks that were loaded are known by name in our own pages now."""
+        return run.keeps and run.published >= run.hbm_blocks + result.blocks
 
     def store_rest(self, run: Run) -> None:
         """Give the store full blocks that it was not given yet: the reply's, mostly."""

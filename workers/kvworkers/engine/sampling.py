@@ -1,9 +1,11 @@
 """How the next token is chosen from a row of logits.
 
 Greedy is exact: the largest logit, ties to the lowest id. Everything else draws from a
-generator of its own per request, so that a seed gives the same tokens whatever runs beside it.
+generator that starts anew from seed and position for each token. So a seed gives the same tokens
+whatever runs beside it, and also where another worker goes on with a reply that one began.
 """
 
+import hashlib
 import math
 import secrets
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ GREEDY_BELOW: Final = 1e-4
 MAX_LOGPROBS: Final = 20
 MAX_STOP_TOKENS: Final = 64
 MAX_TEMPERATURE: Final = 100.0
+_MASK_64: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,13 +84,21 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self._generator: torch.Generator | None = None
+        self._seed = b""
         if not params.greedy:
             self._generator = torch.Generator()
-            seed = params.seed if params.seed is not None else secrets.randbits(63)
-            self._generator.manual_seed(seed & ((1 << 63) - 1))
+            seed = params.seed if params.seed is not None else secrets.randbits(64)
+            self._seed = (seed & _MASK_64).to_bytes(8, "little")
 
-    def sample(self, logits: Tensor) -> Sampled:
-        """Choose from `logits` [vocab] float32, all finite."""
+    def sample(self, logits: Tensor, *, position: int) -> Sampled:
+        """Choose from `logits` [vocab] float32, all finite.
+
+        `position` is where the token will stand, counted from the start of the prompt.
+        """
+        if self._generator is not None:
+            # Hashed: generators that start from neighbouring numbers begin alike.
+            state = hashlib.sha256(self._seed + position.to_bytes(8, "little")).digest()
+            self._generator.manual_seed(int.from_bytes(state[:8], "little") >> 1)
         token = self._choose(logits)
         wanted = self.params.logprobs
         return Sampled(token, top_logprobs(logits, token, wanted) if wanted else None)

@@ -125,10 +125,17 @@ class Scheduler:
         self._waiting.extendleft(reversed(held))
         return admitted
 
-    def next_hold_end_ms(self) -> float | None:
-        """Return when the first sequence held back for a prefix has waited enough."""
-        since = [s.held_since_ms for s in self._waiting if s.held_since_ms is not None]
-        return min(since) + self.config.hold_ms if since else None
+    def next_hold_end_ms(self, now_ms: float) -> float | None:
+        """Return when the next sequence held back for a prefix will have waited enough.
+
+        One that has waited enough already is left out: it waits for pages, not for a time.
+        """
+        ends = [
+            s.held_since_ms + self.config.hold_ms
+            for s in self._waiting
+            if s.held_since_ms is not None
+        ]
+        return min((end for end in ends if end > now_ms), default=None)
 
     def plan(self) -> list[Work]:
         """Choose what the next step computes; empty when nothing is ready."""
@@ -162,6 +169,14 @@ class Scheduler:
         sequence.computed += work.count
         assert sequence.computed <= len(sequence.pages) * BLOCK_TOKENS
         self._publish(sequence, now_ms)
+
+    def disown(self, sequence: Sequence) -> None:
+        """Take away the names of everything that is in its pages: their bytes are not to be used.
+
+        Whoever matched them before goes on with them; nobody finds them from now on.
+        """
+        self._pool.unname(sequence.pages[: sequence.published])
+        sequence.computed = sequence.published = 0
 
     def finish(self, sequence: Sequence, *, now_ms: float) -> None:
         """Give everything back. The caller knows that nobody writes its pages any more."""

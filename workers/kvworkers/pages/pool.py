@@ -138,6 +138,14 @@ class PagePool:
         self._changes.append(PageChange(key, deleted=False))
         return True
 
+    def unname(self, pages: Sequence[int]) -> None:
+        """Make held pages private to those who hold them; those without a name are left alone."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is not held"
+            key = self._keys[page]
+            if key is not None:
+                self._forget_name(page, key)
+
     def release(self, pages: Sequence[int], *, now_ms: float) -> None:
         """Give back one hold on each page, given in prefix order.
 
@@ -196,16 +204,20 @@ class PagePool:
         victims = self._policy.victims(count, now_ms=now_ms, may_evict=self._may_evict)
         assert len(victims) == count, f"policy gave {len(victims)} of {count} victims"
         for victim in victims:
-            page = self._by_policy_key.pop(victim)
+            page = self._by_policy_key[victim]
             key = self._keys[page]
             assert key is not None and self._references[page] == 0
-            self._policy.remove(victim)
-            del self._by_key[key]
-            self._keys[page] = None
+            self._forget_name(page, key)
             self._cached -= 1
             self._free.append(page)
             self.evictions += 1
-            self._changes.append(PageChange(key, deleted=True))
+
+    def _forget_name(self, page: int, key: PageKey) -> None:
+        policy_key = block_key(key.root, key.name)
+        self._policy.remove(policy_key)
+        del self._by_policy_key[policy_key], self._by_key[key]
+        self._keys[page] = None
+        self._changes.append(PageChange(key, deleted=True))
 
     def _may_evict(self, block: BlockKey) -> bool:
         return self._references[self._by_policy_key[block]] == 0
