@@ -106,6 +106,8 @@ def cluster_process(*options: str) -> Iterator[ClusterProcess]:
             timeout=DOWN_SECONDS,
             check=False,
         )
+        if ended.returncode == 0 and started.returncode == 0:
+            Path(facts["log"]).unlink()
         left = {pid: command_line(pid) for pid in marked_processes(mark)}
         for pid in left:
             with suppress(ProcessLookupError):

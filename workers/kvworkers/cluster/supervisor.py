@@ -34,6 +34,9 @@ _TERM_SECONDS: Final = 3.0
 
 _KILL_SECONDS: Final = 5.0
 _POLL_SECONDS: Final = 0.05
+_QUIET_LOOKS: Final = 3
+"""Looks in a row that have to find nothing: one alone may miss a process that changes parents."""
+
 _MAX_READY_BYTES: Final = 64 << 10
 
 EXIT_INTERRUPTED: Final = 130
@@ -139,21 +142,26 @@ def _signals() -> Iterator[int]:
 
 
 def descendants(root: int) -> list[int]:
-    """Return the ids of all living processes below `root`, by the kernel's list of parents."""
+    """Return the ids of all living processes below `root`, by the kernel's list of parents.
+
+    One look is not a snapshot: a process whose parent ends while we read may be missed once.
+    """
     children: dict[int, list[int]] = {}
+    ended: set[int] = set()
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         with suppress(OSError), open(f"/proc/{entry}/stat", "rb") as file:
             # The command may hold spaces and brackets: fields start after the last bracket.
             state, parent = file.read().rpartition(b")")[2].split()[:2]
-            if state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
+            children.setdefault(int(parent), []).append(int(entry))
+            if state in (b"Z", b"X"):
+                ended.add(int(entry))
     found: list[int] = []
     pending = [root]
     while pending:
         below = children.get(pending.pop(), [])
-        found += below
+        found += [pid for pid in below if pid not in ended]
         pending += below
     return found
 
@@ -166,10 +174,12 @@ def end_descendants() -> int:
     """
     started = time.monotonic()
     told: set[int] = set()
+    quiet = 0
     while time.monotonic() < started + _TERM_SECONDS + _KILL_SECONDS:
         _reap()
         living = descendants(os.getpid())
-        if not living:
+        quiet = 0 if living else quiet + 1
+        if quiet == _QUIET_LOOKS:
             return len(told)
         polite = time.monotonic() < started + _TERM_SECONDS
         for pid in living:
