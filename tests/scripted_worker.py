@@ -120,7 +120,8 @@ class ScriptedWorker:
             await asyncio.sleep(self.step_s)
             reply = worker_pb2.RunReply(tokens=pack_tokens([self.reply[done + at]]))
             if request.sampling.logprobs:
-                reply.logprobs.add(token_ids=[self.reply[done + at], 1], logprobs=[-0.5, -1.5])
+                chosen = self.reply[done + at]  # and then the likeliest ones, itself the first
+                reply.logprobs.add(token_ids=[chosen, chosen, 1], logprobs=[-0.5, -0.5, -1.5])
             if at == 0:
                 reply.MergeFrom(first)
             yield reply

@@ -28,6 +28,8 @@ class Prompt:
     """Workers that just failed."""
     among: Collection[str] | None = None
     """Workers that serve the model at all; None: every one."""
+    keeps: bool = True
+    """Whether its blocks stay where they are computed, so that others may follow it there."""
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= MAX_PROMPT_TOKENS:

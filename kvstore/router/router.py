@@ -175,7 +175,7 @@ class Router:
         booking = self._bookings.book(
             decision.worker,
             prompt.root,
-            prompt.names,
+            prompt.names if prompt.keeps else (),
             hit_tokens=decision.hit_tokens,
             uncached_tokens=prompt.tokens - decision.hit_tokens,
             now_ms=self._now_ms(),

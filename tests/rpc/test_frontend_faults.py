@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+from kvworkers.frontends import fleet
 from kvworkers.frontends.pipeline import PipelineConfig
 from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 
@@ -135,6 +136,28 @@ async def test_a_stopped_worker_is_given_up_and_a_slow_one_is_not(
     slow.signal(signal.SIGSTOP)
     replies = await asking
     assert (text(replies), replies[-1].worker) == (LETTERS, "w1")
+
+
+async def test_a_reply_goes_on_elsewhere_when_its_worker_leaves_the_list(
+    frontend: FrontendServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "CLOSE_SECONDS", 0.1)
+    leaving, staying = ScriptedWorker("w0"), ScriptedWorker("w1")
+    leaving.faults.hang_after = 3
+    for worker in (leaving, staying):
+        await worker.start()
+    try:
+        await follow(frontend, leaving)
+        asking = asyncio.create_task(generate(frontend))
+        async with asyncio.timeout(10):
+            while not leaving.running:  # noqa: ASYNC110 - it runs behind a socket
+                await asyncio.sleep(0.01)
+        await frontend.set_members([Member("worker", "w1", staying.address)])
+        replies = await asking
+        assert (text(replies), replies[-1].retries) == (LETTERS, 1)
+    finally:
+        for worker in (leaving, staying):
+            await worker.stop()
 
 
 async def test_a_hung_call_at_a_living_worker_ends_at_the_deadline(

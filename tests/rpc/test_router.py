@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -120,6 +121,15 @@ async def test_requests_that_share_a_prefix_follow_the_one_computing_it(
     assert {s.name: s.hit_tokens for s in again.scores}[first.worker] == 320
     other = await router.route(Prompt(ROOT, [], 400))
     assert other.worker != first.worker, "an unrelated prompt avoids the queue"
+
+
+async def test_nobody_follows_a_request_that_keeps_nothing(router: Router, cluster: Start) -> None:
+    router.set_members(Members.of([member(await cluster("a"))]))
+    await eventually(lambda: hits(router) == {"a": 0}, "the worker is live")
+    await router.route(replace(PROMPT, keeps=False))
+    assert hits(router) == {"a": 0}
+    await router.route(PROMPT)
+    assert hits(router) == {"a": 320}
 
 
 async def test_nothing_goes_to_the_dead_the_draining_the_excluded_or_the_failed(

@@ -65,6 +65,7 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": -3, "logprobs": True}, "top_logprobs"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None),
         ({"max_tokens": "many"}, "max_tokens"),

@@ -59,4 +59,10 @@ async def _read(
         reply = await call.read()
     except grpc.aio.AioRpcError as failure:
         raise error_from(failure) from failure
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        # Nobody cancelled us: the channel was closed under the call, because its worker left.
+        raise Unreachable("the worker left before its reply ended") from None
     return reply if isinstance(reply, worker_pb2.RunReply) else None

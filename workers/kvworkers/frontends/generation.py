@@ -37,7 +37,7 @@ class SamplingChoice:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int = 0
-    """How many top log-probabilities with each token, the chosen one included at least."""
+    """How many top log-probabilities come with each token and its own; 0: none at all."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -190,7 +190,7 @@ def _miss_reason(number: int) -> MissReason:
 
 @dataclass(frozen=True, slots=True)
 class TokenChance:
-    """One generated token's log-probability, and the best alternatives' (the chosen one first)."""
+    """One generated token's log-probability; `top` has it again, and then the likeliest ones."""
 
     token: int
     logprob: float

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from kvstore.core.errors import KvStoreError, TooLarge
@@ -19,6 +20,9 @@ from kvworkers.frontends.replies import Started, begin, whole
 
 CLIENT_CLOSED: Final = 499
 """What a log shows for a request whose client went away; nobody receives it."""
+
+LAST_WORDS_SECONDS: Final = 5.0
+"""Beyond a request's deadline: to send what says that it has passed."""
 
 T = TypeVar("T")
 
@@ -39,7 +43,11 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         """Answer a conversation, in one piece or as server-sent events."""
-        body = parse(await _read_body(request, max_body_bytes))
+        try:
+            raw = await _read_body(request, max_body_bytes)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED)
+        body = parse(raw)
         request_id = uuid.uuid4().hex
         running = await pipeline.prepare(body.generation(request_id))
         reply = ChatReply(
@@ -47,6 +55,7 @@ def make_app(
             request_id=request_id,
             created=int(time.time()),
             prompt_tokens=len(running.prompt),
+            top_logprobs=body.top_logprobs or 0,
         )
         return await _answer(request, pipeline, running, body, reply)
 
@@ -109,23 +118,33 @@ async def _answer(
     if started is None:
         return Response(status_code=CLIENT_CLOSED)
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return EventStream(started, _events(started, pipeline, reply, usage=usage))
+    events = _events(started, pipeline, reply, usage=usage)
+    return EventStream(started, events, seconds=running.left_s + LAST_WORDS_SECONDS)
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that end their request however the response ends, even before it began."""
+    """Server-sent events that end their request however the response ends, even before it began.
 
-    def __init__(self, started: Started, events: AsyncGenerator[bytes, None]) -> None:
+    A client that reads nothing holds its connection, and so the request, for `seconds` at most.
+    """
+
+    def __init__(
+        self, started: Started, events: AsyncGenerator[bytes, None], *, seconds: float
+    ) -> None:
         super().__init__(
             events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
         self._started = started
         self._events = events
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events; see the class."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            return  # uvicorn closes a connection whose response was not finished
         finally:
             await self._events.aclose()
             await self._started.close()
@@ -194,4 +213,4 @@ async def _explain_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "registered for HTTP errors only"
     kind = "invalid_request_error" if error.status_code < 500 else "server_error"
     body = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
-    return JSONResponse(body, status_code=error.status_code)
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers)

@@ -21,6 +21,7 @@ from kvstore.core.errors import (
     Unsupported,
 )
 from kvworkers.frontends.generation import Chunk, Generation, SamplingChoice, TokenChance
+from kvworkers.frontends.text import REPLACEMENT
 from kvworkers.frontends.tokenizer import ChatTokenizer, Message
 
 _STATUS: Final[tuple[tuple[type[KvStoreError], int, str], ...]] = (
@@ -115,6 +116,10 @@ class ChatBody(BaseModel):
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in neutral:
                 raise FieldError(f"{name} {value!r} is not supported", name)
+        if self.top_logprobs is not None and self.top_logprobs < 0:
+            raise FieldError(
+                f"top_logprobs must not be negative: {self.top_logprobs}", "top_logprobs"
+            )
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs needs logprobs to be true", "top_logprobs")
         return Generation(
@@ -188,9 +193,18 @@ def failure(error: KvStoreError) -> tuple[int, dict[str, Any], dict[str, str]]:
 class ChatReply:
     """Builds the replies of one request: pieces of a stream, or the whole."""
 
-    def __init__(self, *, model: str, request_id: str, created: int, prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        model: str,
+        request_id: str,
+        created: int,
+        prompt_tokens: int,
+        top_logprobs: int = 0,
+    ) -> None:
         self._base = {"id": f"chatcmpl-{request_id}", "created": created, "model": model}
         self._prompt_tokens = prompt_tokens
+        self._top = top_logprobs
         self._cached_tokens = 0
 
     def opening(self) -> dict[str, Any]:
@@ -201,7 +215,8 @@ class ChatReply:
         """Return one piece of a stream; the last one carries the cache's account."""
         self._note(chunk)
         delta = {"content": chunk.text} if chunk.text else {}
-        made = self._piece(delta, chunk.finish_reason or None, chances(chunk.chances, tokenizer))
+        logprobs = chances(chunk.chances, tokenizer, self._top)
+        made = self._piece(delta, chunk.finish_reason or None, logprobs)
         if chunk.finish_reason:
             made["kvstore"] = extension(chunk)
         return made
@@ -224,7 +239,7 @@ class ChatReply:
             "index": 0,
             "message": {"role": "assistant", "content": text, "refusal": None},
             "finish_reason": last.finish_reason,
-            "logprobs": chances(said, tokenizer),
+            "logprobs": chances(said, tokenizer, self._top),
         }
         return self._base | {
             "object": "chat.completion",
@@ -268,19 +283,27 @@ def extension(chunk: Chunk) -> dict[str, Any]:
     }
 
 
-def chances(said: Sequence[TokenChance], tokenizer: ChatTokenizer) -> dict[str, Any] | None:
-    """Return log-probabilities in OpenAI's form; None when none were asked for."""
+def chances(
+    said: Sequence[TokenChance], tokenizer: ChatTokenizer, top: int
+) -> dict[str, Any] | None:
+    """Return log-probabilities in OpenAI's form, each with the `top` likeliest tokens.
+
+    None when none were asked for.
+    """
     if not said:
         return None
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = tokenizer.show(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        # A part of a character decodes to a replacement, whose bytes are not the token's.
+        known = None if REPLACEMENT in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": known}
 
     return {
         "content": [
             entry(one.token, one.logprob)
-            | {"top_logprobs": [entry(token, logprob) for token, logprob in one.top]}
+            # The chosen token stands before the likeliest ones.
+            | {"top_logprobs": [entry(token, logprob) for token, logprob in one.top[1 : top + 1]]}
             for one in said
         ],
         "refusal": None,

@@ -109,18 +109,26 @@ class Pipeline:
         self._router = router
         self._metrics = metrics
         self._in_flight = 0
+        self._preparing = 0
 
     async def prepare(self, request: Generation) -> Running:
         """Tokenise and check a request.
 
         Raises `NotFound` for an unknown model, `TooLarge` for a prompt over the context, `BadInput`
-        for anything else that the caller must change, `Unreachable` before any worker is ready.
+        for anything else that the caller must change, `Unreachable` before any worker is ready,
+        `Refused` when too many requests are here already.
         """
+        self._preparing += 1
         try:
+            if self._in_flight + self._preparing > self._config.max_in_flight:
+                running = self._in_flight + self._preparing - 1
+                raise Refused(f"{running} requests are running here already", 1_000)
             return await self._prepare(request)
         except KvStoreError as error:
             self._metrics.requests.labels(outcome=type(error).__name__).inc()
             raise
+        finally:
+            self._preparing -= 1
 
     async def _prepare(self, request: Generation) -> Running:
         arrived = time.monotonic()
@@ -222,12 +230,14 @@ class Pipeline:
         packed = (running.prompt + running.output).tobytes()
         salt = running.request.cache_salt
         extra = [ExtraKey(0, salt)] if salt else []
-        names = list(chain(running.offer.root, packed, extra_keys=extra))
-        tokens = len(packed) // 4
+        # What reads no cache hits nowhere: without names it is priced as all uncached.
+        reads = not running.request.no_read
+        names = list(chain(running.offer.root, packed, extra_keys=extra)) if reads else []
+        tokens, keeps = len(packed) // 4, not running.request.no_store
 
         def prompt(exclude: Sequence[str]) -> Prompt:
             workers = running.offer.workers
-            return Prompt(running.offer.root, names, tokens, frozenset(exclude), workers)
+            return Prompt(running.offer.root, names, tokens, frozenset(exclude), workers, keeps)
 
         left_ms = running.left_s * 1_000
         if failed:
@@ -299,7 +309,8 @@ class Pipeline:
         if reply.HasField("cache") and running.cache is None:
             running.cache = CacheAccount.from_proto(reply.cache)
             self._count_cache(running.cache)
-        first = bool(tokens) and not running.output
+        # A reply may end before any token: its end is what its caller waited for, then.
+        first = bool(tokens or reply.finish_reason) and not running.output
         running.output.extend(tokens)
         if first:
             running.ttft_ms = (time.monotonic() - running.arrived) * 1_000
