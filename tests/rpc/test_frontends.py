@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ import grpc.aio
 import httpx
 import openai
 import pytest
-from kvworkers.frontends.generation import Chunk
-from kvworkers.frontends.openai import EventStream, make_app
-from kvworkers.frontends.replies import Started, begin
 from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 from kvworkers.frontends.tokenizer import ChatTokenizer
 
@@ -193,54 +190,6 @@ async def test_a_reply_without_tokens_has_its_time_too(
     reply = await client.chat.completions.create(**ask())
     assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("", "stop")
     assert reply.model_extra["kvstore"]["ttft_ms"] > 0
-
-
-async def test_a_client_that_leaves_in_its_own_body_is_no_failure() -> None:
-    nothing: Any = None  # the body never gets as far as the pipeline
-    app = make_app(nothing, metrics=bytes, ready=lambda: True, max_body_bytes=64, created=0)
-    sent: list[Any] = []
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-        "scheme": "http", "path": "/v1/chat/completions", "raw_path": b"", "root_path": "",
-        "query_string": b"", "headers": [],
-    }  # fmt: skip
-    await app(scope, receive, send)
-    assert sent[0]["status"] == 499
-
-
-async def test_a_client_that_reads_nothing_does_not_hold_its_request_for_ever() -> None:
-    closed = asyncio.Event()
-
-    async def chunks() -> AsyncGenerator[Chunk, None]:
-        try:
-            while True:
-                yield Chunk(text="a")
-        finally:
-            closed.set()
-
-    async def events(started: Started) -> AsyncGenerator[bytes, None]:
-        async for chunk in started.chunks():
-            yield chunk.text.encode()
-
-    async def receive() -> dict[str, Any]:
-        await asyncio.Event().wait()
-        return {}
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()  # its window is full, and stays so
-
-    started = await begin(chunks())
-    response = EventStream(started, events(started), seconds=0.05)
-    await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
-    assert closed.is_set()
 
 
 async def test_what_reads_no_cache_is_priced_as_uncached_and_followed_by_nobody(
