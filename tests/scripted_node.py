@@ -113,6 +113,7 @@ class ScriptedNode(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         return await self._answer("OpenSession", request, opened)
 
     async def CloseSession(self, request: Any, context: Any) -> Any:
+        self.calls.append(("CloseSession", request))
         return cache_pb2.CloseSessionReply()
 
     async def Acquire(self, request: Any, context: Any) -> Any:

@@ -231,8 +231,11 @@ class Client:
     def close(self) -> None:
         """End the session and the thread. Harmless when repeated."""
         if self._thread.alive:
-            self._run(self._inner.close(), self._inner.config.connect_ms)
-            self._thread.stop()
+            config = self._inner.config
+            try:
+                self._run(self._inner.close(), config.connect_ms + config.transfer_ms)
+            finally:
+                self._thread.stop()
 
     def __enter__(self) -> Self:
         return self

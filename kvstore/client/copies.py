@@ -65,7 +65,10 @@ async def put_copies(
     )
     slots = [item.slot for item in acquired.reserved]
     lease = [acquired.lease] if acquired.lease else []
-    work = asyncio.ensure_future(asyncio.to_thread(copy_in, arena, acquired.reserved, sources))
+    loop = asyncio.get_running_loop()
+    # Not a task: nothing may call it ended while the thread still writes.
+    work = loop.run_in_executor(None, copy_in, arena, acquired.reserved, sources)
+    link.note_writing(work)
     try:
         await asyncio.shield(work)
     except BaseException:

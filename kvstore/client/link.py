@@ -34,6 +34,7 @@ class Link:
         self._sweep_rounds = 0
         self._sweeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writing: set[asyncio.Future[None]] = set()
         self._adopt(session)
 
     @property
@@ -90,6 +91,11 @@ class Link:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def note_writing(self, work: "asyncio.Future[None]") -> None:
+        """Note a thread that writes reserved slots: they are its own until it ends."""
+        self._writing.add(work)
+        work.add_done_callback(self._writing.discard)
+
     async def release(self, lease: int) -> None:
         """Release a lease; a failure is counted, for the lease runs out by itself."""
         if not lease:
@@ -110,7 +116,10 @@ class Link:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.session.close()
+        writing = list(self._writing)
+        if writing:  # slots given back now would be written under their next owner
+            await asyncio.wait(writing, timeout=self.config.transfer_ms / 1000)
+        await self.session.close(writers_gone=all(work.done() for work in writing))
 
     def _adopt(self, session: Session) -> None:
         self.session = session

@@ -127,9 +127,12 @@ class Session:
             await self._reopen(openings, ends, pause=attempt > 0)
         raise AssertionError("the last attempt returns or raises")
 
-    async def close(self) -> None:
-        """Give everything back. Harmless when the session is lost or closed before."""
-        if not self.lost:
+    async def close(self, *, writers_gone: bool = True) -> None:
+        """Give everything back. Harmless when the session is lost or closed before.
+
+        `writers_gone` false: reserved slots are kept back until the processes end.
+        """
+        if not self.lost and writers_gone:
             with contextlib.suppress(KvStoreError):  # the socket's end says the same
                 await self.call("CloseSession", cache_pb2.CloseSessionRequest(), deadline_ms=100)
         self._abandon()

@@ -8,6 +8,7 @@ import gc
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.client import AsyncClient, ClientConfig
+from kvstore.client import AsyncClient, ClientConfig, copies
 from kvstore.core.errors import BadInput, Refused, SessionLost, Unreachable
 from kvstore.core.names import BlockName, Namespace
 from kvstore.core.outcomes import SettleOutcome
@@ -322,6 +323,50 @@ async def test_a_keeper_without_a_node_is_unreachable_within_the_deadline(
         await connect(node, ClientConfig(connect_ms=150))
     assert time.monotonic() - started < 2
     await node.start_rpc()
+
+
+async def test_closing_waits_for_a_put_that_still_writes(
+    node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots given back under the writer's hands would be written under their next owner."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(copies, "copy_in", slow)
+    client = await connect(node)
+    putting = asyncio.create_task(client.put(NAMES, [bytes(4096)] * 4))
+    await asyncio.to_thread(begun.wait, 5)
+    putting.cancel()
+    await asyncio.gather(putting, return_exceptions=True)
+    closing = asyncio.create_task(client.close())
+    await asyncio.sleep(0.05)
+    assert node.count("CloseSession") == node.count("Settle") == 0
+    go_on.set()
+    await closing
+    assert node.count("CloseSession") == 1
+
+
+async def test_closing_gives_nothing_back_that_is_written_for_too_long(
+    node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def stuck(*arguments: Any) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    monkeypatch.setattr(copies, "copy_in", stuck)
+    client = await connect(node, ClientConfig(transfer_ms=50))
+    putting = asyncio.create_task(client.put(NAMES, [bytes(4096)] * 4))
+    await asyncio.to_thread(begun.wait, 5)
+    await client.close()
+    assert node.count("CloseSession") == 0
+    go_on.set()
+    with pytest.raises(Unreachable):
+        await putting
 
 
 @pytest.mark.parametrize(("payload_bytes", "shares"), [(0, 1), (-4096, 1), (4096, 0), (4096, 3)])
