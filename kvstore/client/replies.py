@@ -58,7 +58,7 @@ class Acquired:
     reason: MissReason
     """Why the prefix ends after `ready + pending`."""
     reserve_reason: MissReason
-    """Why fewer slots were reserved than asked for; NONE when all were."""
+    """Why fewer slots were reserved than asked for; NONE when all were or the rest is held."""
     incarnation: int
 
 

@@ -95,10 +95,13 @@ class Sessions:
 class Leases:
     """All leases in the order in which they expire: every lease lives equally long."""
 
-    def __init__(self, incarnation: int) -> None:
-        # Ids of another incarnation never equal one of ours: its leases died with it.
-        self._base = incarnation << 32
-        self._next = self._base + 1
+    def __init__(self, first: int) -> None:
+        """Number leases from `first` on, above every id that any node here gave out before.
+
+        A client that rejoined releases old leases too, and must not hit a new one by its number.
+        """
+        assert first > 0
+        self._next = first
         self._held: dict[int, Lease] = {}
         self._expiry: deque[tuple[float, int]] = deque()
 

@@ -56,11 +56,11 @@ class _Touch:
 class ArenaStore:
     """The arena with its sessions: reservations, leases, commits."""
 
-    def __init__(self, table: SlotTable, limits: StoreLimits) -> None:
+    def __init__(self, table: SlotTable, limits: StoreLimits, *, first_lease: int = 1) -> None:
         self.table = table
         self.limits = limits
         self.sessions = Sessions()
-        self.leases = Leases(table.arena.incarnation)
+        self.leases = Leases(first_lease)
         self.to_seal: deque[tuple[int, int]] = deque()
         """(slot, generation) of committed slots whose bytes have to be hashed."""
         self._touches: list[_Touch] = []
@@ -159,8 +159,6 @@ class ArenaStore:
         block_bytes = info.shape.block_bytes
         for index in range(found, len(keys)):
             missing = wanted - len(answer.reserved_slots)
-            if not missing:
-                return
             name = packed[index * NAME_BYTES : (index + 1) * NAME_BYTES]
             holder = table.index.get(keys[index])
             if holder is not None and not self._may_take_over(holder, info, name, now_ms):
@@ -170,14 +168,15 @@ class ArenaStore:
             if session.reserved_bytes + block_bytes > self.limits.reserve_quota_bytes:
                 answer.reserve_reason = MissReason.REFUSED
                 return
-            slot = self._reserve_one(
-                session, info, name, keys[index], first_block + index, missing, now_ms
-            )
+            slot = self._reserve_one(session, info, name, keys, index, first_block, missing, now_ms)
             if slot is None:
                 answer.reserve_reason = MissReason.REFUSED
                 return
             answer.reserved_names.append(index)
             answer.reserved_slots.append(slot)
+            if len(answer.reserved_slots) == wanted:
+                answer.reserve_reason = MissReason.NONE  # whatever was skipped on the way
+                return
 
     def _may_take_over(self, holder: int, info: RootInfo, name: bytes, now_ms: float) -> bool:
         """Say whether a block that somebody claimed may be computed by another now.
@@ -195,24 +194,43 @@ class ArenaStore:
         session: Session,
         info: RootInfo,
         name: bytes,
-        key: int,
-        position: int,
+        keys: list[int],
+        index: int,
+        first_block: int,
         missing: int,
         now_ms: float,
     ) -> int | None:
+        """Reserve a slot for `keys[index]`; later ones may want one in this call too."""
         table = self.table
         for _ in range(2):
             slot = table.reserve(
-                info, name, key, position=position, session=session.number, now_ms=now_ms
+                info,
+                name,
+                keys[index],
+                position=first_block + index,
+                session=session.number,
+                now_ms=now_ms,
             )
             if slot is not None:
                 session.reserved.add(slot)
                 session.reserved_bytes += info.shape.block_bytes
                 return slot
+            # What this prompt has behind a gap is about to be used: it must not go first.
+            self._remember(_Touch(info, keys[index:], first_block + index, now_ms))
             self.flush_touches()
-            if not table.make_room(info.shape.block_bytes, missing, now_ms):
+            count = min(missing, self._reservable(session, info, keys[index:]))
+            if not table.make_room(info.shape.block_bytes, count, now_ms):
                 return None
         return None
+
+    def _reservable(self, session: Session, info: RootInfo, keys: list[int]) -> int:
+        """Return how many of `keys` this call can reserve: room for more would cost blocks.
+
+        What is asked for can be far more than the quota allows or than names that nobody holds.
+        """
+        quota = self.limits.reserve_quota_bytes - session.reserved_bytes
+        unheld = sum(key not in self.table.index for key in keys)
+        return max(1, min(unheld, quota // info.shape.block_bytes))
 
     # -- Settle ----------------------------------------------------------------------------
 

@@ -151,3 +151,46 @@ def test_a_root_has_one_shape_and_roots_are_bounded() -> None:
 def test_shapes_that_cannot_be_are_named(shape: BlockShape, error: type[Exception]) -> None:
     with pytest.raises(error):
         shape.check(32 << 20)
+
+
+def test_all_that_was_asked_for_needs_no_reason() -> None:
+    with small_store() as small:
+        writer, info = small.session(1)
+        other, _ = small.session(2)
+        packed = b"".join(names(3))
+        ask: dict[str, Any] = {"first_block": 0, "now_ms": 0.0}
+        small.store.acquire(writer, info, packed[:32], reserve=1, **ask)
+        answer = small.store.acquire(other, info, packed, reserve=2, **ask)
+        assert answer.reason is MissReason.COMPUTING
+        assert answer.reserved_names == [1, 2]
+        assert answer.reserve_reason is MissReason.NONE
+
+
+@pytest.mark.parametrize("why", ["quota", "held"])
+def test_no_more_is_evicted_than_can_be_reserved(why: str) -> None:
+    """A long prompt must not empty the arena for slots that it is not going to get."""
+    with small_store(blocks=8, quota_blocks=2) as small:
+        session, info = small.session(1)
+        old = names(8)
+        for at in range(0, 8, 2):
+            small.put(session, info, old[at : at + 2], 0.0)
+        for slot, _ in small.store.to_seal:
+            small.table.seal(slot, bytes(16))
+        new = names(8, seed=9) if why == "quota" else [*names(1, seed=9), *old[1:]]
+        answer = small.store.acquire(
+            session, info, b"".join(new), reserve=8, first_block=0, now_ms=1.0
+        )
+        expected = 2 if why == "quota" else 1
+        assert len(answer.reserved_slots) == small.table.evicted_blocks == expected
+
+
+def test_leases_of_an_earlier_keeper_are_never_ours() -> None:
+    with small_store() as small:
+        session, info = small.session(1)
+        small.put(session, info, names(1), 0.0)
+        store = module.ArenaStore(small.table, small.limits, first_lease=1_000)
+        store.sessions.open(1, session.token)
+        ask: dict[str, Any] = {"reserve": 0, "first_block": 0, "now_ms": 1.0}
+        held = store.acquire(session, info, names(1)[0], **ask).lease
+        assert held == 1_000
+        assert store.release(session, [999, held]) == [SettleOutcome.ALREADY, SettleOutcome.DONE]
