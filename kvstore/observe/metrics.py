@@ -69,15 +69,15 @@ class NodeMetrics:
             ["method", "error"],
             registry=registry,
         )
-        self.failures = Counter(
-            "kvstore_node_task_failures", "Unexpected failures of a background task", ["task"],
-            registry=registry,
-        )  # fmt: skip
 
     def _add_gauges(self, registry: CollectorRegistry) -> None:
         self.sessions = Gauge("kvstore_node_sessions", "Open sessions", registry=registry)
         self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
         self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
+        self.queued = Gauge(
+            "kvstore_node_queued", "Blocks to seal, blocks to verify, watchers", ["queue"],
+            registry=registry,
+        )  # fmt: skip
         self.used_bytes = Gauge(
             "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
         )

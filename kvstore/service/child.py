@@ -33,11 +33,13 @@ class NodeChild:
         arena_fd: int,
         sessions: Callable[[], list[SessionRow]],
         on_ready: Callable[[], None],
+        on_writers_done: Callable[[int], None] = lambda number: None,
     ) -> None:
         self._config = config
         self._arena_fd = arena_fd
         self._sessions = sessions
         self._on_ready = on_ready
+        self._on_writers_done = on_writers_done
         self._control: Control | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._unanswered_s: float | None = None
@@ -59,8 +61,11 @@ class NodeChild:
         delay_s = _BACKOFF_S[0]
         while True:
             started_s = loop.time()
+            status: int | str
             try:
                 status = await self._one()
+            except OSError as error:  # no descriptor or no memory for a process now: try again
+                status = str(error)
             finally:
                 await self._end()
             if not self.incarnation:
@@ -168,6 +173,8 @@ class NodeChild:
             self.listen, self.metrics = message["listen"], message["metrics"]
             self._ready.set()
             self._on_ready()
+        elif message["op"] == "writers_done":
+            self._on_writers_done(message["number"])
 
     def _flush(self) -> None:
         assert self._control is not None

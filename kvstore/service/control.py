@@ -4,11 +4,13 @@
                     start                                            that was all: go
                     opened number token client | closed number | exited number
                     ping n
-    node → keeper   ready rpc listen metrics incarnation
+    node → keeper   ready listen metrics incarnation
+                    writers_done number                              closed, nothing reserved
                     pong n
 
-`closed`: the session's socket ended. `exited`: every process of it ended, so nobody writes any
-more. Both ends trust each other; the end of the socket is the end of the other.
+`closed`: the session's socket ended. `exited`: every process of it ended, or the node has said
+`writers_done`, so nobody writes any more. Both ends trust each other; the end of the socket is
+the end of the other.
 """
 
 import json

@@ -6,7 +6,8 @@ incarnation is told which sessions live.
 
     client ──hello──▶ keeper ──opened──▶ node        session = socket + pidfd of each process
     client ◀─grant+memfd─┘                            end of the socket or of any: closed
-                                                      end of all processes:        exited
+                                                      end of all processes, or
+                                                      nothing left to write:       exited
 """
 
 import asyncio
@@ -71,7 +72,9 @@ class Keeper:
             if self._ended.is_set():
                 return
             self._sessions = KeptSessions(config, arena_fd, self._tell)
-            self._child = NodeChild(config, arena_fd, self._sessions.rows, self._ready)
+            self._child = NodeChild(
+                config, arena_fd, self._sessions.rows, self._ready, self._sessions.writers_done
+            )
             stack.callback(_remove, config.run_dir, "keeper.sock", "node.sock", "node.json")
             await self._serve()
 

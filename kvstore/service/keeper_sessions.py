@@ -40,7 +40,7 @@ class _Kept:
 
 
 class KeptSessions:
-    """Sessions that live, and closed ones some of whose processes still do."""
+    """Sessions that live, and closed ones with reserved slots that a process may still write."""
 
     def __init__(self, config: KeeperConfig, arena_fd: int, tell: Callable[..., None]) -> None:
         self._config = config
@@ -78,6 +78,16 @@ class KeptSessions:
             task.cancel()
         for kept in list(self._kept.values()):
             self._end(kept)
+            for pidfd in list(kept.pidfds):
+                self._exited(kept, pidfd)
+
+    def writers_done(self, number: int) -> None:
+        """Forget a closed session that has no reserved slot: none of its processes matters now.
+
+        Otherwise one long-lived process that connects again and again would use up all sessions.
+        """
+        kept = self._kept.get(number)
+        if kept is not None and kept.sock is None:
             for pidfd in list(kept.pidfds):
                 self._exited(kept, pidfd)
 

@@ -51,16 +51,16 @@ class Node:
         arena.incarnation += 1
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
-        table = SlotTable(
-            arena, Lru(), self._metrics, node=options.name, host=options.host or options.name
-        )
+        table = SlotTable(arena, Lru(), self._metrics, node=options.name, host=options.name)
         limits = StoreLimits(
             lease_ms=options.lease_ms,
             claim_ms=options.claim_ms,
             reserve_quota_bytes=arena.size.data_bytes // 2,
         )
-        self._store = ArenaStore(table, limits)
+        # A keeper's death starts incarnations anew; the clock goes on.
+        self._store = ArenaStore(table, limits, first_lease=time.time_ns())
         self._hasher = Hasher(self._store, self._metrics)
+        self._adopted = False
         self._ended = asyncio.Event()
         self._started_s = time.monotonic()
 
@@ -115,7 +115,12 @@ class Node:
 
     def _adopt(self) -> None:
         found = adopt(self._store, time.monotonic() * 1_000)
-        table = self._store.table
+        self._adopted = True  # before, it was not known who has reserved slots
+        table, sessions = self._store.table, self._store.sessions
+        for number in sorted(sessions.numbers()):
+            session = sessions.by_number(number)
+            if session is not None and session.closed and not session.reserved:
+                self._say("writers_done", number=number)
         self._hasher.adopt(
             slot for slot, state in enumerate(table.state) if state == SlotState.SEALED
         )
@@ -186,6 +191,8 @@ class Node:
         self._store.close(session, writers_gone=writers_gone)
         if writers_gone:
             self._store.sessions.forget(session)
+        elif self._adopted and not session.reserved:
+            self._say("writers_done", number=number)
         self._hasher.announce()
 
     def _say(self, operation: str, **fields: Any) -> None:
@@ -217,6 +224,9 @@ class Node:
         metrics.leases.set(len(self._store.leases))
         metrics.used_bytes.labels("dram").set(table.used_bytes)
         metrics.capacity_bytes.labels("dram").set(table.space.data_bytes)
+        metrics.queued.labels("seal").set(len(self._store.to_seal))
+        metrics.queued.labels("verify").set(self._hasher.unverified)
+        metrics.queued.labels("watch").set(table.publisher.subscribers)
         for state in SlotState:
             if state is not SlotState.FREE:
                 metrics.slots.labels(state.name.lower()).set(table.counts[state])
@@ -227,7 +237,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--arena-fd", type=int, required=True)
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--host", default="")
     parser.add_argument("--rpc", required=True)
     parser.add_argument("--listen", required=True)
     parser.add_argument("--metrics", required=True)

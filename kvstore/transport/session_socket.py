@@ -49,6 +49,8 @@ class Hello:
     def __post_init__(self) -> None:
         if _utf8_bytes(self.client) > MAX_ID_BYTES:
             raise BadInput(f"client name is not UTF-8 text of at most {MAX_ID_BYTES} bytes")
+        if not self.client.isprintable():
+            raise BadInput("client name has unprintable characters")
         if not 0 < len(self.pids) <= MAX_PIDS:
             raise BadInput(f"{len(self.pids)} pids in a hello; 1 to {MAX_PIDS} allowed")
         if not all(0 < pid <= _MAX_PID for pid in self.pids):
@@ -88,7 +90,10 @@ def connect_session(
     if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
         raise BadInput(f"socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes")
     ends = time.monotonic() + deadline_ms / 1000
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise Unreachable(f"no socket to connect with: {error.strerror}") from error
     try:
         _connect(sock, path, deadline_ms)
         sock.settimeout(max(0.001, ends - time.monotonic()))

@@ -255,3 +255,30 @@ def test_a_stopped_node_costs_one_deadline_and_comes_back(
         until(lambda: client.lookup(names).prefix == 2)
         assert client.get(names) == [payload(1)] * 2
         until(lambda: client.stats().reserved_bytes == 0)
+
+
+def test_one_process_may_come_and_go_as_often_as_it_likes() -> None:
+    """A closed session with nothing reserved is over; its process need not end for that."""
+    few = ("--max-sessions", "3")
+    with start_node(arena_bytes=8 << 20, options=few) as node:
+        for number in range(10):
+            with connect(node.run_dir, f"visit {number}") as client:
+                client.put(names_of(client, number, 1), [payload(number)])
+        before = node.kill_node()
+        node.wait_restarted(before)
+        for number in range(10):
+            with connect(node.run_dir, f"visit {number}") as client:
+                assert client.stats().sessions <= 3
+
+
+def test_leases_of_a_dead_keepers_node_do_not_hit_new_ones(tmp_path: Path) -> None:
+    leases = []
+    for _ in range(2):
+        with (
+            start_node(arena_bytes=8 << 20) as node,
+            connect(node.run_dir, "leases") as client,
+        ):
+            names = names_of(client, 1, 1)
+            client.put(names, [payload(1)])
+            leases.append(client.acquire(names).lease)
+    assert leases[0] < leases[1]

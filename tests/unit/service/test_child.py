@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.service import child as module
 from kvstore.service.child import NodeChild, NodeFailed
 from kvstore.service.config import KeeperConfig
 from kvstore.transport.arena import ArenaSize, create_arena
@@ -48,3 +49,28 @@ async def test_without_a_node_messages_are_lost(tmp_path: Path, arena_fd: int) -
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     assert idle.pid == 0
+
+
+async def test_a_process_that_cannot_be_made_is_tried_again(
+    tmp_path: Path, arena_fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of descriptors or memory for a moment: no reason to let the arena and all go."""
+    tries = asyncio.Semaphore(0)
+
+    async def no_memory(*arguments: object, **options: object) -> None:
+        tries.release()
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", no_memory)
+    monkeypatch.setattr(module, "_BACKOFF_S", (0.001, 0.001))
+    started = child(tmp_path, arena_fd)
+    started.incarnation = 1  # an earlier node was ready
+    running = asyncio.create_task(started.run())
+    async with asyncio.timeout(5):
+        for _ in range(3):
+            await tries.acquire()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    first = child(tmp_path, arena_fd)
+    with pytest.raises(NodeFailed, match="Cannot allocate memory"):
+        await first.run()

@@ -104,6 +104,20 @@ async def test_the_end_of_one_process_closes_and_of_all_frees() -> None:
         await asyncio.wait_for(sleeper.communicate(), 10)
 
 
+async def test_a_closed_session_without_writers_is_forgotten() -> None:
+    async with keeping(max_sessions=1) as kept:
+        kept.sessions.writers_done(77)
+        for number in (1, 2, 3):
+            _, sock = await kept.connect()
+            kept.sessions.writers_done(number)  # it is open: nothing happens
+            assert ("exited", number) not in kept.told
+            sock.close()
+            await kept.until(("closed", number))
+            kept.sessions.writers_done(number)
+            assert kept.told[-1] == ("exited", number)
+        assert kept.sessions.rows() == []
+
+
 async def test_numbers_come_back_as_late_as_possible() -> None:
     async with keeping() as kept:
         (first, one), (second, two) = await kept.connect(), await kept.connect()

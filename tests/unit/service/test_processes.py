@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from kvstore.core.errors import BadInput, Unreachable
+from kvstore.core.slots import MAX_SESSION
 from kvstore.service import control as control_module
 from kvstore.service.config import KeeperConfig
-from kvstore.service.control import Control, control_pair
+from kvstore.service.control import SESSIONS_PER_MESSAGE, Control, control_pair
 from kvstore.service.keeper import prepare_key, prepare_run_dir
 from kvstore.service.metrics_http import MetricsServer
+from kvstore.transport.session_socket import Hello
 
 
 @pytest.mark.parametrize(
@@ -132,3 +134,17 @@ def test_a_foreign_run_directory_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path / "theirs", 12345, 12345)
     with pytest.raises(BadInput, match="another user"):
         prepare_run_dir(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("name", ['"' * 256, "\\" * 256, "\u00e9" * 128, "\U0001f600" * 64])
+def test_the_longest_names_fit_a_control_message(name: str) -> None:
+    Hello(name, (1,))
+    ours, theirs = control_pair()
+    keeper, node = Control(ours), Control(theirs)
+    rows = [(MAX_SESSION, "f" * 32, name, False)] * SESSIONS_PER_MESSAGE
+    keeper.send("sessions", sessions=rows)
+    message = node.receive()
+    assert message is not None
+    assert message["sessions"][-1][2] == name
+    keeper.close()
+    node.close()

@@ -201,10 +201,20 @@ def test_no_message_crashes_the_keeper(message: bytes) -> None:
         say(message)
 
 
-@given(st.text(max_size=60), st.lists(st.integers(1, 1 << 22), min_size=1, max_size=MAX_PIDS))
+_PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=60)
+
+
+@given(_PRINTABLE, st.lists(st.integers(1, 1 << 22), min_size=1, max_size=MAX_PIDS))
 def test_every_hello_survives_the_trip(client: str, pids: list[int]) -> None:
     message = json.dumps({"v": 1, "client": client, "pids": pids}).encode()
     assert say(message) == Hello(client, tuple(pids))
+
+
+@pytest.mark.parametrize("name", ["\0" * 256, "a\nb", "\u2028", "\x7f"])
+def test_unprintable_names_are_bad_input(name: str) -> None:
+    """In JSON each of their bytes takes six: keeper and node could not tell 32 of them at once."""
+    with pytest.raises(BadInput, match="unprintable"):
+        Hello(name, (1,))
 
 
 def test_descriptors_sent_with_a_hello_are_closed(arena_fd: int) -> None:
