@@ -6,9 +6,12 @@
 
 Chunks are not stored: they are read off the places that every slot of a chunk has in its record. A
 crash while a chunk was laid out or cleared leaves a part of it whose slots are all free: dropped.
+Chunks that lie side by side are told apart by their usual size, so that they can still change
+class one by one.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import NamedTuple
 
 from kvstore.core.errors import KvStoreError
@@ -21,7 +24,7 @@ from kvstore.service.roots import BlockShape
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable, keys_of
 from kvstore.service.store import ArenaStore
-from kvstore.tiers.arena_space import Extent
+from kvstore.tiers.arena_space import ArenaSpace, Extent
 from kvstore.transport.arena import ArenaMapping
 
 
@@ -80,13 +83,13 @@ def _restore_chunks(table: SlotTable, words: list[SlotWord]) -> list[int]:
     """Rebuild the chunks and return their slots; slots of no chunk are cleared and free."""
     space = table.space
     used: list[int] = []
-    for run in _runs(table.arena, words):
+    for run in _runs(table.arena, space, words):
         extent = Extent(
             run[0].offset, round_up(run[-1].offset + run[-1].block_bytes, space.unit_bytes)
         )
         slots = [place.slot for place in run]
         live = any(words[slot].state is not SlotState.FREE for slot in slots)
-        if live and extent.start % space.unit_bytes == 0 and extent.stop <= space.data_bytes:
+        if live and space.may_restore(extent):
             space.restore(extent, run[0].block_bytes, slots)
             for place in run:
                 table.granules[place.slot] = place.offset // GRANULE_BYTES
@@ -99,16 +102,19 @@ def _restore_chunks(table: SlotTable, words: list[SlotWord]) -> list[int]:
     return used
 
 
-def _runs(arena: ArenaMapping, words: list[SlotWord]) -> Iterable[list[_Place]]:
-    """Yield runs of slots of one size that lie side by side."""
+def _runs(arena: ArenaMapping, space: ArenaSpace, words: list[SlotWord]) -> Iterable[list[_Place]]:
+    """Yield runs of slots of one size that lie side by side, at most a usual chunk each."""
     run: list[_Place] = []
+    chunk_bytes = cache(space.chunk_bytes)
     places = sorted(_Place(offset, size, slot) for slot, offset, size in arena.placed())
     for place in places:
         stop = run[-1].offset + run[-1].block_bytes if run else 0
         if run and place.offset < stop and words[place.slot].state is SlotState.FREE:
             arena.clear(place.slot)  # a torn record of a slot that nobody had yet
             continue
-        if run and (place.offset != stop or place.block_bytes != run[0].block_bytes):
+        alike = run and place.offset == stop and place.block_bytes == run[0].block_bytes
+        whole = run and stop - run[0].offset >= chunk_bytes(run[0].block_bytes)
+        if run and (not alike or (whole and stop % space.unit_bytes == 0)):
             yield run
             run = []
         run.append(place)

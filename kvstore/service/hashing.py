@@ -21,6 +21,8 @@ from kvstore.transport.arena import ArenaMapping
 
 JOB_BYTES: Final = 64 << 20
 """Bytes of one job: 2 to 10 ms of hashing."""
+MAX_URGENT: Final = 256
+"""Calls whose blocks are verified first; more take what is ready, for their turn is far."""
 
 
 @dataclass(slots=True)
@@ -42,7 +44,7 @@ class Hasher:
         self._work = asyncio.Event()
         self._progress = asyncio.Event()
         self.unverified = 0
-        """Adopted blocks that may not be served yet."""
+        """Adopted blocks to be verified; drops to 0 when the last one is, not one by one."""
         self.corrupt_blocks = 0
         self.corrupt: dict[int, None] = {}
         """Keys of blocks that failed their sums, latest last; bounded. Why an Acquire ended."""
@@ -58,9 +60,9 @@ class Hasher:
         self._work.set()
 
     async def verify(self, slots: Iterable[int], *, deadline_s: float) -> None:
-        """Verify slots before others; returns when done or at the deadline."""
+        """Verify slots before others; returns when done, at the deadline, or if too many ask."""
         urgent = _Urgent(deque(dict.fromkeys(slots)))
-        if not urgent.slots:
+        if not urgent.slots or len(self._urgent) >= MAX_URGENT:
             return
         self._urgent.append(urgent)
         self._work.set()

@@ -60,9 +60,13 @@ class ExtentAllocator:
 
     def claim(self, wanted: Extent) -> None:
         """Take exactly `wanted`, which must be free: how a restart rebuilds the picture."""
+        assert self.is_free(wanted), f"{wanted} is not free"
+        self._cut(bisect_left(self._free, (wanted.start + 1,)) - 1, wanted)
+
+    def is_free(self, wanted: Extent) -> bool:
+        """Say whether all of `wanted` lies in one free extent."""
         index = bisect_left(self._free, (wanted.start + 1,)) - 1
-        assert index >= 0 and self._free[index].stop >= wanted.stop, f"{wanted} is not free"
-        self._cut(index, wanted)
+        return index >= 0 and self._free[index].stop >= wanted.stop
 
     def give_back(self, extent: Extent) -> None:
         """Free an extent, merging it with its neighbours."""
@@ -175,6 +179,10 @@ class ArenaSpace:
         chunk.free.clear()
         del self._open[block_bytes][extent.start]
         return chunk
+
+    def may_restore(self, extent: Extent) -> bool:
+        """Say whether a chunk could lie here: aligned, inside, over no chunk restored before."""
+        return extent.start % self.unit_bytes == 0 and self._extents.is_free(extent)
 
     def forget_ids(self) -> None:
         """Take the ids of restored chunks out of the free ones."""

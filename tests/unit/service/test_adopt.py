@@ -87,3 +87,34 @@ def test_an_empty_arena_has_nothing_to_adopt() -> None:
     with small_store() as small:
         assert adopt(small.store, 0.0) == (0, 0, 0, 0)
         assert small.arena.word(0) == SlotWord(0, SlotState.FREE, 0)
+
+
+def test_chunks_stay_apart_so_that_they_can_change_class_one_by_one() -> None:
+    with small_store(blocks=64, quota_blocks=64) as small:
+        session, info = small.session(1)
+        small.put(session, info, names(32), 0.0)
+        for slot, _ in small.store.to_seal:
+            small.table.seal(slot, bytes(16))
+        before = {chunk.extent: chunk.slots for chunk in small.table.space.chunks()}
+        assert len(before) == 8
+        later = small.again()
+        assert adopt(later.store, 1.0).sealed == 32
+        assert {chunk.extent: chunk.slots for chunk in later.table.space.chunks()} == before
+
+
+def test_places_that_overlap_are_dropped_and_the_node_goes_on() -> None:
+    """A table that somebody scribbled over must not keep every next node from starting."""
+    with small_store() as small:
+        session, info = small.session(1)
+        small.put(session, info, names(3), 0.0)
+        slots = [slot for slot, _ in small.store.to_seal]
+        for slot in slots:
+            small.table.seal(slot, bytes(16))
+        table = small.arena._bytes
+        first, last = (4096 + slot * 128 for slot in (slots[0], slots[-1]))
+        table[last + 8 : last + 16] = table[first + 8 : first + 16]
+        later = small.again()
+        found = adopt(later.store, 1.0)
+        assert found.sealed == 2
+        used = sum(chunk.extent.length for chunk in later.table.space.chunks())
+        assert used + later.table.space.free_bytes == 16 * GRANULE_BYTES

@@ -4,7 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from kvstore.core.slots import SlotState
+from kvstore.service import hashing as module
 from kvstore.service.adopt import adopt
 from kvstore.service.hashing import Hasher
 from kvstore.tiers.sums import block_sum
@@ -76,3 +79,12 @@ async def test_a_verification_leaves_at_its_deadline() -> None:
         await hasher.verify([1, 2], deadline_s=0.01)
         await hasher.verify([], deadline_s=5)
         assert hasher.corrupt_blocks == 0
+
+
+async def test_calls_that_want_blocks_first_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_URGENT", 2)
+    with small_store() as small:
+        hasher = Hasher(small.store, small.metrics)  # nobody runs it
+        for _ in range(4):
+            await hasher.verify([1], deadline_s=0.001)
+        assert len(hasher._urgent) == 2
