@@ -201,6 +201,7 @@ class AsyncClient:
 
         Slots from before the keeper's restart are STALE without asking. May be repeated: what was
         done is ALREADY. After a failure unsettled slots go back to the node within seconds.
+        `kept_in_hbm`: blocks whose copy the caller lists in HBM; the node does not use it yet.
         """
         deadline = _deadline(deadline_ms, self.config.call_ms)
         session = self._session
@@ -286,7 +287,10 @@ class AsyncClient:
         )
 
     async def close(self) -> None:
-        """End the session: leases and reserved slots go back. Harmless when repeated."""
+        """End the session: leases and reserved slots go back. Harmless when repeated.
+
+        Whoever writes to slots that it reserved has to stop before. Copies of `put` are waited for.
+        """
         await self._link.close()
 
     async def __aenter__(self) -> Self:

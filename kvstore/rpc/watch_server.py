@@ -5,7 +5,7 @@ subscriber blocks only its own loop, falls behind the bounded log and gets a new
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Final
 
 from kvstore.core.errors import Refused
@@ -28,7 +28,7 @@ async def serve_watch(
     *,
     max_subscribers: int = MAX_SUBSCRIBERS,
     mark_period_ms: int = MARK_PERIOD_MS,
-) -> AsyncIterator[watch_pb2.WatchReply]:
+) -> AsyncGenerator[watch_pb2.WatchReply, None]:
     """Yield snapshot, events and marks until the subscriber goes away.
 
     Raises `BadInput` for a malformed filter and `Refused` at `max_subscribers`. Must run on the

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,7 +61,11 @@ class ServiceParts:
 
 
 class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
-    """Answers `CacheNode` calls; one instance per node, on one event loop."""
+    """Answers `CacheNode` calls; one instance per node, on one event loop.
+
+    Calls that are not here (`Pin`, `Prefetch`, `Clear`, `Ticket`, `Get`, `Put`) answer
+    UNIMPLEMENTED: that is what the interceptor makes of the generated base.
+    """
 
     def __init__(self, parts: ServiceParts) -> None:
         self._parts = parts
@@ -152,6 +156,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             session, info = self._rooted(context, request.root)
             commit = _refs(request.commit, "commit")
             abort = _refs(request.abort, "abort")
+            # Checked and not used: nothing tells the node when a worker drops the page again.
             _refs(request.kept_in_hbm, "kept_in_hbm")
             if len(request.release) > MAX_NAMES_PER_CALL:
                 raise TooLarge(f"{len(request.release)} leases in one call")
@@ -246,35 +251,10 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         """Send a snapshot of what is held and then every change."""
         if Role.WATCH not in self._principal(context).roles:
             raise Forbidden("watching needs the watch role")
-        async for reply in serve_watch(self._store.table.publisher, request):
-            yield reply
-
-    # -- not served yet --------------------------------------------------------------------
-
-    async def Pin(self, request: Any, context: Context) -> Any:
-        """Not served yet."""
-        raise Unsupported("Pin is not served yet")
-
-    async def Prefetch(self, request: Any, context: Context) -> Any:
-        """Not served yet: there is no tier below DRAM."""
-        raise Unsupported("Prefetch is not served yet")
-
-    async def Clear(self, request: Any, context: Context) -> Any:
-        """Not served yet."""
-        raise Unsupported("Clear is not served yet")
-
-    async def Ticket(self, request: Any, context: Context) -> Any:
-        """Not served yet: there is no bulk port."""
-        raise Unsupported("Ticket is not served yet: there is no bulk port")
-
-    async def Get(self, request: Any, context: Context) -> AsyncIterator[Any]:
-        """Not served yet."""
-        async for reply in _refuse_stream("Get"):
-            yield reply
-
-    async def Put(self, request_iterator: Any, context: Context) -> Any:
-        """Not served yet."""
-        raise Unsupported("Put is not served yet")
+        # Closed here and now when the subscriber goes, not when garbage is collected.
+        async with aclosing(serve_watch(self._store.table.publisher, request)) as replies:
+            async for reply in replies:
+                yield reply
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -308,16 +288,15 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         if self._hasher.unverified:
             await self._hasher.verify(self._store.unverified(info, packed), deadline_s=deadline_s)
         items = list(zip(keys_of(info, packed), _split(packed), strict=True))
-        while True:
-            outcomes = [self._store.outcome(info, key, name) for key, name in items]
-            left = ends - loop.time()
-            if None not in outcomes or left <= 0:
-                return [Outcome.LATE if outcome is None else outcome for outcome in outcomes]
-            try:
-                async with asyncio.timeout(left):
-                    await self._hasher.progress()
-            except TimeoutError:
-                continue
+        try:
+            async with asyncio.timeout_at(ends):
+                # One at a time: every commit wakes every waiter, so a look has to cost little.
+                for key, name in items:
+                    while self._store.outcome(info, key, name) is None:
+                        await self._hasher.progress()
+        except TimeoutError:
+            pass  # what is not there yet is late
+        return [self._store.outcome(info, key, name) or Outcome.LATE for key, name in items]
 
     def _explain_corruption(self, info: RootInfo, packed: bytes, answer: Acquired) -> None:
         """Name a block that failed its sum as the reason, once."""
@@ -358,14 +337,11 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         except KvStoreError as error:
             self._parts.metrics.rpc_errors.labels(method, type(error).__name__).inc()
             raise
+        except Exception:  # a bug: the interceptor logs it and answers INTERNAL
+            self._parts.metrics.rpc_errors.labels(method, "Internal").inc()
+            raise
         finally:
             self._parts.metrics.rpc_seconds.labels(method).observe(time.perf_counter() - started)
-
-
-async def _refuse_stream(method: str) -> AsyncIterator[Any]:
-    if method:
-        raise Unsupported(f"{method} is not served yet")
-    yield None  # never reached: what makes this a stream, as the interface has it
 
 
 def _now_ms() -> float:

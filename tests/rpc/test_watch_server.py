@@ -50,7 +50,7 @@ async def test_changes_gather_into_one_message_and_marks_come_meanwhile() -> Non
     assert (mark.sequence, mark.digests[0].count) == (10, 10)
     again = (await take(stream, "mark")).mark
     assert again.sequence == 10
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     assert source.subscribers == 0
 
 
@@ -72,7 +72,7 @@ async def test_a_busy_publisher_still_sends_marks() -> None:
         await take(stream, "mark")
     stop.set()
     await busy
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
 
 
 async def test_subscribers_are_bounded_and_requests_checked() -> None:
@@ -81,7 +81,7 @@ async def test_subscribers_are_bounded_and_requests_checked() -> None:
     await take(first, "begin")
     with pytest.raises(Refused):
         await take(serve_watch(source, watch_pb2.WatchRequest(), max_subscribers=1), "begin")
-    await first.aclose()  # type: ignore[attr-defined]
+    await first.aclose()
     for bad in (
         watch_pb2.WatchRequest(root=b"short"),
         watch_pb2.WatchRequest(tiers=[99]),  # type: ignore[list-item]
