@@ -7,20 +7,9 @@ from typing import Any
 
 import click
 
+from kvstore.cli.values import BYTES
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper import run_keeper
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(context: click.Context, option: click.Parameter, value: str) -> int:
-    """Return the bytes in `67108864`, `64MiB` or `8G` (units of 1024)."""
-    text = value.strip().upper().removesuffix("B").removesuffix("I")
-    unit = text[-1:] if text[-1:] in _UNITS else ""
-    digits = text.removesuffix(unit) if unit else text
-    if not (digits.isascii() and digits.isdigit()):
-        raise click.BadParameter(f"{value!r} is not a size such as 512MiB or 8G")
-    return int(digits) * _UNITS[unit]
 
 
 @click.command(short_help="Run this host's cache: a keeper and its cache node.")
@@ -33,9 +22,8 @@ def parse_size(context: click.Context, option: click.Parameter, value: str) -> i
 @click.option("--name", default="node", show_default=True, help="Name of this node.")
 @click.option(
     "--arena-bytes",
-    callback=parse_size,
+    type=BYTES,
     default="1GiB",
-    metavar="SIZE",
     show_default=True,
     help="Memory for blocks.",
 )

@@ -10,6 +10,7 @@ import click
 from prometheus_client import start_http_server
 
 from kvstore.cli.values import ADDRESS, Address
+from kvstore.core.errors import BadInput
 from kvstore.router.members import Kind, Member, Members, parse_member
 from kvstore.router.server import RouterServer
 
@@ -76,9 +77,12 @@ async def _serve(options: RouterOptions) -> None:
         stack.push_async_callback(server.stop)
         metrics = ""
         if options.metrics is not None:
-            http, thread = start_http_server(
-                options.metrics.port, options.metrics.host, registry=server.registry
-            )
+            try:
+                http, thread = start_http_server(
+                    options.metrics.port, options.metrics.host, registry=server.registry
+                )
+            except OSError as error:
+                raise BadInput(f"--metrics {options.metrics}: {error}") from error
             stack.callback(thread.join)
             stack.callback(http.server_close)
             stack.callback(http.shutdown)

@@ -1,5 +1,6 @@
 """Values that command lines share: sizes such as `1GiB` and addresses such as `127.0.0.1:8000`."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -24,7 +25,8 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     unit = _UNITS.get(match[2].lower()) if match else None
-    size = int(float(match[1]) * unit) if match and unit else 0
+    amount = float(match[1]) * unit if match and unit else 0.0
+    size = int(amount) if math.isfinite(amount) else 0
     if size <= 0:
         raise ValueError(f"{text!r} is not a size such as 512MiB or 1GiB")
     return size

@@ -105,3 +105,25 @@ async def test_a_keeper_that_refuses_to_start_is_quoted(run_dir: Path) -> None:
     assert report.phase is Phase.FAILED
     assert "keeper ended with status" in report.detail
     await shell.stop()
+
+
+async def test_a_keeper_that_cannot_be_started_is_tried_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = asyncio.Event()
+    launches = 0
+
+    async def launch(self: NodeShell) -> None:
+        nonlocal launches
+        launches += 1
+        if launches == 1:
+            raise OSError("no more processes")
+        again.set()
+
+    monkeypatch.setattr(NodeShell, "_launch", launch)
+    shell = NodeShell("node-0", config(run_dir))
+    shell._keeper = await asyncio.create_subprocess_exec("true")
+    keeping = asyncio.create_task(shell._keep())
+    async with asyncio.timeout(10):
+        await again.wait()
+    keeping.cancel()

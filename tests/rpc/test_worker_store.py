@@ -161,6 +161,8 @@ async def test_a_tiny_arena_and_pool_evict_and_stay_exact() -> None:
             assert answer.tokens == reference_reply(prompt, 6)
             assert await server.settled(deadline_ms=SETTLED_MS)
         for server in servers:
+            opened = {"reason": "connected"}
+            assert server.registry.get_sample_value("kvstore_client_sessions_total", opened) == 1
             assert server.registry.get_sample_value("kvstore_worker_evicted_pages_total")
         async with await connect(node) as client:
             stats = await client.stats()

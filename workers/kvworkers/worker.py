@@ -29,7 +29,7 @@ from kvstore.core.names import Root, derive_root, pack_tokens
 from kvstore.directory.events import TierKind
 from kvstore.directory.lru import Lru
 from kvstore.directory.publisher import Publisher
-from kvstore.observe.metrics import WorkerMetrics
+from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.convert import check_id
 from kvstore.rpc.v1 import worker_pb2_grpc
@@ -110,6 +110,7 @@ class WorkerServer:
         self.metrics_address = ""
         self.incarnation = config.incarnation or time.time_ns() // 1_000_000
         self._metrics = WorkerMetrics(self.registry)
+        self._client_metrics = ClientMetrics(self.registry)
         self._local_root = derive_root(secrets.token_bytes(32), bytes(32), config.share_domain)
         self._client: AsyncClient | None = None
         self._link: StoreLink | None = None
@@ -251,6 +252,7 @@ class WorkerServer:
             share_domain=self.config.share_domain,
             name=f"{self.config.name} pid {os.getpid()}",
             config=ClientConfig(),
+            metrics=self._client_metrics,
         )
         self._client = client
         self._link = StoreLink(

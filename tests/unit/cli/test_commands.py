@@ -1,10 +1,13 @@
 """Every command explains itself, its shared options (`kvworkers.commands.options`) included."""
 
+import socket
 from importlib import import_module
 
 import click
 import pytest
 from click.testing import CliRunner
+
+from kvstore.cli.main import run
 
 COMMANDS = {
     "node": "kvstore.cli.node",
@@ -46,3 +49,13 @@ def test_an_unknown_flag_is_wrong_usage_and_named(name: str) -> None:
         refused = CliRunner().invoke(leaf, ["--no-such-flag"])
         assert refused.exit_code == 2
         assert "--no-such-flag" in refused.output
+
+
+def test_an_address_of_metrics_that_is_taken_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = ["router", "--worker", "127.0.0.1:1", "--metrics", address]
+        assert run(arguments) == 2
+    assert f"--metrics {address}" in capsys.readouterr().err

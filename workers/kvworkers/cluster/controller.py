@@ -5,6 +5,7 @@ are detached and live on without it. Frontends keep the last member list.
 """
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from kvworkers.cluster.plan import (
     next_members,
     ready,
 )
+
+_log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.25
 """Between two rounds. A restarted worker is noticed within one round and a report's deadline."""
@@ -118,13 +121,20 @@ class Controller:
             self._fault = f"placing the parts failed: {type(error).__name__}: {error}"
             return
         while True:
-            await asyncio.gather(*(self._hear(part) for part in self._parts.values()))
-            now_ms = _now_ms()
-            self._members = next_members(self._members, self._parts.values())
-            self._count()
-            for action in next_actions(self._parts, self._members, now_ms=now_ms):
-                self._begin(action)
+            try:
+                await self._round()
+            except Exception:  # task boundary: a cluster whose controller gave up heals no more
+                _log.exception("a round failed")
+                self._metrics.failures.labels("round").inc()
             await asyncio.sleep(_POLL_SECONDS)
+
+    async def _round(self) -> None:
+        await asyncio.gather(*(self._hear(part) for part in self._parts.values()))
+        now_ms = _now_ms()
+        self._members = next_members(self._members, self._parts.values())
+        self._count()
+        for action in next_actions(self._parts, self._members, now_ms=now_ms):
+            self._begin(action)
 
     def _count(self) -> None:
         self._metrics.members_version.set(self._members.version)
@@ -186,7 +196,7 @@ class Controller:
 
     async def _hear(self, part: Part) -> None:
         """Take in a part's report, and its gRPC health where it says that it serves."""
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayError
 
         reference = self._actors[part.name].report.remote()
         try:
@@ -196,7 +206,7 @@ class Controller:
         except RayActorError:
             self._metrics.failures.labels("lost").inc()
             part.lose()
-        except (TimeoutError, KvStoreError):
+        except (TimeoutError, KvStoreError, RayError):
             # Slow or between two lives: routers see that by themselves. Silence adds up.
             self._metrics.failures.labels("silent").inc()
         else:

@@ -146,8 +146,8 @@ class NodeShell(Shell):
             try:
                 await self._launch()
                 pause = _KEEPER_BACKOFF_SECONDS[0]
-            except KvStoreError as error:
-                self._note(phase=Phase.STARTING, detail=str(error))
+            except Exception as error:  # task boundary: without this loop no keeper ever comes back
+                self._note(phase=Phase.STARTING, detail=f"{type(error).__name__}: {error}")
                 pause = min(longest, pause * 2)
 
     async def stop(self) -> None:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
-
 from kvstore.core.errors import Unreachable
 
 NAMESPACE: Final = "kvstore"
@@ -73,8 +71,3 @@ def local_ray(run_dir: Path, *, workers: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-
-
-def free_memory_bytes() -> int:
-    """Return the memory that is free for an arena on this machine."""
-    return int(psutil.virtual_memory().available)

@@ -1,0 +1,37 @@
+"""The controller's loop, without Ray's parts."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvworkers.cluster import controller as module
+from kvworkers.cluster.config import ClusterConfig
+from kvworkers.cluster.controller import Controller
+
+
+async def test_a_round_that_fails_is_not_the_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rounds = 0
+    second = asyncio.Event()
+
+    async def placed(self: Controller) -> None:
+        return
+
+    def members(current: Any, parts: Any) -> Any:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 1:
+            raise RuntimeError("a bug")
+        second.set()
+        return current
+
+    monkeypatch.setattr(Controller, "_place", placed)
+    monkeypatch.setattr(module, "next_members", members)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    controller = Controller(ClusterConfig(model=tmp_path, run_dir=tmp_path))
+    await controller.status()
+    async with asyncio.timeout(5):
+        await second.wait()
+    await controller.stop()
