@@ -42,4 +42,4 @@ def test_the_readme_runs(node: RunningNode) -> None:
     found = [text for text in examples("README.md") if "Client.connect" in text]
     assert found
     for example in found:
-        run(example, node, run_dir="DIR")
+        run(example, node, run_dir="/tmp/kvstore")

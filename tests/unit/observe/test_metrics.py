@@ -108,3 +108,13 @@ def test_exposition_is_what_prometheus_reads() -> None:
     }
     assert samples["kvstore_cached_tokens_total", (("tier", "dram"),)] == 1024
     assert samples["kvstore_ttft_seconds_count", (("cached", "hit"),)] == 1
+
+
+def test_every_family_is_set_somewhere() -> None:
+    """A family that nobody sets shows an operator a healthy zero for ever."""
+    root = PAGE.parents[1]
+    rooms = (root / "kvstore", root / "workers" / "kvworkers")
+    source = "".join(path.read_text("utf-8") for room in rooms for path in room.rglob("*.py"))
+    for bundle in BUNDLES.values():
+        for name in vars(bundle(CollectorRegistry())):
+            assert re.search(rf"metrics\.{name}\b", source), f"{bundle.__name__}.{name}"
