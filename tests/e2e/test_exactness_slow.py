@@ -20,8 +20,8 @@ from tests.inference_client import Said, generate, run_worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
-REPLY_TOKENS = 16
-OPENING_WORDS = 110
+REPLY_TOKENS = 12
+OPENING_WORDS = 80
 
 SCRIPTS = (
     "Wie heißt der Fluß, der durch Köln fließt?",
