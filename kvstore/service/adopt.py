@@ -12,7 +12,7 @@ class one by one.
 
 from collections.abc import Iterable
 from functools import cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvstore.core.errors import KvStoreError
 from kvstore.core.layout import round_up
@@ -36,6 +36,9 @@ class Adopted(NamedTuple):
     freed: int
     unreadable: int
     """Slot words or records that made no sense; their slots are free."""
+
+
+_NEVER_USED: Final = SlotWord(0, SlotState.FREE, 0)
 
 
 class _Place(NamedTuple):
@@ -71,6 +74,9 @@ def _words(arena: ArenaMapping) -> tuple[list[SlotWord], int]:
     words: list[SlotWord] = []
     unreadable = 0
     for raw in arena.raw_words().tolist():
+        if not raw:  # most slots of a big arena with big blocks: millions were never used
+            words.append(_NEVER_USED)
+            continue
         try:
             words.append(unpack(raw))
         except ValueError:
