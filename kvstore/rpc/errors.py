@@ -50,10 +50,12 @@ _BY_STATUS: Final[dict[grpc.StatusCode, type[KvStoreError]]] = {
 
 def status_of(error: KvStoreError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]]:
     """Return status code, message and trailing metadata for an error raised by a handler."""
-    trailing: list[tuple[str, str]] = [(ERROR_KEY, type(error).__name__)]
+    # A room may refine an error for its own use; on the wire it is the one of the tree.
+    cls = next(base for base in type(error).__mro__ if base in STATUS)
+    trailing: list[tuple[str, str]] = [(ERROR_KEY, cls.__name__)]
     if isinstance(error, errors.Refused) and error.retry_after_ms:
         trailing.append((RETRY_AFTER_KEY, str(error.retry_after_ms)))
-    return STATUS[type(error)], str(error), tuple(trailing)
+    return STATUS[cls], str(error), tuple(trailing)
 
 
 def error_from(failure: grpc.RpcError) -> KvStoreError:

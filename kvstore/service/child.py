@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from kvstore.core.errors import KvStoreError, Unreachable
+from kvstore.core.errors import Unreachable
 from kvstore.service.config import KeeperConfig
 from kvstore.service.control import SESSIONS_PER_MESSAGE, Control, Message, control_pair
 
@@ -18,10 +18,6 @@ _log = logging.getLogger("kvstore.keeper")
 
 SessionRow = tuple[int, str, str, bool]
 """(number, token in hex, client, closed): what the node is told of a session."""
-
-
-class NodeFailed(KvStoreError):
-    """The node never became ready: a port that is taken, an unusable key file."""
 
 
 class NodeChild:
@@ -56,7 +52,7 @@ class NodeChild:
         return self._process.pid if self._process is not None else 0
 
     async def run(self) -> None:
-        """Start nodes until cancelled; raises `NodeFailed` when the first is never ready."""
+        """Start nodes until cancelled; raises `Unreachable` when the first is never ready."""
         loop = asyncio.get_running_loop()
         delay_s = _BACKOFF_S[0]
         while True:
@@ -69,7 +65,7 @@ class NodeChild:
             finally:
                 await self._end()
             if not self.incarnation:
-                raise NodeFailed(f"the cache node did not start (exit status {status})")
+                raise Unreachable(f"the cache node did not start (exit status {status})")
             if loop.time() - started_s > _SETTLED_S:
                 delay_s = _BACKOFF_S[0]
             self.restarts += 1

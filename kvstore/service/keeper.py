@@ -55,7 +55,7 @@ class Keeper:
     async def run(self) -> None:
         """Keep until SIGTERM, SIGINT or the parent's end; leaves no socket behind.
 
-        Raises `BadInput` for an unusable run directory or key, `NodeFailed` when the node cannot
+        Raises `BadInput` for an unusable run directory or key, `Unreachable` when the node cannot
         start at all.
         """
         config = self._config

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.core.errors import Unreachable
 from kvstore.service import child as module
-from kvstore.service.child import NodeChild, NodeFailed
+from kvstore.service.child import NodeChild
 from kvstore.service.config import KeeperConfig
 from kvstore.transport.arena import ArenaSize, create_arena
 
@@ -29,7 +30,7 @@ def arena_fd() -> Iterator[int]:
 
 async def test_a_node_that_cannot_start_ends_the_keeper(tmp_path: Path, arena_fd: int) -> None:
     first = child(tmp_path, arena_fd)  # there is no cluster key
-    with pytest.raises(NodeFailed, match="exit status 2"):
+    with pytest.raises(Unreachable, match="exit status 2"):
         await first.run()
     assert first.pid == 0
 
@@ -37,7 +38,7 @@ async def test_a_node_that_cannot_start_ends_the_keeper(tmp_path: Path, arena_fd
 async def test_a_node_that_is_not_ready_in_time_is_killed(tmp_path: Path, arena_fd: int) -> None:
     (tmp_path / "cluster.key").write_bytes(bytes(32))
     late = child(tmp_path, arena_fd, start_ms=1)
-    with pytest.raises(NodeFailed, match="exit status -9"):
+    with pytest.raises(Unreachable, match="exit status -9"):
         await late.run()
 
 
@@ -72,5 +73,5 @@ async def test_a_process_that_cannot_be_made_is_tried_again(
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     first = child(tmp_path, arena_fd)
-    with pytest.raises(NodeFailed, match="Cannot allocate memory"):
+    with pytest.raises(Unreachable, match="Cannot allocate memory"):
         await first.run()
