@@ -220,7 +220,8 @@ class StoreLink:
             async with asyncio.timeout(self._config.circuit_ms / 1000):
                 return await self._jobs.get()
         except TimeoutError:
-            self._jobs.put_nowait(StoreJob(done=_nothing))
+            if self._jobs.empty():
+                self._jobs.put_nowait(StoreJob(done=_nothing))
             return await self._jobs.get()
 
     async def _carry_out(self, job: StoreJob) -> None:
