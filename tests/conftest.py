@@ -1,5 +1,8 @@
 """Settings of all tests."""
 
+import signal
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Machines that run tests are shared: how long one example takes says nothing. The suite has its
@@ -8,3 +11,8 @@ settings.register_profile(
     "kvstore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("kvstore")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End a terminated run like an interrupted one: fixtures end the processes they started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
