@@ -90,10 +90,11 @@ def cluster_process(*options: str) -> Iterator[ClusterProcess]:
     name = f"test-{mark[:8]}"
     environment = os.environ | {MARK: mark}
     up = [*KVSTORE, "up", "--detach", "--json", "--name", name, "--http", "127.0.0.1:0", *options]
-    started = subprocess.run(
-        up, env=environment, capture_output=True, text=True, timeout=UP_SECONDS, check=False
-    )
+    facts: dict[str, Any] = {}
     try:
+        started = subprocess.run(
+            up, env=environment, capture_output=True, text=True, timeout=UP_SECONDS, check=False
+        )
         assert started.returncode == 0, started.stderr
         facts = json.loads(started.stdout)
         facts["run_dir"] = Path(facts["run_dir"])
@@ -106,7 +107,7 @@ def cluster_process(*options: str) -> Iterator[ClusterProcess]:
             timeout=DOWN_SECONDS,
             check=False,
         )
-        if ended.returncode == 0 and started.returncode == 0:
+        if ended.returncode == 0 and facts:
             Path(facts["log"]).unlink()
         left = {pid: command_line(pid) for pid in marked_processes(mark)}
         for pid in left:
