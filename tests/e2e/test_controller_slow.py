@@ -3,16 +3,24 @@
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 
 import grpc
 import pytest
 
-from tests.cluster_process import ClusterProcess, eventually
+from tests.cluster_process import ClusterProcess, cluster_process, eventually
 from tests.e2e.test_cluster import live_workers
 from tests.exactness import Reference
 from tests.inference_client import generate
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[ClusterProcess]:
+    """A cluster of this file's own: restarted parts are not where others expect them."""
+    with cluster_process("--arena", "256MiB") as running:
+        yield running
 
 
 def test_requests_go_on_while_the_controller_is_away_and_it_heals_afterwards(
