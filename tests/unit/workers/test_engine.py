@@ -203,9 +203,13 @@ async def test_a_deadline_ends_a_request_running_or_waiting(loaded: LoadedModel)
     async with rig(loaded, max_running=1, step_tokens=16) as it:
         long = ask(prompt_of(6, 60), max_tokens=400, ignore_eos=True, deadline_ms=150)
         waiting = ask(prompt_of(7, 10), max_tokens=400, deadline_ms=50)
-        first, second = await asyncio.gather(run(it.engine, long), run(it.engine, waiting))
-        assert first.finish is FinishReason.ABORT and 0 < len(first.tokens) < 400
-        assert second.finish is FinishReason.ABORT and second.tokens == []
+        ends = await asyncio.gather(
+            run(it.engine, long), run(it.engine, waiting), return_exceptions=True
+        )
+        for end in ends:
+            assert isinstance(end, Unreachable) and "deadline passed" in str(end)
+        assert it.metric("kvstore_worker_requests_total", outcome="failed") == 2
+        assert await run(it.engine, ask([9], max_tokens=1))
 
 
 async def test_a_failing_step_fails_its_requests_and_no_others(loaded: LoadedModel) -> None:

@@ -223,7 +223,8 @@ class Engine:
         for active in list(self._actives.values()):
             deadline_ms = active.run.request.deadline_ms
             if deadline_ms and now_ms - active.run.arrived_ms >= deadline_ms:
-                self._end(active, FinishReason.ABORT)
+                # Not an end of the reply: a cut one must never pass for a whole one.
+                self._fail(active, Unreachable("the request's deadline passed"))
 
     def _begin(self, active: _Active) -> None:
         """Fetch what the store has for an admitted run, or let it compute at once."""

@@ -214,4 +214,4 @@ class Chunk:
     retries: int = 0
     """Workers lost on the way, so far."""
     finish_reason: str = ""
-    """With the last one: `stop`, `length` or `abort`."""
+    """With the last one: `stop` or `length`."""
