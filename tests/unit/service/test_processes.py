@@ -122,7 +122,10 @@ async def test_the_metrics_page_answers_one_path_and_survives_rubbish() -> None:
     found = await _http(address, b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
     assert found.startswith(b"HTTP/1.1 200 OK")
     assert found.endswith(b"\r\n\r\nkvstore_x 1\n")
-    assert (await _http(address, b"GET / HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 404")
+    for other in (b"GET / HTTP/1.1", b"GET /metrics/all HTTP/1.1", b"GET /metricsx HTTP/1.1"):
+        assert (await _http(address, other + b"\r\n\r\n")).startswith(b"HTTP/1.1 404")
+    asked = await _http(address, b"GET /metrics?name=x HTTP/1.1\r\n\r\n")
+    assert asked.startswith(b"HTTP/1.1 200 OK")
     assert await _http(address, b"x" * 40_000) == b""
     await server.stop()
 
