@@ -1,8 +1,8 @@
 """One cluster and one reference model for all end-to-end tests of a session."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import pytest
 import torch
@@ -12,6 +12,8 @@ from tests.exactness import Exactness, Reference
 from tests.model_fixture import model_dir
 
 __all__ = ["model_dir"]
+
+COUNTED: Final = pytest.StashKey[Exactness]()
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +31,22 @@ def reference(model_dir: Path) -> Reference:
 
 
 @pytest.fixture(scope="session")
-def exactness(reference: Reference) -> Iterator[Exactness]:
-    """Compares and counts; says at the end what it saw."""
+def exactness(reference: Reference, pytestconfig: pytest.Config) -> Exactness:
+    """Compares and counts; says in the run's summary what it saw, captured output or not."""
     counted = Exactness(reference)
-    yield counted
-    said = f"{counted.replies} replies, {counted.equal} equal, {len(counted.near_ties)} near ties"
-    sys.stderr.write(f"\n{said}\n")
+    pytestconfig.stash[COUNTED] = counted
+    return counted
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print how many replies were compared, how many were equal, and every near tie."""
+    counted = config.stash.get(COUNTED, None)
+    if counted is None:
+        return
+    terminalreporter.section("exactness")
+    ties = counted.near_ties
+    terminalreporter.line(
+        f"{counted.replies} replies, {counted.equal} equal, {len(ties)} near ties"
+    )
+    for tie in ties:
+        terminalreporter.line(f"near tie: {tie}")
