@@ -19,6 +19,7 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 _OWN: Final = {
     "node": "kvstore.cli.node:node",
     "router": "kvstore.cli.router:router",
+    "simulate": "kvstore.cli.simulate:simulate",
 }
 
 _DONE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130

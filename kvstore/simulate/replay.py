@@ -1,0 +1,172 @@
+"""Replays a trace through one tier under a production `Policy` object.
+
+What counts as a hit, and the order in which the policy learns of it, per request:
+
+1. The hit is the longest prefix of which every block is held.
+2. Missing blocks are taken from the root on. Where the tier is full, `admit` is asked for each,
+   and the first refusal ends the run: a suffix without its prefix can never be hit. Room for all
+   of them is made by one call of `victims`; blocks of the request itself are leased meanwhile.
+3. The admitted ones are inserted from the end to the start, then those that were held are touched
+   from the end to the start: a prefix is always more recent than its suffixes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from kvstore.directory.policy import Access, BlockKey, Policy
+from kvstore.simulate.trace import Trace, TraceRequest
+
+BYTES_PER_TOKEN: Final = 128 << 10
+"""KV of one token of an 8-billion-parameter model with grouped heads, in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayResult:
+    """What one policy made of one trace at one capacity."""
+
+    policy: str
+    capacity_blocks: int
+    token_hit: float
+    """Share of all prompt tokens that were hit, 0 to 1."""
+    block_hit: float
+    """Share of all references to blocks that were hit, 0 to 1."""
+    writes_per_request: float
+    """Blocks newly written into the tier, per request."""
+    seconds: float
+    """Wall time of the replay."""
+
+
+class Tally:
+    """Counts of one replay."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._tokens = 0
+        self._blocks = 0
+        self._written = 0
+        self._began = time.perf_counter()
+
+    def count(self, request: TraceRequest, found: int, *, written: int) -> None:
+        """Add a request of which the first `found` blocks were hit."""
+        self._tokens += min(found * self._trace.block_tokens, request.input_tokens)
+        self._blocks += found
+        self._written += written
+
+    def result(self, policy: str, capacity_blocks: int) -> ReplayResult:
+        """Return the shares."""
+        trace = self._trace
+        return ReplayResult(
+            policy=policy,
+            capacity_blocks=capacity_blocks,
+            token_hit=self._tokens / max(1, trace.input_tokens),
+            block_hit=self._blocks / max(1, trace.block_refs),
+            writes_per_request=self._written / len(trace.requests),
+            seconds=time.perf_counter() - self._began,
+        )
+
+
+class PolicyTier:
+    """One tier of equal slots whose content a `Policy` decides: an arena without bytes."""
+
+    def __init__(self, policy: Policy, capacity_blocks: int, *, block_bytes: int) -> None:
+        assert capacity_blocks > 0 and not len(policy)
+        self.policy = policy
+        self.capacity_blocks = capacity_blocks
+        self.block_bytes = block_bytes
+        self.held: set[BlockKey] = set()
+
+    def prefix(self, blocks: list[BlockKey]) -> int:
+        """Return how many blocks from the root on are held without a gap."""
+        held = self.held
+        for position, block in enumerate(blocks):
+            if block not in held:
+                return position
+        return len(blocks)
+
+    def serve(self, request: TraceRequest, found: int, *, hints: bool = True) -> int:
+        """Take in a request whose first `found` blocks were hit; returns the blocks written."""
+        blocks = request.blocks
+        held = self.held
+        now_ms, size = request.timestamp_ms, self.block_bytes
+        told = _hints(request) if hints else _NO_HINTS
+        first = request.first_block
+        admitted: set[BlockKey] = set()
+        if found < len(blocks):
+            missing = [i for i in range(found, len(blocks)) if blocks[i] not in held]
+            admitted.update(self._make_room(request, missing, told))
+        insert, touch = self.policy.insert, self.policy.touch
+        if admitted:
+            for index in range(len(blocks) - 1, found - 1, -1):
+                block = blocks[index]
+                if block in admitted:
+                    parent = blocks[index - 1] if index else None
+                    insert(block, Access(now_ms, first + index, size, parent, "", *told))
+        for index in range(len(blocks) - 1, -1, -1):
+            block = blocks[index]
+            if block in held:
+                parent = blocks[index - 1] if index else None
+                touch(block, Access(now_ms, first + index, size, parent, "", *told))
+        held |= admitted
+        return len(admitted)
+
+    def _make_room(
+        self, request: TraceRequest, missing: list[int], told: tuple[str, int, bool, str]
+    ) -> list[BlockKey]:
+        """Return the blocks at `missing` that get a place; drops others for them."""
+        blocks = request.blocks
+        free = self.capacity_blocks - len(self.held)
+        now_ms, admit = request.timestamp_ms, self.policy.admit
+        wanted = [blocks[index] for index in missing[:free]]
+        for index in missing[free : self.capacity_blocks]:
+            parent = blocks[index - 1] if index else None
+            position = request.first_block + index
+            access = Access(now_ms, position, self.block_bytes, parent, "", *told)
+            if not admit(blocks[index], access):
+                break
+            wanted.append(blocks[index])
+        if len(wanted) > free:
+            leased = set(blocks)
+            victims = self.policy.victims(
+                len(wanted) - free,
+                now_ms=now_ms,
+                may_evict=lambda block: block not in leased,
+            )
+            for victim in victims:
+                self.held.remove(victim)
+                self.policy.remove(victim)
+            del wanted[free + len(victims) :]
+        return wanted
+
+
+_NO_HINTS: Final = ("", 0, False, "")
+
+
+def _hints(request: TraceRequest) -> tuple[str, int, bool, str]:
+    """Return (session, turn, continued, kind): what callers may tell and need not."""
+    return request.session, request.turn, request.turn > 1, request.kind
+
+
+def replay(
+    trace: Trace,
+    policy: Policy,
+    capacity_blocks: int,
+    *,
+    hints: bool = True,
+    on_request: Callable[[], None] | None = None,
+) -> ReplayResult:
+    """Replay `trace` through an empty `policy` with room for `capacity_blocks`.
+
+    `hints` false leaves out what only a caller can tell (session, turn, type), as engines do that
+    know nothing of conversations.
+    """
+    tier = PolicyTier(policy, capacity_blocks, block_bytes=trace.block_tokens * BYTES_PER_TOKEN)
+    tally = Tally(trace)
+    for request in trace.requests:
+        found = tier.prefix(request.blocks)
+        written = tier.serve(request, found, hints=hints)
+        tally.count(request, found, written=written)
+        if on_request is not None:
+            on_request()
+    return tally.result(policy.name, capacity_blocks)
