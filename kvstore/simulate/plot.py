@@ -132,12 +132,10 @@ def _line(number: int, curve: Curve, places: Sequence[tuple[float, float]]) -> l
 
 
 def _write_png(path: Path, curves: Sequence[Curve]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     traces = _traces(curves)
     figure = Figure(figsize=(8, 4.5 * len(traces)), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     for number, trace in enumerate(traces, 1):
         axes: Axes = figure.add_subplot(len(traces), 1, number)
         for curve in _of(curves, trace):
@@ -152,4 +150,4 @@ def _write_png(path: Path, curves: Sequence[Curve]) -> None:
         axes.set(title=trace, xlabel="capacity, % of unique blocks", ylabel="token hit rate, %")
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
-    canvas.print_png(str(path))
+    figure.savefig(path, format="png")

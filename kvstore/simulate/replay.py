@@ -11,9 +11,10 @@ What counts as a hit, and the order in which the policy learns of it, per reques
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvstore.directory.policy import Access, BlockKey, Policy
 from kvstore.simulate.trace import Trace, TraceRequest
@@ -67,6 +68,18 @@ class Tally:
         )
 
 
+class Moved(NamedTuple):
+    """What one request changed in a tier."""
+
+    admitted: list[int]
+    """Places in the request, root first, of the blocks now held that were not."""
+    victims: list[BlockKey]
+    """Blocks dropped for them, in the order chosen."""
+
+
+_NOTHING: Final = Moved([], [])
+
+
 class PolicyTier:
     """One tier of equal slots whose content a `Policy` decides: an arena without bytes."""
 
@@ -85,59 +98,57 @@ class PolicyTier:
                 return position
         return len(blocks)
 
-    def serve(self, request: TraceRequest, found: int, *, hints: bool = True) -> int:
-        """Take in a request whose first `found` blocks were hit; returns the blocks written."""
-        blocks = request.blocks
-        held = self.held
-        now_ms, size = request.timestamp_ms, self.block_bytes
+    def serve(self, request: TraceRequest, missing: Sequence[int], *, hints: bool = True) -> Moved:
+        """Take in a request: insert what is at `missing` (places, root first), touch what is held.
+
+        Blocks at `missing` are not held.
+        """
+        blocks, held = request.blocks, self.held
+        first, now_ms, size = request.first_block, request.timestamp_ms, self.block_bytes
         told = _hints(request) if hints else _NO_HINTS
-        first = request.first_block
-        admitted: set[BlockKey] = set()
-        if found < len(blocks):
-            missing = [i for i in range(found, len(blocks)) if blocks[i] not in held]
-            admitted.update(self._make_room(request, missing, told))
+        moved = self._make_room(request, missing, told) if missing else _NOTHING
         insert, touch = self.policy.insert, self.policy.touch
-        if admitted:
-            for index in range(len(blocks) - 1, found - 1, -1):
-                block = blocks[index]
-                if block in admitted:
-                    parent = blocks[index - 1] if index else None
-                    insert(block, Access(now_ms, first + index, size, parent, "", *told))
+        for index in reversed(moved.admitted):
+            parent = blocks[index - 1] if index else None
+            insert(blocks[index], Access(now_ms, first + index, size, parent, "", *told))
         for index in range(len(blocks) - 1, -1, -1):
             block = blocks[index]
             if block in held:
                 parent = blocks[index - 1] if index else None
                 touch(block, Access(now_ms, first + index, size, parent, "", *told))
-        held |= admitted
-        return len(admitted)
+        held.update(blocks[index] for index in moved.admitted)
+        return moved
 
     def _make_room(
-        self, request: TraceRequest, missing: list[int], told: tuple[str, int, bool, str]
-    ) -> list[BlockKey]:
-        """Return the blocks at `missing` that get a place; drops others for them."""
+        self, request: TraceRequest, missing: Sequence[int], told: tuple[str, int, bool, str]
+    ) -> Moved:
+        """Choose which places of `missing` are admitted; drop others for them."""
         blocks = request.blocks
         free = self.capacity_blocks - len(self.held)
         now_ms, admit = request.timestamp_ms, self.policy.admit
-        wanted = [blocks[index] for index in missing[:free]]
+        admitted = list(missing[:free])
         for index in missing[free : self.capacity_blocks]:
             parent = blocks[index - 1] if index else None
             position = request.first_block + index
             access = Access(now_ms, position, self.block_bytes, parent, "", *told)
             if not admit(blocks[index], access):
                 break
-            wanted.append(blocks[index])
-        if len(wanted) > free:
-            leased = set(blocks)
-            victims = self.policy.victims(
-                len(wanted) - free,
-                now_ms=now_ms,
-                may_evict=lambda block: block not in leased,
-            )
-            for victim in victims:
-                self.held.remove(victim)
-                self.policy.remove(victim)
-            del wanted[free + len(victims) :]
-        return wanted
+            admitted.append(index)
+        if len(admitted) <= free:
+            return Moved(admitted, [])
+        victims = self.drop(len(admitted) - free, now_ms, leased=set(blocks))
+        del admitted[free + len(victims) :]
+        return Moved(admitted, victims)
+
+    def drop(self, count: int, now_ms: float, *, leased: AbstractSet[BlockKey]) -> list[BlockKey]:
+        """Drop at most `count` blocks that are not leased, worst first; returns them."""
+        victims = self.policy.victims(
+            count, now_ms=now_ms, may_evict=lambda block: block not in leased
+        )
+        for victim in victims:
+            self.held.remove(victim)
+            self.policy.remove(victim)
+        return victims
 
 
 _NO_HINTS: Final = ("", 0, False, "")
@@ -164,9 +175,11 @@ def replay(
     tier = PolicyTier(policy, capacity_blocks, block_bytes=trace.block_tokens * BYTES_PER_TOKEN)
     tally = Tally(trace)
     for request in trace.requests:
-        found = tier.prefix(request.blocks)
-        written = tier.serve(request, found, hints=hints)
-        tally.count(request, found, written=written)
+        blocks, held = request.blocks, tier.held
+        found = tier.prefix(blocks)
+        missing = [index for index in range(found, len(blocks)) if blocks[index] not in held]
+        moved = tier.serve(request, missing, hints=hints)
+        tally.count(request, found, written=len(moved.admitted))
         if on_request is not None:
             on_request()
     return tally.result(policy.name, capacity_blocks)

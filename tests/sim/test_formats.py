@@ -12,7 +12,12 @@ from kvstore.simulate.formats import read_trace, stream_requests
 from kvstore.simulate.trace import Trace, mixed
 from tests.sim.traces import sample, trace_of, write_lines
 
-GOOD = {"timestamp_ms": 5, "input_length": 40, "output_length": 3, "hash_ids": [0, 1, 2]}
+GOOD: dict[str, Any] = {
+    "timestamp_ms": 5,
+    "input_length": 40,
+    "output_length": 3,
+    "hash_ids": [0, 1, 2],
+}
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_tokens_of_a_block_must_follow_or_be_said(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--block-tokens"):
         read_trace(unclear)
     assert read_trace(unclear, block_tokens=16).block_tokens == 16
-    rows = [{"input_length": 144}, {"input_length": 63, "hash_ids": [4]}]
+    rows: list[dict[str, Any]] = [{"input_length": 144}, {"input_length": 63, "hash_ids": [4]}]
     odd = write_lines(tmp_path / "odd", [GOOD | row for row in rows])
     assert read_trace(odd).block_tokens == 64
     # 141 tokens in 3 blocks: at least 47 each; 94 in 3: below 47.
