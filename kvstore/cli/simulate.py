@@ -7,6 +7,7 @@ import click
 
 _COMMANDS: Final = {
     "evict": "kvstore.cli.simulate_evict:evict",
+    "tiers": "kvstore.cli.simulate_tiers:tiers",
 }
 
 

@@ -121,7 +121,8 @@ def _print_tables(rows: Sequence[Row]) -> None:
     for trace in dict.fromkeys(row.trace for row in rows):
         mine = [row for row in rows if row.trace == trace]
         columns = list(dict.fromkeys(row.fraction for row in mine))
-        table = Table(title=f"{trace}: token hit rate in % (blocks written per request)")
+        console.print(f"{trace}: token hit rate in % (blocks written per request)", markup=False)
+        table = Table()
         table.add_column("policy")
         for fraction in columns:
             table.add_column(f"{fraction * 100:g} %", justify="right")

@@ -140,6 +140,31 @@ class PolicyTier:
         del admitted[free + len(victims) :]
         return Moved(admitted, victims)
 
+    def put(
+        self, blocks: Sequence[tuple[BlockKey, Access]]
+    ) -> tuple[list[BlockKey], list[BlockKey]]:
+        """Take blocks from a tier above, least valuable first; returns (admitted, dropped).
+
+        Blocks that are held already are left as they are and count as neither.
+        """
+        free = self.capacity_blocks - len(self.held)
+        admitted: list[tuple[BlockKey, Access]] = []
+        for block, access in reversed(blocks):
+            if block in self.held or len(admitted) == self.capacity_blocks:
+                continue
+            if len(admitted) < free or self.policy.admit(block, access):
+                admitted.append((block, access))
+        dropped: list[BlockKey] = []
+        if len(admitted) > free:
+            names = {block for block, _ in admitted}
+            now_ms = admitted[0][1].now_ms
+            dropped = self.drop(len(admitted) - free, now_ms, leased=names)
+            del admitted[free + len(dropped) :]
+        for block, access in reversed(admitted):
+            self.policy.insert(block, access)
+            self.held.add(block)
+        return [block for block, _ in admitted], dropped
+
     def drop(self, count: int, now_ms: float, *, leased: AbstractSet[BlockKey]) -> list[BlockKey]:
         """Drop at most `count` blocks that are not leased, worst first; returns them."""
         victims = self.policy.victims(
