@@ -68,7 +68,7 @@ class Row:
     "--policy", "policies", multiple=True, type=click.Choice(_ONLINE),
     help="Of every tier; give it once for each; default: all.",
 )  # fmt: skip
-@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--nodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts, alike.")
 @click.option(
     "--workers", type=click.IntRange(1), default=1, show_default=True, help="HBMs per node."
 )
@@ -85,11 +85,23 @@ class Row:
 @click.option(
     "--bytes-per-token", type=BYTES, default="128KiB", show_default=True, help="Of KV, all layers."
 )
-@click.option("--prefill-tokens-per-s", type=_RATE, default=25_000.0, show_default=True)
-@click.option("--dram-gb-per-s", type=_RATE, default=50.0, show_default=True)
-@click.option("--nvme-gb-per-s", type=_RATE, default=6.0, show_default=True)
-@click.option("--peer-gb-per-s", type=_RATE, default=10.0, show_default=True)
-@click.option("--pool-gb-per-s", type=_RATE, default=5.0, show_default=True)
+@click.option(
+    "--prefill-tokens-per-s",
+    type=_RATE,
+    default=25_000.0,
+    show_default=True,
+    help="Computing, at the start of a prompt.",
+)
+@click.option(
+    "--dram-gb-per-s",
+    type=_RATE,
+    default=50.0,
+    show_default=True,
+    help="DRAM to HBM; a GB is 1e9 bytes.",
+)
+@click.option("--nvme-gb-per-s", type=_RATE, default=6.0, show_default=True, help="NVMe to DRAM.")
+@click.option("--peer-gb-per-s", type=_RATE, default=10.0, show_default=True, help="Between nodes.")
+@click.option("--pool-gb-per-s", type=_RATE, default=5.0, show_default=True, help="Pool to DRAM.")
 @click.option("--block-tokens", type=click.IntRange(1), help="Where lengths do not tell it.")
 @click.option("--limit", type=click.IntRange(1), help="Replay the first N requests only.")
 @click.option("--json", "as_json", is_flag=True, help="One object per line and nothing else.")

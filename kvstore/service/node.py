@@ -25,11 +25,12 @@ from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import NodeMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
-from kvstore.rpc.v1 import cache_pb2_grpc
+from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
 from kvstore.service.metrics_http import MetricsServer
+from kvstore.service.recorder import Recorders, RecorderService
 from kvstore.service.servicer import CacheNodeService, ServiceParts
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
@@ -60,6 +61,8 @@ class Node:
         # A keeper's death starts incarnations anew; the clock goes on.
         self._store = ArenaStore(table, limits, first_lease=time.time_ns())
         self._hasher = Hasher(self._store, self._metrics)
+        self._identity = LocalIdentity()
+        self._recorders = Recorders(self._metrics)
         self._adopted = False
         self._ended = asyncio.Event()
         self._started_s = time.monotonic()
@@ -83,6 +86,9 @@ class Node:
         try:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(), server)
             listen(server, self._options.rpc)
+            record_pb2_grpc.add_RecorderServicer_to_server(
+                RecorderService(self._recorders, self._identity), server
+            )
             bound = listen(server, self._options.listen)
             metrics_bound = await metrics.start(self._options.metrics)
             await server.start()
@@ -107,7 +113,8 @@ class Node:
                 store=self._store,
                 hasher=self._hasher,
                 metrics=self._metrics,
-                identity=LocalIdentity(),
+                identity=self._identity,
+                recorders=self._recorders,
                 catch_up=self._hear,
                 started_s=self._started_s,
             )

@@ -1,4 +1,8 @@
-"""`kvstore simulate` (`kvstore.cli.simulate*`, `progress`) and its plots (`simulate.plot`)."""
+"""`kvstore simulate` and its plots.
+
+`kvstore.cli.simulate_evict`, `kvstore.cli.simulate_tiers`, `kvstore.cli.progress`,
+`kvstore.simulate.plot`.
+"""
 
 import json
 import re
