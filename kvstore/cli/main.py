@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 
 _OWN: Final = {
     "node": "kvstore.cli.node:node",
+    "plan": "kvstore.cli.plan:plan",
     "router": "kvstore.cli.router:router",
 }
 
