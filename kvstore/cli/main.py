@@ -18,6 +18,7 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 
 _OWN: Final = {
     "node": "kvstore.cli.node:node",
+    "plan": "kvstore.cli.plan:plan",
     "record": "kvstore.cli.record:record",
     "router": "kvstore.cli.router:router",
     "simulate": "kvstore.cli.simulate:simulate",
