@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Final, NamedTuple
 
 from kvstore.directory.policy import Access, BlockKey, Policy
@@ -104,39 +105,31 @@ class PolicyTier:
         Blocks at `missing` are not held.
         """
         blocks, held = request.blocks, self.held
-        first, now_ms, size = request.first_block, request.timestamp_ms, self.block_bytes
-        told = _hints(request) if hints else _NO_HINTS
-        moved = self._make_room(request, missing, told) if missing else _NOTHING
+        accesses = _accesses(request, self.block_bytes, hints=hints)
+        moved = self._make_room(request, missing, accesses) if missing else _NOTHING
         insert, touch = self.policy.insert, self.policy.touch
         for index in reversed(moved.admitted):
-            parent = blocks[index - 1] if index else None
-            insert(blocks[index], Access(now_ms, first + index, size, parent, "", *told))
-        for index in range(len(blocks) - 1, -1, -1):
-            block = blocks[index]
+            insert(blocks[index], accesses[index])
+        for block, access in zip(reversed(blocks), reversed(accesses), strict=True):
             if block in held:
-                parent = blocks[index - 1] if index else None
-                touch(block, Access(now_ms, first + index, size, parent, "", *told))
+                touch(block, access)
         held.update(blocks[index] for index in moved.admitted)
         return moved
 
     def _make_room(
-        self, request: TraceRequest, missing: Sequence[int], told: tuple[str, int, bool, str]
+        self, request: TraceRequest, missing: Sequence[int], accesses: Sequence[Access]
     ) -> Moved:
         """Choose which places of `missing` are admitted; drop others for them."""
-        blocks = request.blocks
+        blocks, admit = request.blocks, self.policy.admit
         free = self.capacity_blocks - len(self.held)
-        now_ms, admit = request.timestamp_ms, self.policy.admit
         admitted = list(missing[:free])
         for index in missing[free : self.capacity_blocks]:
-            parent = blocks[index - 1] if index else None
-            position = request.first_block + index
-            access = Access(now_ms, position, self.block_bytes, parent, "", *told)
-            if not admit(blocks[index], access):
+            if not admit(blocks[index], accesses[index]):
                 break
             admitted.append(index)
         if len(admitted) <= free:
             return Moved(admitted, [])
-        victims = self.drop(len(admitted) - free, now_ms, leased=set(blocks))
+        victims = self.drop(len(admitted) - free, request.timestamp_ms, leased=set(blocks))
         del admitted[free + len(victims) :]
         return Moved(admitted, victims)
 
@@ -176,12 +169,25 @@ class PolicyTier:
         return victims
 
 
-_NO_HINTS: Final = ("", 0, False, "")
+def _accesses(request: TraceRequest, block_bytes: int, *, hints: bool) -> list[Access]:
+    """Return the evidence of every block of a request.
 
-
-def _hints(request: TraceRequest) -> tuple[str, int, bool, str]:
-    """Return (session, turn, continued, kind): what callers may tell and need not."""
-    return request.session, request.turn, request.turn > 1, request.kind
+    Made by iterators alone: a call of `Access` for each block would cost more than all the rest.
+    """
+    blocks = request.blocks
+    first = request.first_block
+    evidence = [
+        repeat(request.timestamp_ms),
+        range(first, first + len(blocks)),
+        repeat(block_bytes),
+        chain((None,), blocks),
+        repeat(""),
+        repeat(request.session if hints else ""),
+        repeat(request.turn if hints else 0),
+        repeat(hints and request.turn > 1),
+        repeat(request.kind if hints else ""),
+    ]
+    return list(map(tuple.__new__, repeat(Access), zip(*evidence, strict=False)))
 
 
 def replay(
