@@ -222,8 +222,7 @@ class Hierarchy:
     def _put_pool(self, blocks: Sequence[BlockKey], now_ms: float, *, source: str) -> None:
         if self.pool is None:
             return
-        new = [block for block in blocks if block not in self.pool.held]
-        admitted, _ = self.pool.put(self._accesses(new, now_ms))
+        admitted, _ = self.pool.put(self._accesses(blocks, now_ms))
         self._count(f"{source}>{POOL}", len(admitted))
 
     def _elsewhere(self, host: Host, block: BlockKey) -> bool:
