@@ -62,7 +62,7 @@ class Row:
 @click.option("--limit", type=click.IntRange(1), help="Replay the first N requests only.")
 @click.option(
     "--no-hints", is_flag=True,
-    help="Keep session, turn and type from the policies, as engines do that do not know them.",
+    help="Keep the requests' types from the policies, as engines do that do not know them.",
 )  # fmt: skip
 @click.option(
     "--plot", type=click.Path(path_type=Path, dir_okay=False),

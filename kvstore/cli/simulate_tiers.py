@@ -12,9 +12,10 @@ from rich.table import Table
 
 from kvstore.cli.progress import steps_shown
 from kvstore.cli.values import BYTES, format_bytes
+from kvstore.directory.policies import make_policy
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.hierarchy import Shape
-from kvstore.simulate.policies import OPTIMUM, make_policy, policy_names
+from kvstore.simulate.policies import OPTIMUM, policy_names
 from kvstore.simulate.prices import Prices
 from kvstore.simulate.tiers import Fractions, TiersResult, replay_tiers
 

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
-from kvstore.directory.lru import Lru
+from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
@@ -52,7 +52,13 @@ class Node:
         arena.incarnation += 1
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
-        table = SlotTable(arena, Lru(), self._metrics, node=options.name, host=options.name)
+        table = SlotTable(
+            arena,
+            make_policy(options.policy),
+            self._metrics,
+            node=options.name,
+            host=options.name,
+        )
         limits = StoreLimits(
             lease_ms=options.lease_ms,
             claim_ms=options.claim_ms,
@@ -250,6 +256,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cluster-key-file", required=True)
     parser.add_argument("--lease-ms", type=int, required=True)
     parser.add_argument("--claim-ms", type=int, required=True)
+    parser.add_argument("--policy", required=True)
     return parser.parse_args(arguments)
 
 

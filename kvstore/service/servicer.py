@@ -148,7 +148,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
                 now_ms=_now_ms(),
             )
             self._explain_corruption(info, request.names, answer)
-            asyncio.get_running_loop().call_soon(self._store.flush_touches)
+            asyncio.get_running_loop().call_soon(self._store.flush_requests)
             return self._acquire_reply(answer)
 
     async def Settle(

@@ -17,16 +17,16 @@ Every tier's content is decided by a production `Policy` object of its own.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.core.errors import BadInput
-from kvstore.directory.policy import Access, BlockKey, Policy
+from kvstore.directory.policy import BlockKey, Policy
 from kvstore.simulate.prices import DRAM, HBM, NVME, PEER, POOL
 from kvstore.simulate.replay import PolicyTier
 from kvstore.simulate.trace import TraceRequest
 
-PolicyMaker = Callable[[int], Policy]
-"""Makes an empty policy for a capacity in blocks."""
+PolicyMaker = Callable[[], Policy]
+"""Makes an empty policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,14 @@ class DramTier(PolicyTier):
         self.kept: dict[BlockKey, None] = {}
         """Held here and in one HBM; longest so first."""
 
-    def drop(self, count: int, now_ms: float, *, leased: AbstractSet[BlockKey]) -> list[BlockKey]:
+    def drop(
+        self,
+        count: int,
+        now_ms: float,
+        *,
+        leased: AbstractSet[BlockKey],
+        newcomers: Sequence[BlockKey] = (),
+    ) -> list[BlockKey]:
         """Drop at most `count` blocks that are not leased; copies of an HBM's first."""
         victims: list[BlockKey] = []
         for block in self.kept:
@@ -71,7 +78,8 @@ class DramTier(PolicyTier):
             self.held.remove(victim)
             self.policy.remove(victim)
         if len(victims) < count:
-            more = super().drop(count - len(victims), now_ms, leased=leased)
+            left = newcomers[len(victims) :]
+            more = super().drop(count - len(victims), now_ms, leased=leased, newcomers=left)
             for victim in more:
                 self.kept.pop(victim, None)
             victims += more
@@ -84,10 +92,10 @@ class Host:
     def __init__(self, number: int, shape: Shape, make: PolicyMaker, block_bytes: int) -> None:
         self.number = number
         self.hbms = [
-            PolicyTier(make(shape.hbm_blocks), shape.hbm_blocks, block_bytes=block_bytes)
+            PolicyTier(make(), shape.hbm_blocks, block_bytes=block_bytes)
             for _ in range(shape.workers)
         ]
-        self.dram = DramTier(make(shape.dram_blocks), shape.dram_blocks, block_bytes=block_bytes)
+        self.dram = DramTier(make(), shape.dram_blocks, block_bytes=block_bytes)
         self.nvme = _optional(shape.nvme_blocks, make, block_bytes)
         self.listed: Counter[BlockKey] = Counter()
         """How many HBMs of this host hold a block."""
@@ -107,23 +115,27 @@ class Host:
 
 
 def _optional(blocks: int, make: PolicyMaker, block_bytes: int) -> PolicyTier | None:
-    return PolicyTier(make(blocks), blocks, block_bytes=block_bytes) if blocks else None
+    return PolicyTier(make(), blocks, block_bytes=block_bytes) if blocks else None
 
 
 class Hierarchy:
     """All hosts and the shared pool; moves blocks and counts the bytes per crossing."""
 
-    def __init__(self, shape: Shape, make: PolicyMaker, block_bytes: int) -> None:
+    def __init__(
+        self, shape: Shape, make: PolicyMaker, block_bytes: int, *, block_tokens: int = 0
+    ) -> None:
+        """`block_tokens` tells which requests end in a block that is not full; 0: none does."""
         self.shape = shape
         self.block_bytes = block_bytes
+        self._block_tokens = block_tokens
         self.hosts = [Host(n, shape, make, block_bytes) for n in range(shape.hosts)]
         self.pool = _optional(shape.pool_blocks, make, block_bytes)
         self.moved: Counter[str] = Counter()
         """Bytes by crossing: `hbm>dram`, `nvme>dram` …"""
         self._at: dict[BlockKey, int] = {}
         """Block → bit set of hosts with it in DRAM or NVMe; absent where there is none."""
-        self._standing: dict[BlockKey, tuple[int, BlockKey | None]] = {}
-        """Block → (position, parent): what a policy is told when a block moves by itself."""
+        self._parents: dict[BlockKey, BlockKey | None] = {}
+        """Block → the one before it: what a policy is told when a block moves by itself."""
 
     def find(self, host: Host, worker: int, block: BlockKey) -> str | None:
         """Return the nearest tier that holds `block`, seen from a worker."""
@@ -148,22 +160,23 @@ class Hierarchy:
         own = 0
         while own < len(blocks) and sources[own] == HBM:
             own += 1
-        self._touch_lower(host, request, sources)
+        partial = request.is_partial(self._block_tokens)
         hbm = host.hbms[worker]
         hbm_missing = [at for at, block in enumerate(blocks) if block not in hbm.held]
-        into_hbm = hbm.serve(request, hbm_missing)
+        into_hbm = hbm.serve(request, hbm_missing, partial=partial)
         self._count(f"{DRAM}>{HBM}", sum(source not in (HBM, None) for source in sources))
         # The node sees what lies behind the worker's own pages, as in `Acquire(first_block=…)`.
         rest = TraceRequest(
             request.timestamp_ms, request.input_tokens, request.output_tokens, blocks[own:],
             request.session, request.turn, request.kind, request.first_block + own,
         )  # fmt: skip
+        self._tell_lower(host, rest, sources[own:], partial=partial)
         dram = host.dram
         missing = [
             at for at, block in enumerate(rest.blocks)
             if sources[own + at] != HBM and block not in dram.held
         ]  # fmt: skip
-        into_dram = dram.serve(rest, missing)
+        into_dram = dram.serve(rest, missing, partial=partial)
         for at in into_dram.admitted:
             self._count(f"{sources[own + at] or HBM}>{DRAM}", 1)
         self._arrived(host, (rest.blocks[at] for at in into_dram.admitted))
@@ -186,7 +199,7 @@ class Hierarchy:
         self._put_dram(host, last, now_ms)
 
     def _put_dram(self, host: Host, blocks: Sequence[BlockKey], now_ms: float) -> None:
-        admitted, dropped = host.dram.put(self._accesses(blocks, now_ms))
+        admitted, dropped = host.dram.put(blocks, self._parents, now_ms)
         self._count(f"{HBM}>{DRAM}", len(admitted))
         self._arrived(host, admitted)
         self._left_dram(host, dropped, now_ms)
@@ -208,7 +221,7 @@ class Hierarchy:
         if host.nvme is None:
             self._put_pool(blocks, now_ms, source=source)
             return
-        admitted, dropped = host.nvme.put(self._accesses(blocks, now_ms))
+        admitted, dropped = host.nvme.put(blocks, self._parents, now_ms)
         self._count(f"{source}>{NVME}", len(admitted))
         self._arrived(host, admitted)
         self._departed(host, dropped)
@@ -222,7 +235,7 @@ class Hierarchy:
     def _put_pool(self, blocks: Sequence[BlockKey], now_ms: float, *, source: str) -> None:
         if self.pool is None:
             return
-        admitted, _ = self.pool.put(self._accesses(blocks, now_ms))
+        admitted, _ = self.pool.put(blocks, self._parents, now_ms)
         self._count(f"{source}>{POOL}", len(admitted))
 
     def _elsewhere(self, host: Host, block: BlockKey) -> bool:
@@ -244,39 +257,39 @@ class Hierarchy:
                 if left:
                     self._at[block] = left
 
-    def _touch_lower(
-        self, host: Host, request: TraceRequest, sources: Sequence[str | None]
+    def _tell_lower(
+        self,
+        host: Host,
+        request: TraceRequest,
+        sources: Sequence[str | None],
+        *,
+        partial: bool,
     ) -> None:
-        """Tell the tiers below DRAM which of their blocks are read, from the end to the start."""
-        for at in range(len(sources) - 1, -1, -1):
-            source, block = sources[at], request.blocks[at]
-            if source in (None, HBM, DRAM):
-                continue
-            access = self._access(block, request.timestamp_ms)
-            if source == NVME and host.nvme is not None:
-                host.nvme.policy.touch(block, access)
-            elif source == POOL and self.pool is not None:
-                self.pool.policy.touch(block, access)
-            elif source == PEER:
-                others = self._at[block] & ~(1 << host.number)
-                holder = self.hosts[(others & -others).bit_length() - 1]
-                tier = holder.dram if block in holder.dram.held else holder.nvme
-                assert tier is not None and block in tier.held
-                tier.policy.touch(block, access)
+        """Tell the tiers below DRAM of a request, and peers of what is read from them."""
+        for tier in (host.nvme, self.pool):
+            if tier is not None and request.blocks:
+                tier.hear(request, partial=partial)
+        read: dict[int, list[int]] = {}
+        for at, source in enumerate(sources):
+            if source == PEER:
+                others = self._at[request.blocks[at]] & ~(1 << host.number)
+                read.setdefault((others & -others).bit_length() - 1, []).append(at)
+        for number, places in read.items():
+            asked = replace(
+                request,
+                blocks=[request.blocks[at] for at in places],
+                first_block=request.first_block + places[0],
+            )
+            peer = self.hosts[number]
+            for tier in (peer.dram, peer.nvme):
+                if tier is not None:
+                    tier.hear(asked)
 
     def _remember(self, request: TraceRequest) -> None:
         parent: BlockKey | None = None
-        for position, block in enumerate(request.blocks, request.first_block):
-            if block not in self._standing:
-                self._standing[block] = (position, parent)
+        for block in request.blocks:
+            self._parents.setdefault(block, parent)
             parent = block
-
-    def _access(self, block: BlockKey, now_ms: float) -> Access:
-        position, parent = self._standing[block]
-        return Access(now_ms, position, self.block_bytes, parent)
-
-    def _accesses(self, blocks: Iterable[BlockKey], now_ms: float) -> list[tuple[BlockKey, Access]]:
-        return [(block, self._access(block, now_ms)) for block in blocks]
 
     def _count(self, crossing: str, blocks: int) -> None:
         if blocks:

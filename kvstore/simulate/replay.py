@@ -3,21 +3,21 @@
 What counts as a hit, and the order in which the policy learns of it, per request:
 
 1. The hit is the longest prefix of which every block is held.
-2. Missing blocks are taken from the root on. Where the tier is full, `admit` is asked for each,
-   and the first refusal ends the run: a suffix without its prefix can never be hit. Room for all
-   of them is made by one call of `victims`; blocks of the request itself are leased meanwhile.
-3. The admitted ones are inserted from the end to the start, then those that were held are touched
-   from the end to the start: a prefix is always more recent than its suffixes.
+2. The policy is told of the request (`request`).
+3. Missing blocks are taken from the root on. Where the tier is full, one call of `victims` says for
+   which of them others should go, again from the root on: a suffix without its prefix can never
+   be hit. Blocks of the request itself are leased meanwhile.
+4. The admitted ones are inserted, one call for each unbroken run.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import Final, NamedTuple
 
-from kvstore.directory.policy import Access, BlockKey, Policy
+from kvstore.directory.policy import BlockKey, Policy, Prompt
 from kvstore.simulate.trace import Trace, TraceRequest
 
 BYTES_PER_TOKEN: Final = 128 << 10
@@ -99,95 +99,106 @@ class PolicyTier:
                 return position
         return len(blocks)
 
-    def serve(self, request: TraceRequest, missing: Sequence[int], *, hints: bool = True) -> Moved:
-        """Take in a request: insert what is at `missing` (places, root first), touch what is held.
+    def serve(
+        self,
+        request: TraceRequest,
+        missing: Sequence[int],
+        *,
+        partial: bool = False,
+        hints: bool = True,
+    ) -> Moved:
+        """Take in a request of which the blocks at `missing` (places, root first) are not held.
 
-        Blocks at `missing` are not held.
+        `partial` says that its last block is not full.
         """
-        blocks, held = request.blocks, self.held
-        accesses = _accesses(request, self.block_bytes, hints=hints)
-        moved = self._make_room(request, missing, accesses) if missing else _NOTHING
-        insert, touch = self.policy.insert, self.policy.touch
-        for index in reversed(moved.admitted):
-            insert(blocks[index], accesses[index])
-        for block, access in zip(reversed(blocks), reversed(accesses), strict=True):
-            if block in held:
-                touch(block, access)
-        held.update(blocks[index] for index in moved.admitted)
+        self.hear(request, partial=partial, hints=hints)
+        if not missing:
+            return _NOTHING
+        moved = self._make_room(request, missing)
+        self._insert(request, moved.admitted)
         return moved
 
-    def _make_room(
-        self, request: TraceRequest, missing: Sequence[int], accesses: Sequence[Access]
-    ) -> Moved:
+    def hear(self, request: TraceRequest, *, partial: bool = False, hints: bool = True) -> None:
+        """Tell the policy of a request."""
+        self.policy.request(
+            Prompt(
+                keys=array("Q", request.blocks),
+                now_ms=request.timestamp_ms,
+                first_block=request.first_block,
+                block_bytes=self.block_bytes,
+                partial=partial,
+                kind=request.kind if hints else "",
+            )
+        )
+
+    def _make_room(self, request: TraceRequest, missing: Sequence[int]) -> Moved:
         """Choose which places of `missing` are admitted; drop others for them."""
-        blocks, admit = request.blocks, self.policy.admit
+        blocks = request.blocks
         free = self.capacity_blocks - len(self.held)
-        admitted = list(missing[:free])
-        for index in missing[free : self.capacity_blocks]:
-            if not admit(blocks[index], accesses[index]):
-                break
-            admitted.append(index)
-        if len(admitted) <= free:
-            return Moved(admitted, [])
-        victims = self.drop(len(admitted) - free, request.timestamp_ms, leased=set(blocks))
-        del admitted[free + len(victims) :]
-        return Moved(admitted, victims)
+        wanted = missing[free : self.capacity_blocks]
+        if not wanted:
+            return Moved(list(missing[:free]), [])
+        victims = self.drop(
+            len(wanted),
+            request.timestamp_ms,
+            leased=set(blocks),
+            newcomers=[blocks[index] for index in wanted],
+        )
+        return Moved(list(missing[: free + len(victims)]), victims)
+
+    def _insert(self, request: TraceRequest, admitted: Sequence[int]) -> None:
+        blocks, start = request.blocks, 0
+        for stop in range(1, len(admitted) + 1):
+            if stop < len(admitted) and admitted[stop] == admitted[stop - 1] + 1:
+                continue
+            first, last = admitted[start], admitted[stop - 1]
+            self.policy.insert(
+                blocks[first : last + 1],
+                parent=blocks[first - 1] if first else None,
+                now_ms=request.timestamp_ms,
+            )
+            self.held.update(blocks[first : last + 1])
+            start = stop
 
     def put(
-        self, blocks: Sequence[tuple[BlockKey, Access]]
+        self, blocks: Sequence[BlockKey], parents: Mapping[BlockKey, BlockKey | None], now_ms: float
     ) -> tuple[list[BlockKey], list[BlockKey]]:
-        """Take blocks from a tier above, least valuable first; returns (admitted, dropped).
+        """Take blocks from a tier above, suffixes first; returns (admitted, dropped).
 
-        Blocks that are held already are left as they are and count as neither.
+        Blocks that are held already are left as they are and count as neither. `parents` says
+        which block stands before each.
         """
-        free = self.capacity_blocks - len(self.held)
-        admitted: list[tuple[BlockKey, Access]] = []
-        for block, access in reversed(blocks):
-            if block in self.held or len(admitted) == self.capacity_blocks:
-                continue
-            if len(admitted) < free or self.policy.admit(block, access):
-                admitted.append((block, access))
+        new = [block for block in reversed(blocks) if block not in self.held]
+        admitted = new[: self.capacity_blocks]
+        wanted = admitted[self.capacity_blocks - len(self.held) :]
         dropped: list[BlockKey] = []
-        if len(admitted) > free:
-            names = {block for block, _ in admitted}
-            now_ms = admitted[0][1].now_ms
-            dropped = self.drop(len(admitted) - free, now_ms, leased=names)
-            del admitted[free + len(dropped) :]
-        for block, access in reversed(admitted):
-            self.policy.insert(block, access)
+        if wanted:
+            dropped = self.drop(len(wanted), now_ms, leased=set(admitted), newcomers=wanted)
+            del admitted[len(admitted) - len(wanted) + len(dropped) :]
+        for block in admitted:
+            self.policy.insert([block], parent=parents[block], now_ms=now_ms)
             self.held.add(block)
-        return [block for block, _ in admitted], dropped
+        return admitted, dropped
 
-    def drop(self, count: int, now_ms: float, *, leased: AbstractSet[BlockKey]) -> list[BlockKey]:
-        """Drop at most `count` blocks that are not leased, worst first; returns them."""
+    def drop(
+        self,
+        count: int,
+        now_ms: float,
+        *,
+        leased: AbstractSet[BlockKey],
+        newcomers: Sequence[BlockKey] = (),
+    ) -> list[BlockKey]:
+        """Drop at most `count` blocks that are not leased, worst first; returns them.
+
+        For `newcomers` only those that the policy thinks worth less.
+        """
         victims = self.policy.victims(
-            count, now_ms=now_ms, may_evict=lambda block: block not in leased
+            count, now_ms=now_ms, may_evict=lambda block: block not in leased, newcomers=newcomers
         )
         for victim in victims:
             self.held.remove(victim)
             self.policy.remove(victim)
         return victims
-
-
-def _accesses(request: TraceRequest, block_bytes: int, *, hints: bool) -> list[Access]:
-    """Return the evidence of every block of a request.
-
-    Made by iterators alone: a call of `Access` for each block would cost more than all the rest.
-    """
-    blocks = request.blocks
-    first = request.first_block
-    evidence = [
-        repeat(request.timestamp_ms),
-        range(first, first + len(blocks)),
-        repeat(block_bytes),
-        chain((None,), blocks),
-        repeat(""),
-        repeat(request.session if hints else ""),
-        repeat(request.turn if hints else 0),
-        repeat(hints and request.turn > 1),
-        repeat(request.kind if hints else ""),
-    ]
-    return list(map(tuple.__new__, repeat(Access), zip(*evidence, strict=False)))
 
 
 def replay(
@@ -200,8 +211,8 @@ def replay(
 ) -> ReplayResult:
     """Replay `trace` through an empty `policy` with room for `capacity_blocks`.
 
-    `hints` false leaves out what only a caller can tell (session, turn, type), as engines do that
-    know nothing of conversations.
+    `hints` false leaves out what only a caller can tell (the request's type), as engines do that
+    know nothing of it.
     """
     tier = PolicyTier(policy, capacity_blocks, block_bytes=trace.block_tokens * BYTES_PER_TOKEN)
     tally = Tally(trace)
@@ -209,7 +220,8 @@ def replay(
         blocks, held = request.blocks, tier.held
         found = tier.prefix(blocks)
         missing = [index for index in range(found, len(blocks)) if blocks[index] not in held]
-        moved = tier.serve(request, missing, hints=hints)
+        partial = request.is_partial(trace.block_tokens)
+        moved = tier.serve(request, missing, partial=partial, hints=hints)
         tally.count(request, found, written=len(moved.admitted))
         if on_request is not None:
             on_request()

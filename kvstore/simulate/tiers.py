@@ -119,7 +119,8 @@ def replay_tiers(
     business of `simulate route`.
     """
     began = time.perf_counter()
-    hierarchy = Hierarchy(shape, make, trace.block_tokens * prices.bytes_per_token)
+    block_bytes = trace.block_tokens * prices.bytes_per_token
+    hierarchy = Hierarchy(shape, make, block_bytes, block_tokens=trace.block_tokens)
     books = _Books(trace, prices)
     places: dict[str, int] = {}
     for number, request in enumerate(trace.requests):

@@ -29,6 +29,10 @@ class TraceRequest:
     first_block: int = 0
     """Position of `blocks[0]` in its prompt: above 0 where a tier above had the blocks before."""
 
+    def is_partial(self, block_tokens: int) -> bool:
+        """Say whether the last block is not full."""
+        return self.input_tokens < block_tokens * (self.first_block + len(self.blocks))
+
 
 @dataclass(frozen=True, slots=True)
 class Trace:

@@ -1,17 +1,20 @@
 """Replay and optimum (`kvstore.simulate.replay`, `opt`, `policies`): calls and figures."""
 
+import dataclasses
 import itertools
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from kvstore.core.errors import BadInput
 from kvstore.directory.lru import Lru
-from kvstore.directory.policy import Access, BlockKey
+from kvstore.directory.policies import make_policy
+from kvstore.directory.policy import BlockKey, Prompt
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.opt import replay_optimum
-from kvstore.simulate.policies import make_policy, policy_names, replay_named
-from kvstore.simulate.replay import replay
+from kvstore.simulate.policies import policy_names, replay_named
+from kvstore.simulate.replay import BYTES_PER_TOKEN, PolicyTier, replay
 from kvstore.simulate.trace import Trace, TraceRequest
 from tests.sim.traces import sample, shared, trace_of
 
@@ -35,62 +38,76 @@ WRITES_AT_5_PERCENT = {
 
 
 class Diary(Lru):
-    """LRU that writes down what it is told and may refuse some blocks."""
+    """LRU that writes down what it is told and keeps some newcomers out."""
 
     def __init__(self, refuse: frozenset[int] = frozenset()) -> None:
         super().__init__()
         self.refuse = refuse
-        self.told: list[tuple[str, int]] = []
-        self.seen: dict[int, Access] = {}
+        self.told: list[tuple[str, list[int]]] = []
+        self.prompts: list[Prompt] = []
 
-    def admit(self, block: BlockKey, access: Access) -> bool:
-        self.told.append(("admit", block))
-        return block not in self.refuse
+    def request(self, prompt: Prompt) -> None:
+        self.told.append(("request", list(prompt.keys)))
+        self.prompts.append(prompt)
+        super().request(prompt)
 
-    def insert(self, block: BlockKey, access: Access) -> None:
-        self.told.append(("insert", block))
-        self.seen[block] = access
-        super().insert(block, access)
-
-    def touch(self, block: BlockKey, access: Access) -> None:
-        self.told.append(("touch", block))
-        self.seen[block] = access
-        super().touch(block, access)
+    def insert(self, blocks: Sequence[BlockKey], *, parent: BlockKey | None, now_ms: float) -> None:
+        self.told.append(("insert", [parent or 0, *blocks]))
+        super().insert(blocks, parent=parent, now_ms=now_ms)
 
     def remove(self, block: BlockKey) -> None:
-        self.told.append(("remove", block))
+        self.told.append(("remove", [block]))
         super().remove(block)
 
+    def victims(
+        self,
+        count: int,
+        *,
+        now_ms: float,
+        may_evict: Callable[[BlockKey], bool],
+        newcomers: Sequence[BlockKey] = (),
+    ) -> list[BlockKey]:
+        welcome = itertools.takewhile(lambda block: block not in self.refuse, newcomers)
+        return super().victims(len(list(welcome)), now_ms=now_ms, may_evict=may_evict)
 
-def test_a_policy_is_told_inserts_then_touches_from_the_end_to_the_start() -> None:
+
+def test_a_policy_is_told_of_the_request_then_of_what_came() -> None:
     diary = Diary()
     replay(trace_of([[1, 2], [1, 2, 3, 4]]), diary, 10)
     assert diary.told == [
-        ("insert", 2), ("insert", 1),
-        ("insert", 4), ("insert", 3), ("touch", 2), ("touch", 1),
+        ("request", [1, 2]), ("insert", [0, 1, 2]),
+        ("request", [1, 2, 3, 4]), ("insert", [2, 3, 4]),
     ]  # fmt: skip
 
 
-def test_a_full_tier_asks_for_admission_and_stops_at_the_first_refusal() -> None:
+def test_a_full_tier_stops_at_the_first_newcomer_that_is_not_worth_it() -> None:
     diary = Diary(refuse=frozenset({7}))
     result = replay(trace_of([[1, 2, 3], [5, 6, 7, 8]]), diary, 3)
-    assert diary.told[3:] == [
-        ("admit", 5), ("admit", 6), ("admit", 7), ("remove", 3), ("remove", 2),
-        ("insert", 6), ("insert", 5),
-    ]  # fmt: skip
+    assert diary.told[3:] == [("remove", [3]), ("remove", [2]), ("insert", [0, 5, 6])]
     assert result.writes_per_request == (3 + 2) / 2
 
 
-def test_admission_is_not_asked_while_there_is_room() -> None:
+def test_nobody_is_kept_out_while_there_is_room() -> None:
     diary = Diary(refuse=frozenset({1, 2, 3}))
     replay(trace_of([[1, 2, 3]]), diary, 3)
-    assert [kind for kind, _ in diary.told] == ["insert"] * 3
+    assert diary.told[1:] == [("insert", [0, 1, 2, 3])]
+
+
+def test_what_comes_on_both_sides_of_a_hole_is_told_apart() -> None:
+    diary = Diary()
+    tier = PolicyTier(diary, 9, block_bytes=1)
+    held = TraceRequest(0.0, 16, 1, [BlockKey(2)], first_block=1)
+    tier.serve(held, [0])
+    whole = TraceRequest(1.0, 64, 1, [BlockKey(key) for key in (1, 2, 3, 4)])
+    tier.serve(whole, [0, 2, 3])
+    assert diary.told[3:] == [("insert", [0, 1]), ("insert", [2, 3, 4])]
+    assert tier.held == {1, 2, 3, 4}
 
 
 def test_blocks_of_the_request_itself_are_never_dropped_for_it() -> None:
     diary = Diary()
     result = replay(trace_of([[1, 2, 3], [1, 2, 3, 4, 5]]), diary, 3)
-    assert ("remove", 1) not in diary.told
+    assert ("remove", [1]) not in diary.told
     assert result.block_hit == pytest.approx(3 / 8)
     assert result.writes_per_request == 3 / 2
 
@@ -98,7 +115,7 @@ def test_blocks_of_the_request_itself_are_never_dropped_for_it() -> None:
 def test_a_prompt_larger_than_the_tier_keeps_its_first_blocks() -> None:
     diary = Diary()
     replay(trace_of([[1, 2, 3, 4, 5]]), diary, 3)
-    assert sorted(diary.seen) == [1, 2, 3]
+    assert sorted(block for block in range(9) if block in diary) == [1, 2, 3]
 
 
 def test_a_gap_ends_the_hit() -> None:
@@ -116,14 +133,11 @@ def test_evidence_reaches_the_policy_and_hints_can_be_kept_from_it() -> None:
     told, silent = Diary(), Diary()
     replay(trace, told, 4)
     replay(trace, silent, 4, hints=False)
-    access = told.seen[2]
-    assert (access.session, access.turn, access.continued, access.kind) == (
-        "chat-7", 2, True, "tool",
-    )  # fmt: skip
-    assert (access.now_ms, access.position, access.parent) == (5.0, 5, BlockKey(1))
-    hidden = silent.seen[2]
-    assert (hidden.session, hidden.turn, hidden.continued, hidden.kind) == ("", 0, False, "")
-    assert (hidden.position, hidden.parent) == (5, BlockKey(1))
+    (prompt,), (hidden,) = told.prompts, silent.prompts
+    assert (prompt.now_ms, prompt.first_block, prompt.kind) == (5.0, 4, "tool")
+    assert prompt.partial, "six blocks of 16 tokens are 96, the request has 30"
+    assert prompt.block_bytes == 16 * BYTES_PER_TOKEN
+    assert hidden == dataclasses.replace(prompt, kind="")
 
 
 def test_a_partial_last_block_counts_its_own_tokens() -> None:
@@ -209,8 +223,8 @@ def test_every_policy_has_a_name_and_others_have_none() -> None:
     trace = trace_of([[1, 2], [1, 2]])
     for name in policy_names():
         assert replay_named(trace, name, 4).policy == name
-    with pytest.raises(BadInput, match="'best' is none of"):
-        make_policy("best", 4)
+    with pytest.raises(BadInput, match="no eviction policy 'best'"):
+        make_policy("best")
 
 
 def test_every_request_is_reported() -> None:

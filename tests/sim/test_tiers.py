@@ -7,7 +7,7 @@ import pytest
 
 from kvstore.core.errors import BadInput
 from kvstore.directory.lru import Lru
-from kvstore.directory.policy import BlockKey, Policy
+from kvstore.directory.policy import BlockKey
 from kvstore.router.score import Candidate, prefill_seconds
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.hierarchy import Hierarchy, Shape
@@ -20,15 +20,11 @@ from tests.sim.traces import sample, trace_of
 SIZE = 1_000
 
 
-def lru(_: int) -> Policy:
-    return Lru()
-
-
 class Cluster:
     """A hierarchy that is asked by lists of numbers; remembers what it has seen."""
 
     def __init__(self, **shape: int | bool) -> None:
-        self.tree = Hierarchy(Shape(**shape), lru, SIZE)  # type: ignore[arg-type]
+        self.tree = Hierarchy(Shape(**shape), Lru, SIZE)  # type: ignore[arg-type]
         self.now_ms = 0.0
         self.seen: set[BlockKey] = set()
 
@@ -149,7 +145,7 @@ def test_one_large_dram_hits_what_one_tier_does() -> None:
     """With HBM of one block, nothing below and prompts that fit, only DRAM's policy decides."""
     trace = read_trace(sample("mooncake_conversation"), limit=400)
     shape = Shape(hbm_blocks=1, dram_blocks=trace.unique_blocks)
-    result = replay_tiers(trace, shape, lru, Prices())
+    result = replay_tiers(trace, shape, Lru, Prices())
     single = replay(trace, Lru(), trace.unique_blocks)
     assert result.token_hit == pytest.approx(single.token_hit)
 
@@ -161,7 +157,7 @@ def test_seconds_are_those_of_the_routers_model() -> None:
     )
     assert prices.compute_s(100, 300) == prefill_seconds(worker, 100, 300, 1.0)
     trace = trace_of([[1, 2], [1, 2]])
-    result = replay_tiers(trace, Shape(hbm_blocks=1, dram_blocks=4), lru, prices)
+    result = replay_tiers(trace, Shape(hbm_blocks=1, dram_blocks=4), Lru, prices)
     once = prices.compute_s(16, 0) + prices.compute_s(16, 16)
     load_s = prices.load_s(DRAM, 16 * prices.bytes_per_token)
     assert result.compute_s == pytest.approx(2 * once)
@@ -172,7 +168,7 @@ def test_seconds_are_those_of_the_routers_model() -> None:
 
 def test_what_is_cheaper_to_compute_is_not_loaded() -> None:
     slow = Prices(dram_gb_per_s=1e-6)
-    result = replay_tiers(trace_of([[1, 2]] * 2), Shape(hbm_blocks=1, dram_blocks=4), lru, slow)
+    result = replay_tiers(trace_of([[1, 2]] * 2), Shape(hbm_blocks=1, dram_blocks=4), Lru, slow)
     assert (result.hit[DRAM], result.declined) == (0.0, 0.25)
     assert result.load_s == 0.0
 
@@ -184,7 +180,7 @@ def test_a_session_stays_with_its_worker() -> None:
         requests = [TraceRequest(float(at), 16, 1, blocks, session) for at in range(4)]
         trace = type(made)("made", 16, requests)
         shape = Shape(workers=4, hbm_blocks=1, dram_blocks=1)
-        assert replay_tiers(trace, shape, lru, Prices()).hit[HBM] == hbm
+        assert replay_tiers(trace, shape, Lru, Prices()).hit[HBM] == hbm
 
 
 def test_fractions_are_of_the_whole_cluster() -> None:
