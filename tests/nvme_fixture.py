@@ -6,10 +6,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from kvstore.core.outcomes import Outcome
 from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
 from kvstore.testing.contracts import DEADLINE_MS, block, wanted
-from kvstore.core.outcomes import Outcome
 from kvstore.tiers.base import Tier, WriteItem
 from kvstore.tiers.nvme import NvmeConfig, NvmeTier
 

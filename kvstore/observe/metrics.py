@@ -57,6 +57,12 @@ class NodeMetrics:
             "Accesses that a slow recording missed",
             registry=registry,
         )
+        self.unwritten = Counter(
+            "kvstore_node_unwritten_blocks",
+            "Blocks that were not copied to a tier below",
+            ["tier", "reason"],
+            registry=registry,
+        )
         self._add_calls(registry)
         self._add_gauges(registry)
 
@@ -80,9 +86,11 @@ class NodeMetrics:
         self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
         self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
         self.queued = Gauge(
-            "kvstore_node_queued", "Blocks to seal, blocks to verify, watchers", ["queue"],
+            "kvstore_node_queued",
+            "Blocks to seal, blocks to verify, watchers, moves by lane",
+            ["queue"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.used_bytes = Gauge(
             "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
         )

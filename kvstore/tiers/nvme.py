@@ -101,6 +101,9 @@ class NvmeTier:
         self._writing: set[int] = set()
         self._loop = asyncio.get_running_loop()
         self._lock_fd = -1
+        self.hits = 0
+        self.misses = 0
+        self.corrupt = 0
         self._loaded = asyncio.Event()
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -259,20 +262,21 @@ class NvmeTier:
         if not self._breakers["write"].would_enter(self._now_ms()):
             return Outcome.REFUSED
         self._writing.add(key)
-        flight: _Flight | None = None
         try:
             place = await self._room.take(newcomers)
             if place is None:
+                self._writing.discard(key)
                 return Outcome.REFUSED
             if self._closed or not self._breakers["write"].enter(self._now_ms()):
                 self._space.release(place)
-                return Outcome.REFUSED
-            files, slot = self._room.files_at(place)
-            call = partial(self._files.write, files, slot, header, item.source)
-            flight = _Flight(place, self._threads.submit(call, write=True))
-        finally:
-            if flight is None:
                 self._writing.discard(key)
+                return Outcome.REFUSED
+        except BaseException:
+            self._writing.discard(key)
+            raise
+        files, slot = self._room.files_at(place)
+        call = partial(self._files.write, files, slot, header, item.source)
+        flight = _Flight(place, self._threads.submit(call, write=True))
         flight.operation.future.add_done_callback(partial(self._write_ended, flight, item))
         return flight
 
@@ -370,9 +374,19 @@ class NvmeTier:
         opened = breaker.opened
         breaker.failed(self._now_ms())
         if breaker.opened > opened:
-            _log.warning("NVMe %s breaker open: %s", operation, error)
+            # Its text: a record that is kept would keep the frames, and the buffers in them.
+            _log.warning("NVMe %s breaker open: %s", operation, str(error))
+
+    @property
+    def evictions(self) -> int:
+        """Blocks dropped to make room, since the start."""
+        return self._room.evictions
 
     def _count(self, operation: str, outcomes: Sequence[Outcome], sizes: Sequence[int]) -> None:
+        if operation == "read":
+            self.hits += outcomes.count(Outcome.HIT)
+            self.corrupt += outcomes.count(Outcome.CORRUPT)
+            self.misses += len(outcomes) - outcomes.count(Outcome.HIT)
         for outcome in set(outcomes):
             self._metrics.operations.labels(self.name, operation, outcome.name.lower()).inc(
                 outcomes.count(outcome)

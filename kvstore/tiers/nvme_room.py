@@ -50,6 +50,7 @@ class NvmeRoom:
         self.space = space
         self.policy = policy
         self.closed = False
+        self.evictions = 0
         self._files = files
         self._threads = threads
         self._metrics = metrics
@@ -100,6 +101,7 @@ class NvmeRoom:
             if not victims:
                 return None
             self.drop([space.index[key] for key in victims], "evicted")
+            self.evictions += len(victims)
         return None
 
     def hold(self, place: int, header: BlockHeader) -> None:
@@ -117,6 +119,8 @@ class NvmeRoom:
     async def _grow(self, wanted_bytes: int) -> bool:
         """Add a segment of the class; False where none fits, or the disk has no room for it."""
         async with self._changing:
+            if self.space.has_free(wanted_bytes):
+                return True  # another made it while this one waited for its turn
             number = self.space.new_number(wanted_bytes)
             if number is None or self.closed or self._now_ms() < self._full_until_ms:
                 return False

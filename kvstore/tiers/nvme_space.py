@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+
 from kvstore.core.layout import round_up
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import BlockName, Root
@@ -152,6 +154,10 @@ class NvmeSpace:
         segment.busy[slot] = 1
         return (number << _SLOT_BITS) + slot
 
+    def has_free(self, slot_bytes: int) -> bool:
+        """Say whether `take` would find a place."""
+        return bool(self._open.get(slot_bytes))
+
     def hold(self, place: int, root: Root, name: BlockName) -> int:
         """List a block at a place that was taken; returns its key."""
         segment, slot = self.split(place)
@@ -232,13 +238,12 @@ class NvmeSpace:
         self.index.update(zip(keys, (first + slot for slot in slots), strict=True))
         taken = set(slots)
         segment.free = [slot for slot in segment.free if slot not in taken]
-        for at, slot in enumerate(slots):
-            segment.keys[slot] = keys[at]
-            segment.names[slot * NAME_BYTES : (slot + 1) * NAME_BYTES] = names[
-                at * NAME_BYTES : (at + 1) * NAME_BYTES
-            ]
-        for slot, root in zip(slots, roots, strict=True):
-            segment.roots[slot] = self._root_number(root)
+        at = np.asarray(slots, np.int64)
+        np.frombuffer(segment.keys, np.uint64)[at] = np.asarray(keys, np.uint64)
+        table = np.frombuffer(segment.names, np.uint8).reshape(-1, NAME_BYTES)
+        table[at] = np.frombuffer(names, np.uint8).reshape(-1, NAME_BYTES)
+        numbers = {root: self._root_number(root) for root in set(roots)}
+        np.frombuffer(segment.roots, np.uint32)[at] = [numbers[root] for root in roots]
         segment.held = len(slots)
         self.used_bytes += segment.held * segment.slot_bytes
         if not segment.free:

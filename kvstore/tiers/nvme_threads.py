@@ -115,6 +115,8 @@ class DeviceThreads:
                 self._loop.call_soon_threadsafe(self._ended, operation, result, error)
             except RuntimeError:
                 return  # the loop is closed: nobody is left to hear of it
+            # Waiting for the next call must not keep this one's buffers.
+            del operation, result, error
 
     def _ended(self, operation: Operation, result: Any, error: Exception | None) -> None:
         self._running -= 1

@@ -1,4 +1,4 @@
-"""Power failures at any point: a block is found whole or not at all, whatever reached the medium."""
+"""Power failures at any point: whole or not at all, whatever reached the medium."""
 
 import random
 import tempfile

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,13 @@ from kvstore.tiers.nvme_device import DiskDevice
 from kvstore.tiers.nvme_format import ROW_BYTES
 from kvstore.tiers.nvme_space import Held
 from tests.nvme_fixture import SLOT_BYTES, read, start, write
+from tests.patience import until
 
 HIT, MISS, LATE, CORRUPT, REFUSED = Outcome
+
+
+def _bytes_on_disk(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.data"))
 
 
 async def test_a_restart_finds_everything(tmp_path: Path) -> None:
@@ -49,7 +55,7 @@ async def test_what_a_killed_process_wrote_is_found(tmp_path: Path) -> None:
         "asyncio.run(main())\n"
     )
     process = await asyncio.create_subprocess_exec(
-        os.sys.executable, "-c", script, str(tmp_path), stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", script, str(tmp_path), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, set(out)) == (-9, {int(HIT)})
@@ -81,8 +87,7 @@ async def test_a_full_tier_drops_the_oldest_and_stays_in_its_bytes(tmp_path: Pat
     assert await read(tier, range(24)) == [MISS] * 24
     assert await read(tier, range(24, 40)) == [HIT] * 16
     assert [one.name for one in gone] == [block(n).header.name for n in range(24)]
-    sizes = sum(path.stat().st_size for path in tmp_path.glob("*.data"))
-    assert sizes <= tier.capacity_bytes
+    assert _bytes_on_disk(tmp_path) <= tier.capacity_bytes
     await tier.close()
     tier = await start(tmp_path, slots=16)
     assert await read(tier, range(24, 40)) == [HIT] * 16
@@ -138,19 +143,27 @@ async def test_files_of_another_size_of_tier_are_put_away(tmp_path: Path) -> Non
     tier = await start(tmp_path, slots=16)
     outcomes = await read(tier, range(60))
     assert len(tier) == outcomes.count(HIT) <= 16
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.data")) <= tier.capacity_bytes
+    assert _bytes_on_disk(tmp_path) <= tier.capacity_bytes
     await tier.close()
 
 
 # -- bytes that are not what they were -----------------------------------------------------
 
 
-def _spoil(path: Path, at: int, mask: int = 0x10) -> None:
-    with path.open("r+b") as file:
-        file.seek(at)
-        old = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([old ^ mask]))
+def _spoil(directory: Path, suffix: str, at: int) -> None:
+    """Flip a bit of the first segment."""
+    path = directory / f"segment-000000-{SLOT_BYTES}.{suffix}"
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 0x10
+    path.write_bytes(raw)
+
+
+def _swap_slots(directory: Path) -> None:
+    """Let the first two slots change places behind their rows."""
+    path = directory / f"segment-000000-{SLOT_BYTES}.data"
+    raw = path.read_bytes()
+    first, second = raw[:SLOT_BYTES], raw[SLOT_BYTES : 2 * SLOT_BYTES]
+    path.write_bytes(second + first + raw[2 * SLOT_BYTES :])
 
 
 @pytest.mark.parametrize("at", [*range(0, ROW_BYTES, 9), 4096, 4096 + 3_000, 4096 + 7_679])
@@ -160,7 +173,7 @@ async def test_a_flipped_bit_on_disk_is_found_and_the_block_is_gone(
     tier = await start(tmp_path)
     await write(tier, [block(0), block(1)])
     await tier.close()
-    _spoil(next(tmp_path.glob("segment-000000-*.data")), at)
+    _spoil(tmp_path, "data", at)
     tier = await start(tmp_path)
     assert await read(tier, [0, 1]) == [CORRUPT, HIT]
     assert await read(tier, [0]) == [MISS]
@@ -174,7 +187,7 @@ async def test_a_spoilt_row_loses_its_block_and_no_other(tmp_path: Path, at: int
     tier = await start(tmp_path)
     await write(tier, [block(0), block(1)])
     await tier.close()
-    _spoil(next(tmp_path.glob("segment-000000-*.rows")), at)
+    _spoil(tmp_path, "rows", at)
     tier = await start(tmp_path)
     assert await read(tier, [0, 1]) == [MISS, HIT]
     await tier.close()
@@ -184,12 +197,7 @@ async def test_a_row_older_than_its_slot_is_a_miss(tmp_path: Path) -> None:
     tier = await start(tmp_path)
     await write(tier, [block(0), block(1)])
     await tier.close()
-    data = next(tmp_path.glob("segment-000000-*.data"))
-    raw = bytearray(data.read_bytes())
-    raw[:SLOT_BYTES], raw[SLOT_BYTES : 2 * SLOT_BYTES] = (
-        raw[SLOT_BYTES : 2 * SLOT_BYTES], raw[:SLOT_BYTES],
-    )  # fmt: skip
-    data.write_bytes(raw)
+    _swap_slots(tmp_path)
     tier = await start(tmp_path)
     assert await read(tier, [0, 1]) == [MISS, MISS]
     assert len(tier) == 0
@@ -197,6 +205,10 @@ async def test_a_row_older_than_its_slot_is_a_miss(tmp_path: Path) -> None:
 
 
 # -- devices that fail ---------------------------------------------------------------------
+
+
+async def _hits(tier: NvmeTier, number: int) -> bool:
+    return await read(tier, [number]) == [HIT]
 
 
 async def test_a_failing_disk_opens_the_breaker_and_is_tried_again(tmp_path: Path) -> None:
@@ -210,9 +222,7 @@ async def test_a_failing_disk_opens_the_breaker_and_is_tried_again(tmp_path: Pat
     assert disk.reads == asked, "an open breaker lets nothing through"
     assert not tier.holds(ROOT, block(5).header.name)
     disk.fail_reads = 0
-    async with asyncio.timeout(10):
-        while await read(tier, [5]) != [HIT]:
-            await asyncio.sleep(0.05)
+    await until(lambda: _hits(tier, 5))
     assert await read(tier, [4, 5, 6, 7]) == [HIT] * 4
     await tier.close()
 
@@ -259,9 +269,7 @@ async def test_a_hung_disk_costs_one_stall_deadline(tmp_path: Path) -> None:
     disk.release()
     for one in reads:
         await asyncio.wait_for(one.drained.wait(), 5)
-    async with asyncio.timeout(10):
-        while await read(tier, [1]) != [HIT]:
-            await asyncio.sleep(0.05)
+    await until(lambda: _hits(tier, 1))
     assert await read(tier, range(12)) == [HIT] * 12
     await tier.close()
 

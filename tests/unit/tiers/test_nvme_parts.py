@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvstore.core.names import BlockName
 from kvstore.directory.policy import block_key
 from kvstore.testing.contracts import OTHER_ROOT, ROOT, block
+from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.breaker import Breaker, BreakerState
 from kvstore.tiers.nvme_format import NO_ROW, ROW_BYTES, pack_row, slot_bytes, unpack_row
 from kvstore.tiers.nvme_restart import chains, read_rows
@@ -37,10 +38,15 @@ class TestRows:
         assert unpack_row(NO_ROW) is None
 
     @pytest.mark.parametrize(
-        ("change", "value"), [("payload_bytes", 0), ("shares", 7), ("payload_bytes", 65 << 20)]
+        "impossible",
+        [
+            replace(HEADER, payload_bytes=0),
+            replace(HEADER, payload_bytes=65 << 20),
+            replace(HEADER, shares=7),
+        ],
     )
-    def test_impossible_sizes_are_no_row(self, change: str, value: int) -> None:
-        assert unpack_row(pack_row(replace(HEADER, **{change: value}))) is None
+    def test_impossible_sizes_are_no_row(self, impossible: BlockHeader) -> None:
+        assert unpack_row(pack_row(impossible)) is None
 
     def test_a_slot_is_a_page_and_the_padded_block(self) -> None:
         assert slot_bytes(1) == slot_bytes(4096) == 8192
@@ -48,8 +54,8 @@ class TestRows:
 
 
 class TestRestart:
-    def rows(self, *headers: object) -> bytes:
-        return b"".join(pack_row(h) if h else NO_ROW for h in headers)  # type: ignore[arg-type]
+    def rows(self, *headers: BlockHeader | None) -> bytes:
+        return b"".join(NO_ROW if header is None else pack_row(header) for header in headers)
 
     def test_whole_rows_are_found_by_slot(self) -> None:
         other = block(9, root=OTHER_ROOT).header
