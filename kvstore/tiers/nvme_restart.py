@@ -63,9 +63,10 @@ def read_rows(raw: bytes, slot_bytes: int) -> FoundRows:
     if len(slots) and unpack_row(raw[slots[0] * ROW_BYTES : (slots[0] + 1) * ROW_BYTES]) is None:
         slots, fits = slots[:0], np.zeros_like(fits)
     table = table[fits]
-    keys: NDArray[np.uint64] = table["root_key"] ^ table["name_key"]
-    distinct, first, root_of = np.unique(table["root_key"], return_index=True, return_inverse=True)
-    del distinct
+    root_keys: NDArray[np.uint64] = table["root_key"]
+    name_keys: NDArray[np.uint64] = table["name_key"]
+    keys = np.bitwise_xor(root_keys, name_keys)
+    _, first, root_of = np.unique(root_keys, return_index=True, return_inverse=True)
     return FoundRows(
         slots=slots.tolist(),
         keys=keys.tolist(),
