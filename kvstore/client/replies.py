@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Final, NamedTuple, cast
 
 from kvstore.core.errors import BadInput, Unreachable
@@ -130,17 +129,18 @@ def slot_refs(slots: Iterable[SlotRef]) -> cache_pb2.SlotRefs:
         raise BadInput(f"a slot or generation is out of range: {error}") from error
 
 
+_SETTLED: Final = {int(outcome): outcome for outcome in SettleOutcome}
 _TIERS: Final = {int(kind): kind for kind in TierKind}
 # An answer has thousands of slots: no Python frame for each (an enum's call costs 0.6 us).
-_slot_ref = cast("Callable[[tuple[object, ...]], SlotRef]", partial(tuple.__new__, SlotRef))
+_new_tuple = cast("Callable[[type[SlotRef], tuple[object, ...]], SlotRef]", tuple.__new__)
 
 
 def acquired_from(reply: cache_pb2.AcquireReply, arena: int) -> Acquired:
     """Read the answer to Acquire; `arena` is the number of the arena its slots are in."""
-    tiers = map(_TIERS.__getitem__, reply.tiers)
-    offsets = (granules * GRANULE_BYTES for granules in reply.offsets)
+    tiers = chain(repeat(TierKind.DRAM, reply.ready), map(_TIERS.__getitem__, reply.tiers))
+    offsets = [granules * GRANULE_BYTES for granules in reply.offsets]
     held = _refs(reply.slots, reply.generations, offsets, tiers, arena)
-    offsets = (granules * GRANULE_BYTES for granules in reply.reserved_offsets)
+    offsets = [granules * GRANULE_BYTES for granules in reply.reserved_offsets]
     own = repeat(TierKind.DRAM, len(reply.reserved_slots))
     writable = _refs(reply.reserved_slots, reply.reserved_generations, offsets, own, arena)
     if len(held) != reply.ready + reply.pending or len(writable) != len(reply.reserved_names):
@@ -168,18 +168,21 @@ def _refs(
     try:
         # strict: a short list would otherwise pair a slot with nothing and drop it silently.
         rows = zip(slots, generations, offsets, tiers, arenas, strict=True)
-        return list(map(_slot_ref, rows))
+        return list(map(_new_tuple, repeat(SlotRef), rows))
     except (KeyError, ValueError) as error:
         raise Unreachable(f"the cache node's answer is malformed: {error!r}") from error
 
 
 def settled_from(reply: cache_pb2.SettleReply) -> Settled:
     """Read the answer to Settle."""
-    return Settled(
-        commit=list(map(SettleOutcome, reply.commit)),
-        abort=list(map(SettleOutcome, reply.abort)),
-        release=list(map(SettleOutcome, reply.release)),
-    )
+    try:
+        return Settled(
+            commit=list(map(_SETTLED.__getitem__, reply.commit)),
+            abort=list(map(_SETTLED.__getitem__, reply.abort)),
+            release=list(map(_SETTLED.__getitem__, reply.release)),
+        )
+    except KeyError as error:
+        raise Unreachable(f"the cache node's answer is malformed: outcome {error}") from error
 
 
 def outcomes_from(reply: cache_pb2.WaitReply) -> list[Outcome]:

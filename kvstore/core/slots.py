@@ -78,6 +78,25 @@ class SlotWord(NamedTuple):
         return SlotWord(generation, state, session)
 
 
+_LEGAL: Final = bytes(
+    after in {int(state) for state in TRANSITIONS.get(SlotState(before), ())}
+    if before in {int(state) for state in SlotState}
+    else False
+    for before in range(8)
+    for after in range(8)
+)
+
+
+def may_turn(before: int, after: int) -> bool:
+    """Say whether a slot may go from one state to another: `TRANSITIONS`, for raw integers."""
+    return bool(_LEGAL[before << 3 | after])
+
+
+def pack_word(generation: int, state: int, session: int = 0) -> int:
+    """Return a slot word: `SlotWord.pack` without the object, for the node's inner loops."""
+    return generation << _GENERATION_SHIFT | session << _STATE_BITS | state
+
+
 def unpack(word: int) -> SlotWord:
     """Decode a slot word read from shared memory.
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvstore.core.limits import GRANULE_BYTES
 from kvstore.core.slots import SlotState
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.store import ArenaStore
@@ -94,13 +95,20 @@ class Hasher:
                     await self._work.wait()
                     continue
                 arena = self._store.table.arena
-                hashing = loop.run_in_executor(pool, _hash_all, arena, [slot for slot, _ in job])
+                places = [self._place(slot) for slot, _ in job]
+                hashing = loop.run_in_executor(pool, _hash_all, arena, places)
                 try:
                     sums = await asyncio.shield(hashing)
                 except asyncio.CancelledError:
                     await asyncio.wait([hashing])  # the thread still reads the mapping
                     raise
                 self._apply(job, sums)
+
+    def _place(self, slot: int) -> tuple[int, int, int]:
+        """Return (offset, payload bytes, shares) of a slot, for the thread."""
+        table = self._store.table
+        shape = table.root_of(slot).shape
+        return table.granules[slot] * GRANULE_BYTES, shape.payload_bytes, shape.shares
 
     def _next_job(self) -> list[tuple[int, int]]:
         """Return pinned (slot, generation) pairs of the most urgent kind, at most `JOB_BYTES`."""
@@ -109,9 +117,9 @@ class Hasher:
         size = 0
         while size < JOB_BYTES and (found := self._next_slot(size == 0)) is not None:
             slot, generation = found
-            table.pin([slot])
             job.append((slot, generation))
             size += table.root_of(slot).shape.payload_bytes
+        table.pin([slot for slot, _ in job])
         return job
 
     def _next_slot(self, first: bool) -> tuple[int, int] | None:
@@ -145,15 +153,22 @@ class Hasher:
 
     def _apply(self, job: list[tuple[int, int]], sums: list[bytes]) -> None:
         table = self._store.table
+        table.unpin([slot for slot, _ in job])
+        sealed: list[int] = []
+        sealed_sums: list[bytes] = []
+        sealed_bytes = 0
         for (slot, generation), found in zip(job, sums, strict=True):
-            table.unpin([slot])
             assert table.generation[slot] == generation, "a pinned slot was given away"
             if table.state[slot] == SlotState.COMMITTED:
-                table.seal(slot, found)
-                self._tell_sealed(slot)
-                self._metrics.sealed_bytes.inc(table.root_of(slot).shape.payload_bytes)
+                sealed.append(slot)
+                sealed_sums.append(found)
+                sealed_bytes += table.root_of(slot).shape.payload_bytes
             elif not table.servable[slot]:
                 self._judge(slot, found)
+        table.seal(sealed, sealed_sums)
+        self._metrics.sealed_bytes.inc(sealed_bytes)
+        for slot in sealed:
+            self._tell_sealed(slot)
         self.announce()
 
     def _judge(self, slot: int, found: bytes) -> None:
@@ -179,11 +194,7 @@ class Hasher:
             self.on_sealed(slot)
 
 
-def _hash_all(arena: ArenaMapping, slots: list[int]) -> list[bytes]:
-    """Return the sums of the slots' payloads as they are now; runs in the thread."""
-    sums: list[bytes] = []
-    for slot in slots:
-        record = arena.record(slot)
-        payload = arena.block(record.offset, record.payload_bytes)
-        sums.append(block_sum(payload, record.shares))
-    return sums
+def _hash_all(arena: ArenaMapping, places: list[tuple[int, int, int]]) -> list[bytes]:
+    """Return the sums of payloads, (offset, bytes, shares) each; runs in the thread."""
+    data = arena.data
+    return [block_sum(data[start : start + size], shares) for start, size, shares in places]

@@ -135,7 +135,7 @@ class Movement:
             )
             for load in loads
         ]
-        table.pin(load.slot for load in loads)
+        table.pin([load.slot for load in loads])
         rate = self._rates[lower.kind]
         rate.began(self._loop.time())
         outcomes = [Outcome.LATE] * len(loads)
@@ -210,7 +210,7 @@ class Movement:
                 parent=table.parent[dirty.slot],
             )
             items.append(WriteItem(header, table.arena.block(record.offset, record.block_bytes)))
-        table.pin(dirty.slot for dirty in wanted)
+        table.pin([dirty.slot for dirty in wanted])
         try:
             await lower.tier.write(items, deadline_ms=self._limits.write_stall_ms)
         finally:

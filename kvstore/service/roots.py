@@ -20,6 +20,11 @@ class BlockShape:
     payload_bytes: int
     shares: int
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The three as a slot's record has them."""
+        return self.block_bytes, self.payload_bytes, self.shares
+
     def check(self, capacity_bytes: int) -> None:
         """Raise `BadInput` or `TooLarge` naming the field when no such block can exist here."""
         if not 0 < self.shares <= MAX_SHARES:

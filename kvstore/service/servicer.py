@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from kvstore.core.errors import (
 )
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_NAMES_PER_CALL, NAME_BYTES
 from kvstore.core.names import BlockName, derive_root
-from kvstore.core.outcomes import MissReason, Outcome
+from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.convert import check_id, check_names, namespace_from_proto, root_from_wire
@@ -176,19 +177,18 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             if commit or abort:
                 self._hasher.wake()
                 self._hasher.announce()
-            for kind, outcomes in (
-                ("commit", committed),
-                ("abort", aborted),
-                ("release", released),
-            ):
-                for outcome in set(outcomes):
-                    self._parts.metrics.settled.labels(kind, outcome.name.lower()).inc(
-                        outcomes.count(outcome)
-                    )
             reply = cache_pb2.SettleReply()
-            reply.commit.extend(map(int, committed))  # type: ignore[arg-type]
-            reply.abort.extend(map(int, aborted))  # type: ignore[arg-type]
-            reply.release.extend(map(int, released))  # type: ignore[arg-type]
+            for kind, outcomes, field in (
+                ("commit", committed, reply.commit),
+                ("abort", aborted, reply.abort),
+                ("release", released, reply.release),
+            ):
+                # As integers: the hash of an enum member is a call of its own.
+                numbers = list(map(int, outcomes))
+                field.extend(numbers)  # type: ignore[arg-type]
+                for number, count in Counter(numbers).items():
+                    name = SettleOutcome(number).name.lower()
+                    self._parts.metrics.settled.labels(kind, name).inc(count)
             return reply
 
     async def Wait(self, request: cache_pb2.WaitRequest, context: Context) -> cache_pb2.WaitReply:
@@ -319,8 +319,9 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
 
     def _acquire_reply(self, answer: Acquired) -> cache_pb2.AcquireReply:
         table = self._store.table
-        generation, granules = table.generation.__getitem__, table.granules.__getitem__
         slots, reserved = answer.slots, answer.reserved_slots
+        offsets, generations = table.places(slots)
+        reserved_offsets, reserved_generations = table.places(reserved)
         return cache_pb2.AcquireReply(
             incarnation=self._incarnation,
             lease=answer.lease,
@@ -328,13 +329,13 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             ready=answer.ready,
             pending=len(slots) - answer.ready,
             slots=slots,
-            offsets=list(map(granules, slots)),
-            generations=list(map(generation, slots)),
+            offsets=offsets,
+            generations=generations,
             tiers=list(map(int, answer.tiers)),  # type: ignore[arg-type]
             reserved_names=answer.reserved_names,
             reserved_slots=reserved,
-            reserved_offsets=list(map(granules, reserved)),
-            reserved_generations=list(map(generation, reserved)),
+            reserved_offsets=reserved_offsets,
+            reserved_generations=reserved_generations,
             reason=types_pb2.MissReason.Name(int(answer.reason)),
             reserve_reason=types_pb2.MissReason.Name(int(answer.reserve_reason)),
         )

@@ -9,21 +9,25 @@ memory (through `SlotWord.to`, so an illegal change asserts), the columns here, 
 """
 
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, cast
 
+import numpy as np
+
+from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import BlockName
-from kvstore.core.slots import READABLE, SlotState, SlotWord
+from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.policy import BlockKey, Policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.roots import RootInfo, Roots
 from kvstore.tiers.arena_space import ArenaSpace, Chunk
-from kvstore.transport.arena import ArenaMapping, SlotRecord
+from kvstore.transport.arena import ArenaMapping
 
-ZERO_SUM: Final = bytes(16)
+_BULK_LEAST: Final = 64
+"""Slots from which on numpy is cheaper than a loop."""
+_FREE, _RESERVED, _COMMITTED, _SEALED, _EVICTING, _DRAINING = map(int, SlotState)
 
 
 class SlotTable:
@@ -61,7 +65,8 @@ class SlotTable:
         self.writer = array("I", bytes(4 * slots))
         """Session that reserved the slot last; 0 when that was before this incarnation."""
         self.claimed_ms = array("d", bytes(8 * slots))
-        self.counts: Counter[SlotState] = Counter()
+        self.counts = [0] * len(SlotState)
+        """Slots by state; FREE counts down from zero."""
         self.used_bytes = 0
         self.reserved_bytes = 0
         self.evicted_blocks = 0
@@ -76,6 +81,26 @@ class SlotTable:
     def holds(self, slot: int, info: RootInfo, name: bytes) -> bool:
         """Say whether the slot is for exactly this block: the whole name, not its key."""
         return self.root_number[slot] == info.number and self.arena.name(slot) == name
+
+    def ready(self, info: RootInfo, packed: bytes, keys: Sequence[int]) -> list[int]:
+        """Return the slots of the longest prefix of names that may be leased now."""
+        found = list(map(self.index.get, keys))
+        if None in found:
+            del found[found.index(None) :]
+        slots = cast("list[int]", found)
+        at = np.asarray(slots, np.int64)
+        servable = np.frombuffer(self.servable, np.uint8)[at]
+        if not servable.all():
+            count = int(servable.argmin())
+            slots, at = slots[:count], at[:count]
+        # A key is a hint. One comparison of all full names instead of one for each.
+        under = np.frombuffer(self.root_number, np.uint32)[at] == info.number
+        if packed.startswith(self.arena.names(at)) and under.all():
+            return slots
+        for index, slot in enumerate(slots):
+            if not self.holds(slot, info, packed[index * NAME_BYTES : (index + 1) * NAME_BYTES]):
+                return slots[:index]
+        raise AssertionError("the names differ and every one of them is equal")
 
     def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
         """Return the slot that holds or will hold the block, or None."""
@@ -123,24 +148,16 @@ class SlotTable:
         slot = self._place(info.shape.block_bytes)
         if slot is None:
             return None
-        record = SlotRecord(
-            offset=self.granules[slot] << 12,
-            block_bytes=info.shape.block_bytes,
-            payload_bytes=info.shape.payload_bytes,
-            shares=info.shape.shares,
-            position=position,
-            root=info.root,
-            name=BlockName(name),
-            sum=ZERO_SUM,
-        )
         # The record first: whoever sees the new generation may trust what stands beside it.
-        self.arena.set_record(slot, record)
+        self.arena.write_record(
+            slot, self.granules[slot], info.shape.sizes, position, info.root, name
+        )
         self.root_number[slot] = info.number
         self.key[slot] = key
         self.parent[slot] = parent
         self.writer[slot] = session
         self.claimed_ms[slot] = now_ms
-        self._turn(slot, SlotState.RESERVED, session=session)
+        self._turn(slot, _RESERVED, session)
         self.index[key] = slot
         self.reserved_bytes += info.shape.block_bytes
         return slot
@@ -152,11 +169,12 @@ class SlotTable:
         """
         key = self.key[slot]
         holder = self.index.get(key)
-        if holder is not None and holder != slot and SlotState(self.state[holder]) in READABLE:
-            self.free(slot)
-            return False
-        self.index[key] = slot
-        self._turn(slot, SlotState.COMMITTED)
+        if holder != slot:
+            if holder is not None and SlotState(self.state[holder]) in READABLE:
+                self.free(slot)
+                return False
+            self.index[key] = slot
+        self._turn(slot, _COMMITTED)
         self.servable[slot] = 1
         block_bytes = self.root_of(slot).shape.block_bytes
         self.reserved_bytes -= block_bytes
@@ -174,18 +192,21 @@ class SlotTable:
             self.policy.insert(run, parent=BlockKey(parent) if parent else None, now_ms=now_ms)
             start = stop
 
-    def seal(self, slot: int, block_sum: bytes) -> None:
-        """Store the sum of a committed slot and list the block to others."""
-        self.arena.set_sum(slot, block_sum)
-        self._turn(slot, SlotState.SEALED)
-        info = self.root_of(slot)
-        self.publisher.set(
-            info.root,
-            TierKind.DRAM,
-            [BlockName(self.arena.name(slot))],
-            block_bytes=info.shape.block_bytes,
-            group=info.group,
-        )
+    def seal(self, slots: Sequence[int], sums: Sequence[bytes]) -> None:
+        """Store the sums of committed slots and list their blocks to others."""
+        by_root: dict[int, list[BlockName]] = {}
+        arena = self.arena
+        for slot, block_sum in zip(slots, sums, strict=True):
+            arena.set_sum(slot, block_sum)
+            self._turn(slot, _SEALED)
+            names = by_root.setdefault(self.root_number[slot], [])
+            names.append(BlockName(arena.name(slot)))
+        for number, names in by_root.items():
+            info = self.roots.at(number)
+            self.publisher.set(
+                info.root, TierKind.DRAM, names,
+                block_bytes=info.shape.block_bytes, group=info.group,
+            )  # fmt: skip
 
     def free(self, slot: int) -> None:
         """Take a slot back from whatever state it is in; nobody may need its bytes any more."""
@@ -204,22 +225,38 @@ class SlotTable:
         if self.index.get(key) == slot:
             del self.index[key]
         self.servable[slot] = 0
-        self._turn(slot, SlotState.FREE)
+        self._turn(slot, _FREE)
         self.space.give(slot)
 
-    def pin(self, slots: Iterable[int]) -> None:
+    def pin(self, slots: Sequence[int]) -> None:
         """Keep the bytes of slots until as many `unpin`s."""
-        pins = self.pins
-        for slot in slots:
-            pins[slot] += 1
+        if len(slots) < _BULK_LEAST:
+            for slot in slots:
+                self.pins[slot] += 1
+            return
+        pinned, times = np.unique(np.asarray(slots, np.int64), return_counts=True)
+        np.frombuffer(self.pins, np.uint32)[pinned] += times.astype(np.uint32)
 
-    def unpin(self, slots: Iterable[int]) -> None:
+    def unpin(self, slots: Sequence[int]) -> None:
         """End pins; a slot that was only waiting for that is free now."""
-        pins = self.pins
-        for slot in slots:
-            pins[slot] -= 1
-            if not pins[slot] and self.state[slot] == SlotState.DRAINING:
-                self.free(slot)
+        if len(slots) < _BULK_LEAST or self.counts[_DRAINING]:
+            for slot in slots:
+                self.pins[slot] -= 1
+                if not self.pins[slot] and self.state[slot] == _DRAINING:
+                    self.free(slot)
+            return
+        pinned, times = np.unique(np.asarray(slots, np.int64), return_counts=True)
+        pins = np.frombuffer(self.pins, np.uint32)
+        assert (pins[pinned] >= times).all(), "unpinned more often than pinned"
+        pins[pinned] -= times.astype(np.uint32)
+
+    def places(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Return the offsets, in granules, and the generations of slots."""
+        at = np.asarray(slots, np.int64)
+        return (
+            np.frombuffer(self.granules, np.uint32)[at].tolist(),
+            np.frombuffer(self.generation, np.uint64)[at].tolist(),
+        )
 
     def give_up(self, slot: int) -> None:
         """End a reservation whose block will not come; while somebody needs the bytes it drains.
@@ -233,7 +270,7 @@ class SlotTable:
         if self.index.get(self.key[slot]) == slot:
             del self.index[self.key[slot]]
         self.reserved_bytes -= self.root_of(slot).shape.block_bytes
-        self._turn(slot, SlotState.DRAINING)
+        self._turn(slot, _DRAINING)
 
     def adopt(self, slot: int, word: SlotWord, info: RootInfo, key: int, now_ms: float) -> None:
         """Take over a sealed or reserved slot that an earlier incarnation left.
@@ -248,6 +285,7 @@ class SlotTable:
         self.writer[slot] = word.session
         self.claimed_ms[slot] = now_ms
         self.index[key] = slot
+        self.counts[_FREE] -= 1
         self.counts[word.state] += 1
         if word.state is SlotState.RESERVED:
             self.reserved_bytes += info.shape.block_bytes
@@ -324,21 +362,24 @@ class SlotTable:
             self.granules[slot] = offset >> 12
             self.arena.lay(slot, offset, chunk.block_bytes)
 
-    def _turn(self, slot: int, state: SlotState, *, session: int = 0) -> None:
-        before = SlotState(self.state[slot])
-        holder = self.writer[slot] if before is SlotState.RESERVED else 0
-        word = SlotWord(self.generation[slot], before, holder).to(state, session=session)
-        self.arena.set_word(slot, word)
-        self.generation[slot] = word.generation
+    def _turn(self, slot: int, state: int, session: int = 0) -> None:
+        """Change a slot's state, here and in shared memory; a reservation bumps the generation."""
+        before = self.state[slot]
+        assert may_turn(before, state), f"slot {slot}: {before} -> {state}"
+        assert (session != 0) == (state == _RESERVED), "only a reservation has a session"
+        generation = self.generation[slot]
+        if state == _RESERVED:
+            generation += 1
+            self.generation[slot] = generation
+        self.arena.slot_words[slot] = pack_word(generation, state, session)
         self.state[slot] = state
-        if before is not SlotState.FREE:
-            self.counts[before] -= 1
-        if state is not SlotState.FREE:
-            self.counts[state] += 1
+        self.counts[before] -= 1
+        self.counts[state] += 1
 
 
 def keys_of(info: RootInfo, packed: bytes) -> list[int]:
     """Return the 64-bit keys of packed names under a root: (root prefix) ^ (name prefix)."""
     prefix = info.prefix
-    words: list[int] = memoryview(packed).cast("Q")[::4].tolist()
-    return [word ^ prefix for word in words]
+    words = np.frombuffer(packed, np.uint64)[:: NAME_BYTES // 8]
+    keys: list[int] = np.bitwise_xor(words, np.uint64(prefix)).tolist()
+    return keys

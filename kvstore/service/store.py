@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
@@ -44,7 +46,7 @@ class Acquired:
     """Leased: the first `ready` may be read now, the rest once they turn readable."""
     ready: int = 0
     tiers: list[TierKind] = field(default_factory=list)
-    """Where each of `slots` comes from."""
+    """Where those behind the first `ready` come from; these stand in DRAM."""
     loads: list[Load] = field(default_factory=list)
     """Pending slots that nobody fills yet: the caller's to start."""
     reason: MissReason = MissReason.NONE
@@ -94,7 +96,7 @@ class ArenaStore:
         """
         keys = keys_of(info, packed)
         wanted = Wanted(info, packed, keys, first_block, now_ms)
-        answer = Acquired(slots=self.prefix(info, packed, keys))
+        answer = Acquired(slots=self.table.ready(info, packed, keys))
         answer.ready = len(answer.slots)
         self._remember(info, keys, first_block, now_ms)
         if len(session.leases) < MAX_LEASES_PER_SESSION:
@@ -114,36 +116,16 @@ class ArenaStore:
         """Lease what is ready and what follows it from below within `pending_ms`."""
         # Pinned first: making room for what comes must not drop what is here.
         self.table.pin(answer.slots)
-        answer.tiers = [TierKind.DRAM] * answer.ready
         if self.promoter is not None and answer.ready < len(wanted.keys):
             pending = self.promoter.pending(wanted, answer.ready, pending_ms)
             answer.slots += pending.slots
-            answer.tiers += pending.tiers
+            answer.tiers = pending.tiers
             answer.loads = pending.loads
             if len(answer.slots) < len(wanted.keys):
                 answer.reason = pending.reason
         if answer.slots:
             expires_ms = wanted.now_ms + self.limits.lease_ms
             answer.lease = self.leases.grant(session, answer.slots, expires_ms)
-
-    def prefix(self, info: RootInfo, packed: bytes, keys: list[int]) -> list[int]:
-        """Return the slots of the longest prefix that may be leased now."""
-        table = self.table
-        servable = table.servable
-        slots: list[int] = []
-        for slot in map(table.index.get, keys):
-            if slot is None or not servable[slot]:
-                break
-            slots.append(slot)
-        # A key is a hint. One comparison of all full names instead of one for each.
-        names = table.arena.names(slots)
-        roots = set(map(table.root_number.__getitem__, slots))
-        if names == packed[: len(names)] and roots <= {info.number}:
-            return slots
-        for index, slot in enumerate(slots):
-            if not table.holds(slot, info, packed[index * NAME_BYTES : (index + 1) * NAME_BYTES]):
-                return slots[:index]
-        raise AssertionError("the names differ and every one of them is equal")
 
     def unverified(self, info: RootInfo, packed: bytes) -> Iterator[int]:
         """Iterate over slots in the resident prefix that were adopted and not verified yet."""
@@ -173,19 +155,20 @@ class ArenaStore:
         """Make reserved slots readable; `refs` are (slot, generation) in prefix order."""
         outcomes: list[SettleOutcome] = []
         committed: list[int] = []
+        table = self.table
         for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
             if outcome is SettleOutcome.DONE:
                 self.reserver.unreserve(session, slot)
-                if self.table.commit(slot):
+                if table.commit(slot):
                     committed.append(slot)
                     self.to_seal.append((slot, generation))
                 else:
                     outcome = SettleOutcome.DUPLICATE
-            elif outcome is SettleOutcome.ALREADY and self.table.state[slot] not in READABLE:
+            elif outcome is SettleOutcome.ALREADY and table.state[slot] not in READABLE:
                 outcome = SettleOutcome.STALE  # aborted, a duplicate, or evicted since
             outcomes.append(outcome)
-        self.table.tell_inserted(committed, now_ms)
+        table.tell_inserted(committed, now_ms)
         return outcomes
 
     def abort(
@@ -223,14 +206,15 @@ class ArenaStore:
     ) -> SettleOutcome:
         """Return how a (slot, generation) stands to the session; DONE: it may be settled now."""
         table = self.table
+        if slot in session.reserved and generation == table.generation[slot]:
+            mine = table.root_number[slot] == info.number
+            return SettleOutcome.DONE if mine else SettleOutcome.NOT_YOURS
         if slot >= len(table.state) or generation > table.generation[slot] or not generation:
             return SettleOutcome.NOT_YOURS
         if generation < table.generation[slot]:
             return SettleOutcome.STALE
         if table.root_number[slot] != info.number:
             return SettleOutcome.NOT_YOURS
-        if slot in session.reserved:
-            return SettleOutcome.DONE
         if table.state[slot] == SlotState.RESERVED:
             return SettleOutcome.NOT_YOURS
         # An adopted slot's writer is unknown; its commit was carried out before the restart.
@@ -292,7 +276,7 @@ class ArenaStore:
     def _remember(self, info: RootInfo, keys: list[int], first_block: int, now_ms: float) -> None:
         self._requests.append(
             Prompt(
-                keys=array("Q", keys),
+                keys=array("Q", np.asarray(keys, np.uint64).tobytes()),
                 now_ms=now_ms,
                 first_block=first_block,
                 block_bytes=info.shape.block_bytes,
@@ -305,7 +289,9 @@ class ArenaStore:
     def _count(self, info: RootInfo, answer: Acquired) -> None:
         metrics = self.table.metrics
         self.hit_blocks += len(answer.slots)
-        for tier, blocks in Counter(answer.tiers).items():
+        by_tier = Counter(answer.tiers)
+        by_tier[TierKind.DRAM] += answer.ready
+        for tier, blocks in by_tier.items():
             metrics.hit_blocks.labels(tier.name.lower()).inc(blocks)
             metrics.hit_bytes.labels(tier.name.lower()).inc(blocks * info.shape.block_bytes)
         if answer.reason is not MissReason.NONE:

@@ -11,9 +11,12 @@ import fcntl
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.core.errors import BadInput
 from kvstore.core.layout import round_up
@@ -28,10 +31,15 @@ _HEADER: Final = struct.Struct("<8sQQQQ")  # magic, max_slots, data_bytes, data_
 _INCARNATION_AT: Final = 32
 # word, offset granules, padded bytes, payload bytes, shares, group, position, root, name, sum
 _RECORD: Final = struct.Struct("<QIIIHHI32s32s16s")
+_BEHIND_WORD: Final = struct.Struct("<IIIHHI32s32s16s")
 _WORD_BYTES: Final = 8
 _PLACE: Final = struct.Struct(f"<8xII{RECORD_BYTES - 16}x")
 _NAME_AT: Final = 60
 _SUM_AT: Final = 92
+_ROW: Final = np.dtype(
+    {"names": ["name"], "formats": [f"V{NAME_BYTES}"], "offsets": [_NAME_AT],
+     "itemsize": RECORD_BYTES}
+)  # fmt: skip
 _PREFAULT_STEP: Final = 64 << 20
 _MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; missing from the mmap module of Python 3.11
 
@@ -110,6 +118,9 @@ class ArenaMapping:
         self._data = mmap.mmap(fd, data_bytes, flags=mmap.MAP_SHARED, offset=data_offset)
         self._bytes = memoryview(self._table)
         self._words = self._bytes.cast("Q")
+        first, step = HEADER_BYTES // _WORD_BYTES, RECORD_BYTES // _WORD_BYTES
+        self.slot_words = self._words[first : first + max_slots * step : step]
+        """Every slot's word as a raw integer; the owner stores into it, one word at a time."""
         self.data = memoryview(self._data)
         """All blocks: `data[record.offset : record.offset + record.block_bytes]`."""
 
@@ -128,9 +139,7 @@ class ArenaMapping:
 
     def raw_words(self) -> memoryview:
         """Return every slot's word as raw integers, a live strided view of the table."""
-        first = HEADER_BYTES // _WORD_BYTES
-        step = RECORD_BYTES // _WORD_BYTES
-        return self._words[first : first + self.size.max_slots * step : step]
+        return self.slot_words[:]
 
     def set_word(self, slot: int, word: SlotWord) -> None:
         """Store a slot word; owner only."""
@@ -158,33 +167,50 @@ class ArenaMapping:
 
     def set_record(self, slot: int, record: SlotRecord) -> None:
         """Store everything but the word; owner only, while nobody may read the slot."""
-        assert 0 <= slot < self.size.max_slots
-        at = HEADER_BYTES + slot * RECORD_BYTES
-        packed = _RECORD.pack(
-            0,
+        self.write_record(
+            slot,
             record.offset // GRANULE_BYTES,
-            record.block_bytes,
-            record.payload_bytes,
-            record.shares,
-            record.group,
+            (record.block_bytes, record.payload_bytes, record.shares),
             record.position,
             record.root,
             record.name,
-            record.sum,
+            block_sum=record.sum,
+            group=record.group,
         )
+
+    def write_record(
+        self,
+        slot: int,
+        granules: int,
+        shape: tuple[int, int, int],
+        position: int,
+        root: bytes,
+        name: bytes,
+        *,
+        block_sum: bytes = b"",
+        group: int = 0,
+    ) -> None:
+        """Do what `set_record` does, without the object; `shape` is (block, payload, shares)."""
+        assert 0 <= slot < self.size.max_slots
+        block_bytes, payload_bytes, shares = shape
         # The word is left alone: it changes only by its own atomic store.
-        self._bytes[at + _WORD_BYTES : at + _RECORD.size] = packed[_WORD_BYTES:]
+        _BEHIND_WORD.pack_into(
+            self._bytes,
+            HEADER_BYTES + slot * RECORD_BYTES + _WORD_BYTES,
+            granules, block_bytes, payload_bytes, shares, group, position, root, name, block_sum,
+        )  # fmt: skip
 
     def name(self, slot: int) -> bytes:
         """Return the name in the slot's record; cheaper than the whole record."""
         at = HEADER_BYTES + slot * RECORD_BYTES + _NAME_AT
         return self._table[at : at + NAME_BYTES]
 
-    def names(self, slots: Iterable[int]) -> bytes:
-        """Return the packed names of several slots: a third of the cost of one by one."""
-        table, first = self._table, HEADER_BYTES + _NAME_AT
-        starts = [first + slot * RECORD_BYTES for slot in slots]
-        return b"".join([table[at : at + NAME_BYTES] for at in starts])
+    def names(self, slots: NDArray[np.int64]) -> bytes:
+        """Return the packed names of several slots in one gather."""
+        # Made for the call: a view that is kept would keep the mapping from being closed.
+        rows = np.frombuffer(self._bytes, _ROW, self.size.max_slots, HEADER_BYTES)
+        names: bytes = rows["name"][slots].tobytes()
+        return names
 
     def set_sum(self, slot: int, block_sum: bytes) -> None:
         """Store the sum of a slot's payload; owner only, before the word turns SEALED."""
@@ -237,6 +263,7 @@ class ArenaMapping:
 
     def close(self) -> None:
         """Unmap. Views handed out earlier must be gone, else `BufferError` names the bug."""
+        self.slot_words.release()
         self._words.release()
         self._bytes.release()
         self.data.release()

@@ -29,7 +29,7 @@ def reply() -> cache_pb2.AcquireReply:
         slots=[4, 5],
         offsets=[10, 11],
         generations=[1, 2],
-        tiers=[types_pb2.TIER_DRAM, types_pb2.TIER_NVME],
+        tiers=[types_pb2.TIER_NVME],
         reserved_names=[2],
         reserved_slots=[6],
         reserved_offsets=[12],

@@ -14,7 +14,7 @@ def test_only_sealed_blocks_and_living_reservations_stay() -> None:
         other, _ = small.session(2)
         small.put(session, info, names(3), 0.0)
         sealed, committed = small.store.to_seal[0][0], small.store.to_seal[1][0]
-        small.table.seal(sealed, bytes(16))
+        small.table.seal([sealed], [bytes(16)])
         ask: dict[str, Any] = {"reserve": 1, "first_block": 0, "now_ms": 1.0}
         [kept] = small.store.acquire(session, info, names(1, 5)[0], **ask).reserved_slots
         [gone] = small.store.acquire(other, info, names(1, 6)[0], **ask).reserved_slots
@@ -41,7 +41,7 @@ def test_rubbish_in_words_and_records_is_counted_and_dropped() -> None:
         small.put(session, info, names(3), 0.0)
         slots = [slot for slot, _ in small.store.to_seal]
         for slot in slots:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         words = small.arena._words
         base = (4096 + slots[0] * 128) // 8
         words[base] |= 15  # a state that does not exist
@@ -58,7 +58,7 @@ def test_a_chunk_left_half_laid_out_is_dropped() -> None:
         session, info = small.session(1)
         small.put(session, info, names(1), 0.0)
         for slot, _ in small.store.to_seal:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         small.arena.lay(40, 8 * GRANULE_BYTES, 2 * GRANULE_BYTES)
         small.arena.lay(41, 10 * GRANULE_BYTES, 2 * GRANULE_BYTES)
         later = small.again()
@@ -75,7 +75,7 @@ def test_two_sealed_copies_of_one_name_become_one() -> None:
         small.put(session, info, names(2), 0.0)
         slots = [slot for slot, _ in small.store.to_seal]
         for slot in slots:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         record = small.arena.record(slots[0])
         at = 4096 + slots[1] * 128
         small.arena._bytes[at + 60 : at + 92] = record.name
@@ -94,7 +94,7 @@ def test_chunks_stay_apart_so_that_they_can_change_class_one_by_one() -> None:
         session, info = small.session(1)
         small.put(session, info, names(32), 0.0)
         for slot, _ in small.store.to_seal:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         before = {chunk.extent: chunk.slots for chunk in small.table.space.chunks()}
         assert len(before) == 8
         later = small.again()
@@ -109,7 +109,7 @@ def test_places_that_overlap_are_dropped_and_the_node_goes_on() -> None:
         small.put(session, info, names(3), 0.0)
         slots = [slot for slot, _ in small.store.to_seal]
         for slot in slots:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         table = small.arena._bytes
         first, last = (4096 + slot * 128 for slot in (slots[0], slots[-1]))
         table[last + 8 : last + 16] = table[first + 8 : first + 16]

@@ -51,7 +51,7 @@ def test_a_full_arena_of_leased_blocks_refuses_and_evicts_once_released() -> Non
         session, info = small.session(1)
         small.put(session, info, names(4), 0.0)
         for slot, _ in small.store.to_seal:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         held = small.store.acquire(
             session, info, b"".join(names(4)), reserve=0, first_block=0, now_ms=1.0
         )
@@ -175,7 +175,7 @@ def test_no_more_is_evicted_than_can_be_reserved(why: str) -> None:
         for at in range(0, 8, 2):
             small.put(session, info, old[at : at + 2], 0.0)
         for slot, _ in small.store.to_seal:
-            small.table.seal(slot, bytes(16))
+            small.table.seal([slot], [bytes(16)])
         new = names(8, seed=9) if why == "quota" else [*names(1, seed=9), *old[1:]]
         answer = small.store.acquire(
             session, info, b"".join(new), reserve=8, first_block=0, now_ms=1.0

@@ -95,7 +95,7 @@ def test_clients_write_blocks_and_never_the_table(
     assert bytes(owner.data[GRANULE_BYTES : GRANULE_BYTES + 5]) == b"hello"
     with pytest.raises(TypeError, match="read-only"):
         client.set_word(0, SlotWord(0, SlotState.FREE, 0))
-    with pytest.raises(TypeError, match="read-only"):
+    with pytest.raises(TypeError, match="read-write"):
         client.set_record(0, RECORD)
     with pytest.raises(TypeError, match="read-only"):
         client.incarnation = 1

@@ -1,0 +1,217 @@
+"""Cases of `bench store` with a real node: calls against a bare echo, blocks against memory.
+
+The echo is a gRPC server in a process of its own, on a Unix socket like the node's, that answers
+with as many bytes as the request says: what any call costs at least.
+"""
+
+import asyncio
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import grpc.aio
+import numpy as np
+import xxhash
+
+from kvstore.cli.bench_rows import Bench
+from kvstore.client import AsyncClient, ClientConfig
+from kvstore.core.errors import Unreachable
+from kvstore.core.names import BlockName, Namespace, chain, pack_tokens
+from kvstore.rpc.channel import listen, make_server, open_channel
+from kvstore.rpc.v1 import cache_pb2, types_pb2
+from kvstore.testing.node import new_run_dir
+
+MIB: Final = 1 << 20
+_CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
+
+
+def _model(label: str) -> Namespace:
+    return Namespace(weights_digest=label, kv_dtype="float32", layers=1, kv_heads=1, head_dim=32)
+
+
+async def bench_calls(bench: Bench, run_dir: Path, echo: str) -> None:
+    """Acquire and Settle of 1 and 2,048 resident blocks against a bare echo of the same sizes."""
+    client = await AsyncClient.connect(
+        run_dir, namespace=_model("calls"), payload_bytes=4096, shares=1, config=_CONFIG
+    )
+    async with client, open_channel(echo) as channel:
+        names = list(chain(client.root, pack_tokens(range(2048 * 16))))
+        await client.put(names, [bytes(4096)] * len(names))
+        call: Any = channel.unary_unary("/echo/Echo")  # type: ignore[call-arg]
+        for count in (1, 2048):
+            packed = b"".join(names[:count])
+            leases: list[int] = []
+
+            async def acquire(packed: bytes = packed, leases: list[int] = leases) -> None:
+                leases.append((await client.acquire(packed)).lease)
+
+            async def bare(request: bytes) -> None:
+                await call(request, timeout=10)
+
+            size = _acquire_reply_bytes(count)
+            request = size.to_bytes(4, "little") + packed
+            await bench.against(
+                f"acquire {count}", acquire, partial(bare, request),
+                limit_name="bare gRPC echo", repeat=50,
+            )  # fmt: skip
+            await client.settle(release=leases)
+            await _bench_settle(bench, client, call, count)
+
+
+async def _bench_settle(bench: Bench, client: AsyncClient, call: Any, count: int) -> None:
+    """Commit `count` reserved slots, each run for blocks of its own."""
+    case = f"settle {count}"
+    if not bench.wants(case):
+        return
+    repeat = 50 if count == 1 else 2
+    prompts = itertools.count(1 + 1_000 * count)  # no block in common with another case
+    prepared: list[list[Any]] = []
+    for _ in range((bench.pairs + 1) * repeat):
+        tokens = np.full(count * 16, next(prompts), np.uint32).tobytes()
+        fresh = list(chain(client.root, tokens))
+        acquired = await client.acquire(fresh, reserve=count)
+        prepared.append([item.slot for item in acquired.reserved])
+        assert len(prepared[-1]) == count, "the arena is too small for this case"
+
+    async def settle() -> None:
+        await client.settle(commit=prepared.pop())
+
+    request = (3 * count).to_bytes(4, "little") + bytes(12 * count)
+
+    async def bare() -> None:
+        await call(request, timeout=10)
+
+    await bench.against(case, settle, bare, limit_name="bare gRPC echo", repeat=repeat)
+
+
+def _acquire_reply_bytes(count: int) -> int:
+    """Return the size of the answer to an Acquire of `count` resident blocks."""
+    reply = cache_pb2.AcquireReply(
+        incarnation=1, lease=1 << 40, lease_ms=30_000, ready=count, slots=range(count),
+        offsets=range(count), generations=[1] * count, tiers=[types_pb2.TIER_DRAM] * count,
+    )  # fmt: skip
+    return len(reply.SerializeToString())
+
+
+async def bench_blocks(bench: Bench, run_dir: Path) -> None:
+    """Batches through the client: read in place, copied out, put and sealed."""
+    for mib in (1, 4):
+        await _bench_reads(bench, run_dir, mib)
+    if bench.wants("put sealed 2 MiB"):
+        await _bench_put(bench, run_dir)
+
+
+async def _bench_reads(bench: Bench, run_dir: Path, mib: int) -> None:
+    cases = (f"get in place {mib} MiB", f"get copied {mib} MiB")
+    if not bench.wants(*cases):
+        return
+    size, batch = mib * MIB, 32
+    private = [np.frombuffer(os.urandom(size), np.uint8) for _ in range(batch)]
+    into = np.empty(size, np.uint8)
+    async with await AsyncClient.connect(
+        run_dir, namespace=_model(f"get {mib}"), payload_bytes=size, shares=8, config=_CONFIG
+    ) as client:
+        names = list(chain(client.root, pack_tokens(range(batch * 16))))
+        await client.put(names, [block.data for block in private])
+
+        async def in_place() -> None:
+            acquired = await client.acquire(names)
+            assert len(acquired.ready) == batch
+            for ref in acquired.ready:
+                into[:] = np.frombuffer(client.view(ref), np.uint8)
+                assert client.still(ref)
+            await client.settle(release=[acquired.lease])
+
+        async def copied() -> None:
+            assert len(await client.get(names)) == batch
+
+        async def memcpy() -> None:
+            for block in private:
+                into[:] = block
+
+        async def copies() -> None:
+            held = [bytes(block.data) for block in private]
+            del held
+
+        amount = batch * size / 1e9
+        await bench.against(
+            cases[0], in_place, memcpy, limit_name="memcpy from private memory",
+            amount=amount, unit="GB/s",
+        )  # fmt: skip
+        await bench.against(
+            cases[1], copied, copies, limit_name="bytes() of private memory",
+            amount=amount, unit="GB/s",
+        )  # fmt: skip
+
+
+async def _bench_put(bench: Bench, run_dir: Path) -> None:
+    """64 blocks of 2 MiB, copied, committed and sealed, against memcpy and xxh3-128 of as much."""
+    size, batch = 2 * MIB, 64
+    private = [memoryview(os.urandom(size)) for _ in range(batch)]
+    slots = np.empty((batch, size), np.uint8)
+    prompts = itertools.count(1)
+    async with await AsyncClient.connect(
+        run_dir, namespace=_model("put"), payload_bytes=size, shares=8, config=_CONFIG
+    ) as client:
+        slots[:] = 1
+
+        async def put() -> None:
+            tokens = np.full(batch * 16, next(prompts), np.uint32).tobytes()
+            fresh: list[BlockName] = list(chain(client.root, tokens))
+            assert None not in await client.put(fresh, private)
+            while (await client.stats()).slots["committed"]:
+                pass
+
+        async def limit() -> None:
+            for slot, block in zip(slots, private, strict=True):
+                slot[:] = np.frombuffer(block, np.uint8)
+            for slot in slots:
+                xxhash.xxh3_128_digest(slot.data)
+
+        await bench.against(
+            "put sealed 2 MiB", put, limit, limit_name="memcpy and then xxh3-128",
+            amount=batch * size / 1e9, unit="GB/s",
+        )  # fmt: skip
+
+
+async def serve_echo(address: str) -> None:
+    """Answer any call with as many bytes as the first four of the request say."""
+
+    async def echo(request: bytes, context: Any) -> bytes:
+        return bytes(int.from_bytes(request[:4], "little"))
+
+    server, _ = make_server()
+    handler = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("echo", {"Echo": handler}),)
+    )
+    listen(server, address)
+    await server.start()
+    click.echo("ready")
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(None)
+
+
+@contextmanager
+def start_echo() -> Iterator[str]:
+    """Run `serve_echo` in a process and give its address."""
+    run_dir = new_run_dir()
+    address = f"unix:{run_dir}/echo"
+    command = [sys.executable, "-m", "kvstore.cli.main", "bench", "store", "--echo", address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            if server.stdout.readline() != b"ready\n":
+                raise Unreachable("the echo server did not start")
+            yield address
+        finally:
+            server.terminate()
+            shutil.rmtree(run_dir, ignore_errors=True)
