@@ -9,7 +9,7 @@ import pytest
 import torch
 from kvkernels import ops, reference
 from kvkernels.plans import Rules
-from kvkernels.triton import device, work
+from kvkernels.triton import device, launch, work
 
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
@@ -121,6 +121,16 @@ def test_a_second_launch_of_one_plan_finds_its_counters_at_zero() -> None:
     )
     assert torch.equal(first, again) and int(made.counters.abs().sum()) == 0
     assert torch.allclose(again, wanted, atol=2e-5)
+
+
+def test_more_items_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_processors", lambda _: 40)
+    given = step([(2599, 1)], heads=1)
+    given.query.mul_(4)  # maxima that differ between items, so a wrong rescaling shows
+    ours, wanted, plan = both(given, Rules())
+    [made] = plan.works.values()
+    assert int(made.items[0, 7]) > 32
+    assert torch.allclose(ours, wanted, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rules", [Rules(), Rules(window=200, sinks=3)], ids=str)
