@@ -19,7 +19,9 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 _OWN: Final = {
     "node": "kvstore.cli.node:node",
     "plan": "kvstore.cli.plan:plan",
+    "record": "kvstore.cli.record:record",
     "router": "kvstore.cli.router:router",
+    "simulate": "kvstore.cli.simulate:simulate",
 }
 
 _DONE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from kvstore.cli.values import BYTES
+from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper import run_keeper
 
@@ -48,6 +49,13 @@ from kvstore.service.keeper import run_keeper
     default=5_000,
     show_default=True,
     help="After this long another session may compute a block that one has claimed.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(list(POLICIES)),
+    default=DEFAULT_POLICY,
+    show_default=True,
+    help="What to evict and what to admit: docs/policy.md.",
 )
 @click.option(
     "--hang-ms",

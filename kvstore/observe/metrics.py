@@ -52,6 +52,11 @@ class NodeMetrics:
         self.leases_expired = Counter(
             "kvstore_node_expired_leases", "Leases that ran out unreleased", registry=registry
         )
+        self.unrecorded = Counter(
+            "kvstore_node_unrecorded_accesses",
+            "Accesses that a slow recording missed",
+            registry=registry,
+        )
         self._add_calls(registry)
         self._add_gauges(registry)
 

@@ -119,6 +119,7 @@ class NodeChild:
             "--cluster-key-file": config.key_file,
             "--lease-ms": config.lease_ms,
             "--claim-ms": config.claim_ms,
+            "--policy": config.policy,
         }
         return await asyncio.create_subprocess_exec(
             sys.executable,

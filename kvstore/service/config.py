@@ -7,6 +7,7 @@ from typing import Final
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
+from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.transport.arena import ArenaSize
 
 SOCKET_PATH_BYTES: Final = 107
@@ -34,6 +35,8 @@ class KeeperConfig:
     max_sessions: int = 1_024
     lease_ms: int = 30_000
     claim_ms: int = 5_000
+    policy: str = DEFAULT_POLICY
+    """What is evicted and admitted, by the name in `kvstore.directory.policies`."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -52,6 +55,7 @@ class KeeperConfig:
             raise BadInput(f"--run-dir {self.run_dir} is too long for a Unix socket's path")
         for flag, address in (("--listen", self.listen), ("--metrics", self.metrics)):
             check_loopback(flag, address)
+        make_policy(self.policy)
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

@@ -21,15 +21,16 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
-from kvstore.directory.lru import Lru
+from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
-from kvstore.rpc.v1 import cache_pb2_grpc
+from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
 from kvstore.service.metrics_http import MetricsServer
+from kvstore.service.recorder import Recorders, RecorderService
 from kvstore.service.servicer import CacheNodeService, ServiceParts
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
@@ -51,7 +52,13 @@ class Node:
         arena.incarnation += 1
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
-        table = SlotTable(arena, Lru(), self._metrics, node=options.name, host=options.name)
+        table = SlotTable(
+            arena,
+            make_policy(options.policy),
+            self._metrics,
+            node=options.name,
+            host=options.name,
+        )
         limits = StoreLimits(
             lease_ms=options.lease_ms,
             claim_ms=options.claim_ms,
@@ -60,6 +67,8 @@ class Node:
         # A keeper's death starts incarnations anew; the clock goes on.
         self._store = ArenaStore(table, limits, first_lease=time.time_ns())
         self._hasher = Hasher(self._store, self._metrics)
+        self._identity = LocalIdentity()
+        self._recorders = Recorders(self._metrics)
         self._adopted = False
         self._ended = asyncio.Event()
         self._started_s = time.monotonic()
@@ -83,6 +92,9 @@ class Node:
         try:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(), server)
             listen(server, self._options.rpc)
+            record_pb2_grpc.add_RecorderServicer_to_server(
+                RecorderService(self._recorders, self._identity), server
+            )
             bound = listen(server, self._options.listen)
             metrics_bound = await metrics.start(self._options.metrics)
             await server.start()
@@ -107,7 +119,8 @@ class Node:
                 store=self._store,
                 hasher=self._hasher,
                 metrics=self._metrics,
-                identity=LocalIdentity(),
+                identity=self._identity,
+                recorders=self._recorders,
                 catch_up=self._hear,
                 started_s=self._started_s,
             )
@@ -243,6 +256,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cluster-key-file", required=True)
     parser.add_argument("--lease-ms", type=int, required=True)
     parser.add_argument("--claim-ms", type=int, required=True)
+    parser.add_argument("--policy", required=True)
     return parser.parse_args(arguments)
 
 

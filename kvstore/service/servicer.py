@@ -29,6 +29,7 @@ from kvstore.rpc.identity import Identity, Principal, Role
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
 from kvstore.rpc.watch_server import serve_watch
 from kvstore.service.hashing import Hasher
+from kvstore.service.recorder import Recorders
 from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import keys_of
@@ -55,6 +56,7 @@ class ServiceParts:
     hasher: Hasher
     metrics: NodeMetrics
     identity: Identity
+    recorders: Recorders
     catch_up: Callable[[], None]
     """Takes in what the keeper has said so far about sessions."""
     started_s: float
@@ -131,6 +133,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             if request.first_block + count > MAX_NAMES_PER_CALL:
                 raise TooLarge(f"blocks beyond number {MAX_NAMES_PER_CALL} of a prompt")
             deadline_ms = _deadline(request.deadline_ms)
+            self._parts.recorders.note(request.first_block, request.names)
             if self._hasher.unverified:
                 unverified = self._store.unverified(info, request.names)
                 await self._hasher.verify(unverified, deadline_s=deadline_ms / 1_000)
@@ -145,7 +148,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
                 now_ms=_now_ms(),
             )
             self._explain_corruption(info, request.names, answer)
-            asyncio.get_running_loop().call_soon(self._store.flush_touches)
+            asyncio.get_running_loop().call_soon(self._store.flush_requests)
             return self._acquire_reply(answer)
 
     async def Settle(

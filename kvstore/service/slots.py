@@ -10,13 +10,13 @@ memory (through `SlotWord.to`, so an illegal change asserts), the columns here, 
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from kvstore.core.names import BlockName
 from kvstore.core.slots import READABLE, SlotState, SlotWord
 from kvstore.directory.events import Changed, TierKind
-from kvstore.directory.policy import Access, BlockKey, Policy
+from kvstore.directory.policy import BlockKey, Policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.roots import RootInfo, Roots
@@ -54,6 +54,8 @@ class SlotTable:
         """Leases and running jobs that need the bytes to stay."""
         self.root_number = array("I", bytes(4 * slots))
         self.key = array("Q", bytes(8 * slots))
+        self.parent = array("Q", bytes(8 * slots))
+        """Key of the block before it in its prompt; 0 at the start or where it is not known."""
         self.writer = array("I", bytes(4 * slots))
         """Session that reserved the slot last; 0 when that was before this incarnation."""
         self.claimed_ms = array("d", bytes(8 * slots))
@@ -102,7 +104,15 @@ class SlotTable:
     # -- the life of a slot ----------------------------------------------------------------
 
     def reserve(
-        self, info: RootInfo, name: bytes, key: int, *, position: int, session: int, now_ms: float
+        self,
+        info: RootInfo,
+        name: bytes,
+        key: int,
+        *,
+        parent: int,
+        position: int,
+        session: int,
+        now_ms: float,
     ) -> int | None:
         """Give a free slot to a session for one block; None when there is no free slot.
 
@@ -125,6 +135,7 @@ class SlotTable:
         self.arena.set_record(slot, record)
         self.root_number[slot] = info.number
         self.key[slot] = key
+        self.parent[slot] = parent
         self.writer[slot] = session
         self.claimed_ms[slot] = now_ms
         self._turn(slot, SlotState.RESERVED, session=session)
@@ -132,8 +143,11 @@ class SlotTable:
         self.reserved_bytes += info.shape.block_bytes
         return slot
 
-    def commit(self, slot: int, now_ms: float) -> bool:
-        """Make a reserved slot readable; False when its name was committed before: slot freed."""
+    def commit(self, slot: int) -> bool:
+        """Make a reserved slot readable; False when its name was committed before: slot freed.
+
+        The caller tells the policy of what it committed (`tell_inserted`).
+        """
         key = self.key[slot]
         holder = self.index.get(key)
         if holder is not None and holder != slot and SlotState(self.state[holder]) in READABLE:
@@ -145,8 +159,18 @@ class SlotTable:
         block_bytes = self.root_of(slot).shape.block_bytes
         self.reserved_bytes -= block_bytes
         self.used_bytes += block_bytes
-        self.policy.insert(BlockKey(key), self.access(slot, now_ms))
         return True
+
+    def tell_inserted(self, slots: Sequence[int], now_ms: float) -> None:
+        """Tell the policy of committed slots, in prefix order; one call for each unbroken run."""
+        start = 0
+        for stop in range(1, len(slots) + 1):
+            if stop < len(slots) and self.parent[slots[stop]] == self.key[slots[stop - 1]]:
+                continue
+            run = [BlockKey(self.key[slot]) for slot in slots[start:stop]]
+            parent = self.parent[slots[start]]
+            self.policy.insert(run, parent=BlockKey(parent) if parent else None, now_ms=now_ms)
+            start = stop
 
     def seal(self, slot: int, block_sum: bytes) -> None:
         """Store the sum of a committed slot and list the block to others."""
@@ -190,6 +214,7 @@ class SlotTable:
         self.state[slot] = word.state
         self.root_number[slot] = info.number
         self.key[slot] = key
+        self.parent[slot] = 0
         self.writer[slot] = word.session
         self.claimed_ms[slot] = now_ms
         self.index[key] = slot
@@ -198,31 +223,25 @@ class SlotTable:
             self.reserved_bytes += info.shape.block_bytes
             return
         self.used_bytes += info.shape.block_bytes
-        self.policy.insert(BlockKey(key), self.access(slot, now_ms))
-
-    def access(self, slot: int, now_ms: float) -> Access:
-        """Return the evidence of one use of the slot's block."""
-        info = self.root_of(slot)
-        return Access(
-            now_ms=now_ms,
-            position=self.arena.record(slot).position,
-            block_bytes=info.shape.block_bytes,
-            share_domain=info.domain,
-        )
+        self.policy.insert([BlockKey(key)], parent=None, now_ms=now_ms)
 
     # -- room ------------------------------------------------------------------------------
 
-    def make_room(self, block_bytes: int, count: int, now_ms: float) -> bool:
-        """Evict so that at least one slot of the class can be reserved; at most `count` blocks.
+    def make_room(self, block_bytes: int, newcomers: Sequence[int], now_ms: float) -> bool:
+        """Evict so that slots for at least the first of `newcomers` can be reserved.
 
-        The class takes a whole chunk from another one while it holds less than its fair share,
-        and otherwise drops its own least valuable blocks. False when all is leased, reserved or
-        unsealed.
+        `newcomers` are keys in prefix order that a request asked for. The class takes a whole chunk
+        from another one while it holds less than its fair share, and otherwise drops its own least
+        valuable blocks. False when all is leased, reserved or unsealed, or worth more than the
+        newcomers.
         """
         if self.space.below_fair_share(block_bytes) and self._take_chunk(block_bytes):
             return True
         victims = self.policy.victims(
-            count, now_ms=now_ms, may_evict=lambda key: self._evictable(key, block_bytes)
+            len(newcomers),
+            now_ms=now_ms,
+            may_evict=lambda key: self._evictable(key, block_bytes),
+            newcomers=[BlockKey(key) for key in newcomers],
         )
         if victims:
             self.evict((self.index[key] for key in victims), reason="room")

@@ -4,6 +4,7 @@ The gRPC handlers pass parsed requests and the time in and send the answers out;
 waiting happen elsewhere. One instance is used from one thread.
 """
 
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +13,12 @@ from typing import Final
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
-from kvstore.directory.policy import Access, BlockKey
+from kvstore.directory.policy import Prompt
 from kvstore.service.roots import RootInfo
 from kvstore.service.sessions import MAX_LEASES_PER_SESSION, Leases, Session, Sessions
 from kvstore.service.slots import SlotTable, keys_of
 
-_TOUCHES_MAX: Final = 64
+_REQUESTS_MAX: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +44,6 @@ class Acquired:
     reserve_reason: MissReason = MissReason.NONE
 
 
-@dataclass(frozen=True, slots=True)
-class _Touch:
-    """A run of blocks used by one call; told to the policy before it chooses next."""
-
-    info: RootInfo
-    keys: list[int]
-    first_block: int
-    now_ms: float
-
-
 class ArenaStore:
     """The arena with its sessions: reservations, leases, commits."""
 
@@ -63,7 +54,8 @@ class ArenaStore:
         self.leases = Leases(first_lease)
         self.to_seal: deque[tuple[int, int]] = deque()
         """(slot, generation) of committed slots whose bytes have to be hashed."""
-        self._touches: list[_Touch] = []
+        self._requests: list[Prompt] = []
+        """What was asked for and not told to the policy yet: Acquire defers it past its answer."""
         self.hit_blocks = 0
         self.misses = 0
 
@@ -93,7 +85,7 @@ class ArenaStore:
             for slot in answer.slots:
                 pins[slot] += 1
             answer.lease = self.leases.grant(session, answer.slots, now_ms + self.limits.lease_ms)
-            self._remember(_Touch(info, keys[:found], first_block, now_ms))
+        self._remember(info, keys, first_block, now_ms)
         if reserve:
             self._reserve(session, info, packed, keys, found, reserve, first_block, now_ms, answer)
         self._count(info, answer)
@@ -207,6 +199,7 @@ class ArenaStore:
                 info,
                 name,
                 keys[index],
+                parent=keys[index - 1] if index else 0,
                 position=first_block + index,
                 session=session.number,
                 now_ms=now_ms,
@@ -215,22 +208,21 @@ class ArenaStore:
                 session.reserved.add(slot)
                 session.reserved_bytes += info.shape.block_bytes
                 return slot
-            # What this prompt has behind a gap is about to be used: it must not go first.
-            self._remember(_Touch(info, keys[index:], first_block + index, now_ms))
-            self.flush_touches()
-            count = min(missing, self._reservable(session, info, keys[index:]))
-            if not table.make_room(info.shape.block_bytes, count, now_ms):
+            # The policy has to know of this request: what it asks for must not go first.
+            self.flush_requests()
+            newcomers = self._reservable(session, info, keys[index:])[:missing]
+            if not table.make_room(info.shape.block_bytes, newcomers, now_ms):
                 return None
         return None
 
-    def _reservable(self, session: Session, info: RootInfo, keys: list[int]) -> int:
-        """Return how many of `keys` this call can reserve: room for more would cost blocks.
+    def _reservable(self, session: Session, info: RootInfo, keys: list[int]) -> list[int]:
+        """Return those of `keys` that this call can reserve: room for more would cost blocks.
 
         What is asked for can be far more than the quota allows or than names that nobody holds.
         """
         quota = self.limits.reserve_quota_bytes - session.reserved_bytes
-        unheld = sum(key not in self.table.index for key in keys)
-        return max(1, min(unheld, quota // info.shape.block_bytes))
+        unheld = [key for key in keys if key not in self.table.index]
+        return unheld[: quota // info.shape.block_bytes] or keys[:1]
 
     # -- Settle ----------------------------------------------------------------------------
 
@@ -238,20 +230,21 @@ class ArenaStore:
         self, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]], now_ms: float
     ) -> list[SettleOutcome]:
         """Make reserved slots readable; `refs` are (slot, generation) in prefix order."""
-        outcomes = [SettleOutcome.NOT_YOURS] * len(refs)
-        # From the end to the start: the policy then drops suffixes before their prefixes.
-        for index in range(len(refs) - 1, -1, -1):
-            slot, generation = refs[index]
+        outcomes: list[SettleOutcome] = []
+        committed: list[int] = []
+        for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
             if outcome is SettleOutcome.DONE:
                 self._unreserve(session, slot)
-                if self.table.commit(slot, now_ms):
+                if self.table.commit(slot):
+                    committed.append(slot)
                     self.to_seal.append((slot, generation))
                 else:
                     outcome = SettleOutcome.DUPLICATE
             elif outcome is SettleOutcome.ALREADY and self.table.state[slot] not in READABLE:
                 outcome = SettleOutcome.STALE  # aborted, a duplicate, or evicted since
-            outcomes[index] = outcome
+            outcomes.append(outcome)
+        self.table.tell_inserted(committed, now_ms)
         return outcomes
 
     def abort(
@@ -353,23 +346,24 @@ class ArenaStore:
             return Outcome.MISS
         return Outcome.HIT if self.table.servable[slot] else None
 
-    def flush_touches(self) -> None:
-        """Tell the policy about uses so far; Acquire defers it past its answer."""
-        touches, self._touches = self._touches, []
-        touch_one = self.table.policy.touch
-        for touch in touches:
-            now_ms, first = touch.now_ms, touch.first_block
-            block_bytes, domain = touch.info.shape.block_bytes, touch.info.domain
-            keys = touch.keys
-            for index in range(len(keys) - 1, -1, -1):
-                parent = BlockKey(keys[index - 1]) if index else None
-                access = Access(now_ms, first + index, block_bytes, parent, domain)
-                touch_one(BlockKey(keys[index]), access)
+    def flush_requests(self) -> None:
+        """Tell the policy what was asked for so far."""
+        prompts, self._requests = self._requests, []
+        for prompt in prompts:
+            self.table.policy.request(prompt)
 
-    def _remember(self, touch: _Touch) -> None:
-        self._touches.append(touch)
-        if len(self._touches) >= _TOUCHES_MAX:
-            self.flush_touches()
+    def _remember(self, info: RootInfo, keys: list[int], first_block: int, now_ms: float) -> None:
+        self._requests.append(
+            Prompt(
+                keys=array("Q", keys),
+                now_ms=now_ms,
+                first_block=first_block,
+                block_bytes=info.shape.block_bytes,
+                share_domain=info.domain,
+            )
+        )
+        if len(self._requests) >= _REQUESTS_MAX:
+            self.flush_requests()
 
     def _count(self, info: RootInfo, answer: Acquired) -> None:
         metrics = self.table.metrics

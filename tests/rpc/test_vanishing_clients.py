@@ -133,7 +133,7 @@ def test_a_reader_stopped_past_its_lease_does_not_believe_its_copy(
     request: pytest.FixtureRequest,
 ) -> None:
     with (
-        start_node(arena_bytes=2 << 20, options=QUICK) as node,
+        start_node(arena_bytes=2 << 20, options=[*QUICK, "--policy", "lru"]) as node,
         connect(node.run_dir, request.node.name) as client,
         session_process(node.run_dir, request.node.name) as reader,
     ):

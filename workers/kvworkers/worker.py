@@ -27,7 +27,7 @@ from kvstore.core.errors import BadInput, KvStoreError
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import Root, derive_root, pack_tokens
 from kvstore.directory.events import TierKind
-from kvstore.directory.lru import Lru
+from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
 from kvstore.rpc.channel import listen, make_server
@@ -68,6 +68,8 @@ class WorkerConfig:
     device: str = "cpu"
     pool_bytes: int = 512 << 20
     """Pages of the device, in bytes."""
+    policy: str = DEFAULT_POLICY
+    """Which pages are evicted, by the name in `kvstore.directory.policies`."""
     threads: int | None = None
     """Compute threads; None: as torch decides."""
     store: bool = True
@@ -96,6 +98,7 @@ class WorkerConfig:
             raise BadInput("drain_ms and incarnation must not be negative")
         if self.threads is not None and self.threads <= 0:
             raise BadInput(f"threads must be positive, got {self.threads}")
+        make_policy(self.policy)
         _host_port(self.metrics, "metrics")
 
 
@@ -152,7 +155,7 @@ class WorkerServer:
         self._stack.push_async_callback(self._leave_node)
         await self._join_node(model, mover)
         host = config.host or (self._client.node if self._client else config.name)
-        pool = PagePool(pages, block_bytes=block_bytes, policy=Lru())
+        pool = PagePool(pages, block_bytes=block_bytes, policy=make_policy(config.policy))
         publisher = Publisher(config.name, self.incarnation, [TierKind.HBM], pool, host=host)
         engine = self._engine = self._new_engine(model, memory, pool, publisher)
         engine.start()

@@ -11,7 +11,9 @@ from kvstore.cli.main import run
 
 COMMANDS = {
     "node": "kvstore.cli.node",
+    "record": "kvstore.cli.record",
     "router": "kvstore.cli.router",
+    "simulate": "kvstore.cli.simulate",
     "up": "kvworkers.commands.up",
     "down": "kvworkers.commands.down",
     "chat": "kvworkers.commands.chat",

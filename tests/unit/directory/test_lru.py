@@ -1,23 +1,20 @@
 from kvstore.directory.lru import Lru
-from kvstore.directory.policy import Access, BlockKey
-
-ACCESS = Access(now_ms=0.0, position=0, block_bytes=4096)
+from kvstore.directory.policy import BlockKey
+from kvstore.testing.policy_contract import blocks, prompt
 
 
 def lru(*keys: int) -> Lru:
     policy = Lru()
     for key in keys:
-        policy.insert(BlockKey(key), ACCESS)
+        policy.insert(blocks([key]), parent=None, now_ms=0.0)
     return policy
 
 
 def test_the_least_recently_used_goes_first() -> None:
     policy = lru(1, 2, 3)
-    policy.touch(BlockKey(1), ACCESS)
-    policy.touch(BlockKey(99), ACCESS)
+    policy.request(prompt([1, 99], 1.0))
     assert policy.victims(2, now_ms=1.0, may_evict=lambda key: True) == [2, 3]
     assert policy.victims(0, now_ms=1.0, may_evict=lambda key: True) == []
-    assert policy.admit(BlockKey(7), ACCESS)
 
 
 def test_what_may_not_go_is_passed_over() -> None:
@@ -28,3 +25,9 @@ def test_what_may_not_go_is_passed_over() -> None:
     policy.remove(BlockKey(1))
     assert BlockKey(1) not in policy
     assert BlockKey(2) in policy
+
+
+def test_a_new_suffix_is_older_than_the_prefix_it_hangs_on() -> None:
+    policy = lru(1, 2, 3)
+    policy.insert(blocks([4, 5]), parent=BlockKey(1), now_ms=2.0)
+    assert policy.victims(9, now_ms=3.0, may_evict=lambda key: True) == [2, 3, 5, 4, 1]

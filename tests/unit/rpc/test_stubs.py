@@ -11,6 +11,8 @@ from kvstore.rpc.v1 import (
     cache_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    record_pb2,
+    record_pb2_grpc,
     router_pb2,
     router_pb2_grpc,
     types_pb2,
@@ -29,6 +31,7 @@ SERVICES = {
         },
     ),
     "Worker": (worker_pb2, {"Describe", "Run", "Watch"}),
+    "Recorder": (record_pb2, {"Record"}),
     "Router": (router_pb2, {"Complete", "Explain", "Route"}),
     "Inference": (inference_pb2, {"Generate", "ListModels"}),
 }  # fmt: skip
@@ -44,6 +47,7 @@ def test_generated_classes_are_there() -> None:
     for module, name in (
         (cache_pb2_grpc, "CacheNode"),
         (worker_pb2_grpc, "Worker"),
+        (record_pb2_grpc, "Recorder"),
         (router_pb2_grpc, "Router"),
         (inference_pb2_grpc, "Inference"),
     ):
@@ -58,7 +62,7 @@ def test_the_namespace_on_the_wire_has_our_fields() -> None:
 
 def test_every_file_declares_our_package() -> None:
     files = sorted(PROTO.glob("*.proto"))
-    assert len(files) == 6
+    assert len(files) == 7
     for path in files:
         assert "package kvstore.rpc.v1;" in path.read_text(encoding="utf-8")
 

@@ -107,7 +107,7 @@ def test_many_touches_are_told_before_they_pile_up() -> None:
                 session, info, names(2)[0], reserve=0, first_block=0, now_ms=1.0
             )
             small.store.release(session, [answer.lease])
-        small.store.flush_touches()
+        small.store.flush_requests()
         first, second = (keys_of(info, name)[0] for name in names(2))
         order = small.table.policy.victims(2, now_ms=2.0, may_evict=lambda key: True)
         assert order == [second, first]

@@ -8,6 +8,7 @@ from typing import Final
 
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
+from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 
 MAX_WORKERS: Final = 1_024
 """Workers of one cluster: what a router's view is laid out for."""
@@ -24,7 +25,8 @@ class ClusterConfig:
     """One cluster. `model` is a prepared directory; `run_dir` holds every socket and log.
 
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
-    the worker and to the machine. Raises `BadInput` naming the flag at fault.
+    the worker and to the machine. `policy` evicts in every tier.
+    Raises `BadInput` naming the flag at fault.
     """
 
     model: Path
@@ -33,6 +35,7 @@ class ClusterConfig:
     arena_bytes: int = 1 << 30
     pool_bytes: int = 0
     threads: int = 0
+    policy: str = DEFAULT_POLICY
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
 
@@ -43,6 +46,7 @@ class ClusterConfig:
             raise BadInput(f"--arena {self.arena_bytes}: at least {MIN_ARENA_BYTES} bytes")
         if self.pool_bytes < 0 or self.threads < 0:
             raise BadInput("--pool and --threads must not be negative")
+        make_policy(self.policy)
 
     def threads_per_worker(self, cores: int | None = None) -> int:
         """Return the compute threads of one worker: an equal part of the machine by default."""

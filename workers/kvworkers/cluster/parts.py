@@ -103,6 +103,7 @@ class NodeShell(Shell):
             *(sys.executable, "-m", "kvstore.cli.main", "node", "--json"),
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
             *("--arena-bytes", str(self._config.arena_bytes)),
+            *("--policy", self._config.policy),
             *("--parent-pid", str(os.getpid())),
         ]
         log = self._config.run_dir / f"{self._report.name}.log"
@@ -215,6 +216,7 @@ class WorkerShell(Shell):
             name=self._report.name,
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
+            policy=chosen.policy,
             drain_ms=_DRAIN_MS,
         )
         if chosen.pool_bytes:

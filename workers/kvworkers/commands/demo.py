@@ -26,17 +26,9 @@ from kvworkers.demo.script import conversations
 @click.option("--json", "as_json", is_flag=True, help="One line per request, then a summary.")
 def demo(
     *,
-    clients: int,
-    turns: int,
-    model: str | None,
-    workers: int,
-    arena: int,
-    pool: int | None,
-    threads: int,
-    http: Address,
-    grpc: Address,
-    as_json: bool,
-) -> int:
+    clients: int, turns: int, model: str | None, workers: int, arena: int, pool: int | None,
+    threads: int, policy: str, http: Address, grpc: Address, as_json: bool,
+) -> int:  # fmt: skip
     """Show the whole service at work on this machine.
 
     Starts a cluster, lets clients hold conversations that share a long system prompt and
@@ -53,6 +45,7 @@ def demo(
         arena_bytes=arena,
         pool_bytes=pool or 0,
         threads=threads,
+        policy=policy,
         http=http,
         grpc=grpc,
     )

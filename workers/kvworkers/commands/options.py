@@ -12,6 +12,7 @@ import click
 
 from kvstore.cli.values import ADDRESS, BYTES, Address
 from kvstore.core.errors import BadInput
+from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
 
 _OUR_PORTS: Final = range(20_000, 32_000)
 _PORT_TRIES: Final = 32
@@ -39,6 +40,13 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 type=BYTES,
                 default=None,
                 help="Each worker's own pages. [default: 512MiB]",
+            ),
+            click.option(
+                "--policy",
+                type=click.Choice(list(POLICIES)),
+                default=DEFAULT_POLICY,
+                show_default=True,
+                help="What to evict and what to admit, in every tier.",
             ),
             click.option(
                 "--threads", default=0, help="Compute threads per worker. [default: cores/workers]"

@@ -51,6 +51,7 @@ def up(
     arena: int,
     pool: int | None,
     threads: int,
+    policy: str,
     http: Address,
     grpc: Address,
     name: str,
@@ -72,6 +73,7 @@ def up(
         arena_bytes=arena,
         pool_bytes=pool or 0,
         threads=threads,
+        policy=policy,
         http=http,
         grpc=grpc,
     )

@@ -229,7 +229,10 @@ class Scheduler:
         first, last = sequence.published, sequence.full_blocks
         for block in range(first, last):
             key = PageKey(sequence.root, sequence.names[block])
-            self._pool.publish(sequence.pages[block], key, position=block, now_ms=now_ms)
+            parent = PageKey(sequence.root, sequence.names[block - 1]) if block else None
+            self._pool.publish(
+                sequence.pages[block], key, position=block, now_ms=now_ms, parent=parent
+            )
         self._forget_computing(sequence, first, last)
         sequence.published = max(first, last)
 

@@ -12,13 +12,15 @@ Page tables are append-only: when two sequences compute the same block, each kee
 page and only the first one is named. Everything runs on one thread; time is passed in.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Changed, TierKind
-from kvstore.directory.policy import Access, BlockKey, Policy, block_key
+from kvstore.directory.policy import BlockKey, Policy, Prompt, block_key
 
 
 class PageKey(NamedTuple):
@@ -121,9 +123,18 @@ class PagePool:
             self._references[page] = 1
         return taken
 
-    def publish(self, page: int, key: PageKey, *, position: int, now_ms: float) -> bool:
+    def publish(
+        self,
+        page: int,
+        key: PageKey,
+        *,
+        position: int,
+        now_ms: float,
+        parent: PageKey | None = None,
+    ) -> bool:
         """Name a held page that is full and will not change; False when the name is taken.
 
+        `parent` is the block before it in its prompt, None for the first.
         On False the page stays private to its holder and becomes free with its last release.
         """
         assert self._references[page] > 0 and self._keys[page] is None, f"page {page}"
@@ -134,7 +145,8 @@ class PagePool:
         self._positions[page] = position
         self._by_key[key] = page
         self._by_policy_key[policy_key] = page
-        self._policy.insert(policy_key, self._access(page, now_ms))
+        above = None if parent is None else block_key(parent.root, parent.name)
+        self._policy.insert([policy_key], parent=above, now_ms=now_ms)
         self._changes.append(PageChange(key, deleted=False))
         return True
 
@@ -149,14 +161,22 @@ class PagePool:
     def release(self, pages: Sequence[int], *, now_ms: float) -> None:
         """Give back one hold on each page, given in prefix order.
 
-        Touches from the end to the start, so that a prefix outlives its suffixes.
+        The named pages from the start on are what a request has used: evidence for the policy.
         """
+        named = list(takewhile(lambda key: key is not None, map(self._keys.__getitem__, pages)))
+        if named:
+            self._policy.request(
+                Prompt(
+                    keys=array("Q", [block_key(key.root, key.name) for key in named if key]),
+                    now_ms=now_ms,
+                    first_block=self._positions[pages[0]],
+                    block_bytes=self.block_bytes,
+                )
+            )
         for page in reversed(pages):
             assert self._references[page] > 0, f"page {page} is not held"
             self._references[page] -= 1
             key = self._keys[page]
-            if key is not None:
-                self._policy.touch(block_key(key.root, key.name), self._access(page, now_ms))
             if self._references[page] == 0:
                 if key is None:
                     self._free.append(page)
@@ -221,6 +241,3 @@ class PagePool:
 
     def _may_evict(self, block: BlockKey) -> bool:
         return self._references[self._by_policy_key[block]] == 0
-
-    def _access(self, page: int, now_ms: float) -> Access:
-        return Access(now_ms=now_ms, position=self._positions[page], block_bytes=self.block_bytes)

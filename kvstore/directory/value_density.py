@@ -1,0 +1,286 @@
+"""Our policy: keep what saves most recomputation per byte and second (docs/policy.md). Pure.
+
+Each run of blocks (`prefix_tree`) belongs to a class of evidence; `reuse` learns when such runs are
+asked for again and prices them. Leaves are kept in cells of equal price, youngest last; the
+cheapest cell gives its oldest run, from its end: suffixes before prefixes. A newcomer that is worth
+less than what would have to go for it is not admitted.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from kvstore.directory.policy import BlockKey, Prompt
+from kvstore.directory.prefix_tree import PrefixTree, Run
+from kvstore.directory.reuse import BINS, EDGES_MS, UNKNOWN, Evidence, ReuseModel, bin_of
+
+DEFAULT_MAX_GHOSTS: Final = 1 << 20
+"""Evicted blocks remembered: 8 bytes each, and some 300 for each run of them; about a hundred
+thousandth of what they described."""
+_FIRST_REFRESH: Final = 16
+_REFRESH_SHARE: Final = 64
+"""Prices are learned anew every sixty-fourth of all requests so far: evidence grows by 1.6 %."""
+_REFRESH_MAX: Final = 1024
+_MAX_CLASSES: Final = 2048
+"""Beyond it hints of callers open no new classes."""
+_ENDS_MAX: Final = 3
+_KIDS_MAX: Final = 3
+_Cell = tuple[int, int, int, int]
+"""Class, age bin, value bucket, block bytes: everything that the price depends on."""
+_Worth = tuple[float, float]
+"""Price, and last use in ms: of equal prices the older goes, as under LRU."""
+_NO_LIMIT: Final[_Worth] = (math.inf, math.inf)
+
+
+class ValueDensity:
+    """Orders blocks by predicted saving per byte and second. Implements `Policy`.
+
+    `depth_cost` is how much more a block costs to compute per block of depth, as a share of the
+    first block's cost: quadratic over linear prefill cost, times the tokens of a block; 0 counts
+    tokens.
+    """
+
+    name = "ours"
+
+    def __init__(
+        self, *, depth_cost: float = 0.0, max_ghosts: int = DEFAULT_MAX_GHOSTS, bypass: bool = True
+    ) -> None:
+        assert depth_cost >= 0 and max_ghosts >= 0
+        self._depth_cost = depth_cost
+        self._max_ghosts = max_ghosts
+        self._bypass = bypass
+        self._tree = PrefixTree(self._settle, self._divide, self._lose)
+        self._model = ReuseModel()
+        self._ages: list[dict[Run, None]] = [{} for _ in range(BINS)]
+        """Runs by the bin of their age, the longest unused first."""
+        self._cells: dict[_Cell, dict[Run, None]] = {}
+        """Leaves by price, the longest unused first."""
+        self._requests = 0
+        self._refresh_at = _FIRST_REFRESH
+
+    # -- evidence --------------------------------------------------------------------------
+
+    def request(self, prompt: Prompt) -> None:
+        """Learn from a request, and make what it asks for young."""
+        if not prompt.keys:
+            return
+        self._grow_old(prompt.now_ms)
+        self._requests += 1
+        if self._requests >= self._refresh_at:
+            self._model.refresh()
+            share = self._requests // _REFRESH_SHARE
+            self._refresh_at += min(max(_FIRST_REFRESH, share), _REFRESH_MAX)
+        path, known = self._tree.walk(prompt.keys, prompt.first_block, partial=prompt.partial)
+        ends = min(sum(run.ends for run in path), _ENDS_MAX)
+        share_known = 0 if known == 0 else 1 if 2 * known < len(prompt.keys) else 2
+        # From the end, so that of equally old runs the suffix is found first.
+        for run in reversed(path):
+            self._use(run, prompt, partial=prompt.partial and run is path[-1],
+                      share_known=share_known, ends=ends)  # fmt: skip
+        last = path[-2] if prompt.partial and len(path) > 1 else path[-1]
+        last.ends = True
+        if self._tree.blocks - len(self._tree) > self._max_ghosts:
+            self._forget()
+
+    def _use(self, run: Run, prompt: Prompt, *, partial: bool, share_known: int, ends: int) -> None:
+        """Count one use of a run and put it among the youngest."""
+        weight = len(run.keys) ** 0.5
+        if run.uses and run.evidence != UNKNOWN:
+            reached = max(bin_of(prompt.now_ms - run.last_ms), run.bin)
+            for skipped in range(run.bin + 1, reached + 1):
+                self._model.enter(run.evidence, skipped, weight)
+            self._model.reuse(run.evidence, reached, weight)
+        self._ages[run.bin].pop(run, None)
+        run.uses += 1
+        run.last_ms = prompt.now_ms
+        run.block_bytes = prompt.block_bytes
+        if share_known:
+            detail = min(len(run.kids) if run.kids else 0, _KIDS_MAX)
+        else:  # a prompt that continues nothing tells its size and no more
+            detail = len(prompt.keys).bit_length()
+        uses = run.uses if run.uses < 5 else 5 if run.uses < 9 else 6
+        run.evidence = self._class(
+            ((uses, partial), share_known, ends, detail, prompt.kind, prompt.share_domain)
+        )
+        run.bin = 0
+        self._model.enter(run.evidence, 0, weight)
+        self._ages[0][run] = None
+        self._settle(run)
+
+    def _class(self, evidence: Evidence) -> int:
+        if len(self._model.index) >= _MAX_CLASSES:
+            evidence = (*evidence[:-2], "", "")
+        return self._model.number(evidence)
+
+    def _grow_old(self, now_ms: float) -> None:
+        """Move runs to the bins of their ages."""
+        for number in range(BINS - 1):
+            young = self._ages[number]
+            limit = now_ms - EDGES_MS[number]
+            moved: list[Run] = []
+            for run in young:
+                if run.last_ms > limit:
+                    break
+                moved.append(run)
+            for run in moved:
+                del young[run]
+                run.bin = number + 1
+                self._ages[run.bin][run] = None
+                if run.evidence != UNKNOWN:
+                    self._model.enter(run.evidence, run.bin, len(run.keys) ** 0.5)
+                self._settle(run)
+
+    def _divide(self, head: Run, tail: Run) -> None:
+        """Give a head that was split off the history of its tail."""
+        head.evidence, head.bin = tail.evidence, tail.bin
+        self._ages[head.bin][head] = None
+
+    def _lose(self, run: Run) -> None:
+        """Take out a run that ceased to be."""
+        self._ages[run.bin].pop(run, None)
+
+    def _settle(self, run: Run) -> None:
+        """Put a run into the cell where it belongs, or into none."""
+        cell: _Cell | None = None
+        if run.is_leaf:
+            depth = run.position + run.held
+            value = round(4 * math.log2(1 + self._depth_cost * depth)) if self._depth_cost else 0
+            cell = (run.evidence, run.bin, value, run.block_bytes)
+        if cell == run.cell:
+            return
+        if run.cell is not None:
+            members = self._cells[run.cell]
+            del members[run]
+            if not members:
+                del self._cells[run.cell]
+        if cell is not None:
+            self._cells.setdefault(cell, {})[run] = None
+        run.cell = cell
+
+    def _forget(self) -> None:
+        """Drop a tenth of the ghosts, the longest unused first."""
+        keep = self._max_ghosts - self._max_ghosts // 10
+        for number in range(BINS - 1, -1, -1):
+            for run in list(self._ages[number]):
+                if self._tree.blocks - len(self._tree) <= keep:
+                    return
+                if run.kids or run.held == len(run.keys):
+                    continue
+                self._tree.forget(run)
+
+    # -- holding ---------------------------------------------------------------------------
+
+    def insert(self, blocks: Sequence[BlockKey], *, parent: BlockKey | None, now_ms: float) -> None:
+        """Hold `blocks`; those that no request asked for are worth what an unknown one is."""
+        for run in self._tree.hold(blocks, parent):
+            run.last_ms = now_ms
+            self._ages[run.bin].pop(run, None)
+            run.bin = 0
+            self._ages[0][run] = None
+            self._settle(run)
+
+    def remove(self, block: BlockKey) -> None:
+        """Keep `block` as a ghost; unknown ones are ignored."""
+        self._tree.drop(block)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._tree
+
+    # -- choosing --------------------------------------------------------------------------
+
+    def victims(
+        self,
+        count: int,
+        *,
+        now_ms: float,
+        may_evict: Callable[[BlockKey], bool],
+        newcomers: Sequence[BlockKey] = (),
+    ) -> list[BlockKey]:
+        """Return the blocks of the lowest price; for newcomers only those below theirs."""
+        assert not newcomers or len(newcomers) == count
+        chosen: list[BlockKey] = []
+        if count <= 0:
+            return chosen
+        self._grow_old(now_ms)
+        limits = self._prices(newcomers) if self._bypass else iter(())
+        limit = next(limits, _NO_LIMIT)
+        for worth, block in self._cheapest(may_evict):
+            if worth >= limit:
+                return chosen
+            chosen.append(block)
+            if len(chosen) == count:
+                return chosen
+            limit = next(limits, _NO_LIMIT)
+        if not newcomers:
+            self._add_any(chosen, count, may_evict)
+        return chosen
+
+    def _prices(self, newcomers: Sequence[BlockKey]) -> Iterator[_Worth]:
+        """Yield the worth of each newcomer; those that nobody asked for get in at any price."""
+        index = 0
+        while index < len(newcomers):
+            run = self._tree.find(newcomers[index])
+            if run is None:
+                yield _NO_LIMIT
+                index += 1
+                continue
+            worth = (self._price(self._cell_of(run)), run.last_ms)
+            offset = run.keys.index(newcomers[index])
+            for key in run.keys[offset:]:
+                if index == len(newcomers) or newcomers[index] != key:
+                    break
+                yield worth
+                index += 1
+
+    def _cell_of(self, run: Run) -> _Cell:
+        value = round(4 * math.log2(1 + self._depth_cost * run.position)) if self._depth_cost else 0
+        return (run.evidence, run.bin, value, run.block_bytes)
+
+    def _price(self, cell: _Cell) -> float:
+        """Return the saving per byte and millisecond of what stands in a cell."""
+        evidence, age, value, block_bytes = cell
+        saving: float = self._model.index[evidence][age] * 2.0 ** (value / 4)
+        return saving / max(1, block_bytes)
+
+    def _cheapest(self, may_evict: Callable[[BlockKey], bool]) -> Iterator[tuple[_Worth, BlockKey]]:
+        """Yield worths and blocks, cheapest first, as if each had been removed."""
+        heap = [(self._price(cell), number, iter(runs))
+                for number, (cell, runs) in enumerate(self._cells.items())]  # fmt: skip
+        heapq.heapify(heap)
+        number = len(heap)
+        kids_gone: dict[Run, int] = {}
+        while heap:
+            price, _, runs_left = heap[0]
+            run = next(runs_left, None)
+            if run is None:
+                heapq.heappop(heap)
+                continue
+            for offset in range(run.held - 1, -1, -1):
+                block = BlockKey(run.keys[offset])
+                if not may_evict(block):
+                    break
+                yield (price, run.last_ms), block
+            else:
+                parent = run.parent
+                assert parent is not None
+                kids_gone[parent] = kids_gone.get(parent, 0) + 1
+                if parent.held and kids_gone[parent] == parent.held_kids:
+                    number += 1
+                    entry = (self._price(self._cell_of(parent)), number, iter([parent]))
+                    heapq.heappush(heap, entry)
+
+    def _add_any(
+        self, chosen: list[BlockKey], count: int, may_evict: Callable[[BlockKey], bool]
+    ) -> None:
+        """Fill up with blocks in front of ones that have to stay: an owner that has to have room
+        gets it, though what is left behind such a hole can be reached by nobody."""
+        taken = set(chosen)
+        for key in map(BlockKey, self._tree.held_keys()):
+            if key not in taken and may_evict(key):
+                chosen.append(key)
+                if len(chosen) == count:
+                    return
