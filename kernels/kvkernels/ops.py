@@ -5,7 +5,7 @@ heads outermost. Callers use these functions only; which code runs is decided by
 the tensors, so another implementation drops in without a change above:
 
     ops (shapes, checks) ── implementation(device) ──▶ kvkernels.reference   cpu: vectorised torch
-                                                       a module per further device
+                                                       kvkernels.triton.device  cuda: Triton kernels
 
 The reference is also the oracle that every later kernel is compared with. Shapes are checked on
 every call; values of index tensors are checked once per step by whoever builds the step
@@ -15,7 +15,7 @@ every call; values of index tensors are checked once per step by whoever builds 
 import torch
 from torch import Tensor
 
-from kvkernels.plans import AttentionPlan, Implementation
+from kvkernels.plans import AttentionPlan, Implementation, Rules
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 from kvstore.core.limits import BLOCK_TOKENS
@@ -24,6 +24,9 @@ _ELEMENT_TYPES = {
     Codec.RAW32: (torch.float32,),
     Codec.RAW16: (torch.bfloat16, torch.float16),
 }
+
+
+_CAUSAL = Rules()
 
 
 def implementation(device_type: str) -> Implementation:
@@ -35,7 +38,13 @@ def implementation(device_type: str) -> Implementation:
         from kvkernels import reference
 
         return reference
-    raise Unsupported(f"no kernels for device {device_type!r}; this build serves 'cpu'")
+    if device_type == "cuda":
+        try:
+            from kvkernels.triton import device
+        except ModuleNotFoundError as missing:
+            raise Unsupported(f"kernels for 'cuda' need the package {missing.name!r}") from missing
+        return device
+    raise Unsupported(f"no kernels for device {device_type!r}; there are 'cpu' and 'cuda'")
 
 
 def page_view(pool: Tensor, layout: BlockLayout, dtype: torch.dtype | None = None) -> Tensor:
@@ -131,6 +140,7 @@ def paged_attention(
     query_starts: Tensor,
     scale: float,
     plan: AttentionPlan | None = None,
+    rules: Rules = _CAUSAL,
 ) -> Tensor:
     """Attend causally from new tokens to everything their sequence holds in its pages.
 
@@ -140,7 +150,7 @@ def paged_attention(
     of a sequence is its last token. K and V of the new tokens have been written already.
     Query heads are a multiple of KV heads (MHA, GQA and MQA alike). Returns a tensor like
     query. `plan` is `plan_attention`'s for the same three tensors: pass it where several layers
-    share them, or it is made anew.
+    share them, or it is made anew. `rules` adds a window, sinks or a soft cap.
     """
     _check_pages(pages, layer)
     heads = pages.shape[1]
@@ -162,7 +172,7 @@ def paged_attention(
         f"query has {query.shape[0]} tokens, its starts say {plan.query_tokens}",
     )
     return implementation(pages.device.type).paged_attention(
-        query, pages, layer=layer, plan=plan, scale=scale
+        query, pages, layer=layer, plan=plan, scale=scale, rules=rules
     )
 
 

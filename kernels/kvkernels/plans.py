@@ -1,8 +1,34 @@
 """What a device has to provide, and the plan that the layers of one step share."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from kvstore.core.errors import BadInput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What changes attention beyond causality. The default changes nothing.
+
+    Raises `BadInput` naming the value that makes no sense.
+    """
+
+    window: int | None = None
+    """A token sees itself and the `window - 1` tokens before it."""
+    sinks: int = 0
+    """Tokens at the start of a sequence that stay visible beyond the window."""
+    softcap: float | None = None
+    """Scaled scores s become softcap * tanh(s / softcap)."""
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise BadInput(f"window must be at least 1, got {self.window}")
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise BadInput(f"sinks go with a window and are not negative, got {self.sinks}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise BadInput(f"softcap must be above 0, got {self.softcap}")
 
 
 class AttentionPlan(Protocol):
@@ -26,7 +52,14 @@ class Implementation(Protocol):
     ) -> AttentionPlan: ...
 
     def paged_attention(
-        self, query: Tensor, pages: Tensor, *, layer: int, plan: AttentionPlan, scale: float
+        self,
+        query: Tensor,
+        pages: Tensor,
+        *,
+        layer: int,
+        plan: AttentionPlan,
+        scale: float,
+        rules: Rules,
     ) -> Tensor: ...
 
     def load_blocks(self, arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None: ...

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvkernels.plans import AttentionPlan
+from kvkernels.plans import AttentionPlan, Rules
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 
@@ -99,7 +99,7 @@ def _tiles(start: int, stop: int, context: int) -> Sequence[_Tile]:
 
 
 def paged_attention(
-    query: Tensor, pages: Tensor, *, layer: int, plan: AttentionPlan, scale: float
+    query: Tensor, pages: Tensor, *, layer: int, plan: AttentionPlan, scale: float, rules: Rules
 ) -> Tensor:
     """See `kvkernels.ops.paged_attention`."""
     assert isinstance(plan, ReferencePlan)
@@ -110,6 +110,10 @@ def paged_attention(
     for sequence in plan.sequences:
         kv = cells.index_select(2, sequence.table).view(heads, 2, -1, dim)
         for tile in sequence.tiles:
+            if rules != Rules():
+                rows = query[tile.start : tile.stop]
+                out[tile.start : tile.stop] = _attend_by_rules(rows, kv, tile, scale, rules)
+                continue
             attended = scaled_dot_product_attention(
                 query[tile.start : tile.stop].transpose(0, 1).unsqueeze(0),
                 kv[None, :, 0, : tile.context],
@@ -121,6 +125,25 @@ def paged_attention(
             )
             out[tile.start : tile.stop] = attended[0].transpose(0, 1)
     return out
+
+
+def _attend_by_rules(query: Tensor, kv: Tensor, tile: _Tile, scale: float, rules: Rules) -> Tensor:
+    """Attend with every score written out, in float32 or better: [tokens, query_heads, dim]."""
+    tokens, heads, context = query.shape[0], query.shape[1], tile.context
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = (
+        kv[:, half, :context].to(wide).repeat_interleave(heads // kv.shape[0], 0) for half in (0, 1)
+    )
+    scores = torch.einsum("thd,hcd->htc", query.to(wide), keys) * scale
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    own = torch.arange(context - tokens, context)[:, None]
+    other = torch.arange(context)[None, :]
+    seen = other <= own
+    if rules.window is not None:
+        seen &= (other > own - rules.window) | (other < rules.sinks)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("htc,hcd->thd", weights, values).to(query.dtype)
 
 
 def load_blocks(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None:

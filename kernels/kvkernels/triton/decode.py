@@ -1,0 +1,193 @@
+"""Attention of a few new tokens over paged K and V: split over the context, merged in one launch.
+
+One program serves one *item* (a span of one unit's context, see `kvkernels.triton.work`) and one
+KV head. The query heads that share the KV head lie in the rows of the tile, so each byte of K and
+V is read once. The page indices of the next tile are loaded one iteration ahead: loaded inside
+the iteration that needs them they would eat the stages that should hold K and V.
+
+Where a unit has several items, each leaves (max, sum, unnormalised output) in a workspace and
+adds one to the unit's counter; the one that finds all the others arrived merges. No program waits
+for another, and the last one sets the counter back to 0, so a captured launch can be replayed.
+"""
+
+# Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+MERGE_SPLITS = tl.constexpr(32)
+"""Partial results that the merge reads at once: 32 x 128 floats are 32 registers of a thread."""
+
+
+# fmt: off  (one parameter a line would bury the kernels under their signatures)
+
+
+# One parameter a line would bury the kernels under their signatures.
+# fmt: off
+
+
+@triton.jit
+def _merge(
+    out_rows, partial, stats, first, splits, head, row,
+    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr,
+):
+    """Combine one row of all a unit's items by their running maxima and sums, and store it."""
+    dims = tl.arange(0, DIM)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((DIM,), tl.float32)
+    for base in range(0, splits, MERGE_SPLITS):
+        index = base + tl.arange(0, MERGE_SPLITS)
+        there = index < splits
+        place = ((first + index) * HEADS + head).to(tl.int64) * BLOCK_M + row
+        # .cg: what other programs wrote lies in the L2, never in this processor's L1.
+        high = tl.load(stats + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        mass = tl.load(stats + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            partial + place[:, None] * DIM + dims[None, :],
+            mask=there[:, None], other=0.0, cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, tl.max(high, 0))
+        # A row may see nothing of the first items; all of them hidden is impossible.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(high - safe)
+        keep = tl.exp2(top - safe)
+        acc = acc * keep + tl.sum(part * weight[:, None], 0)
+        total = total * keep + tl.sum(mass * weight, 0)
+        top = new_top
+    tl.store(out_rows + dims, (acc / total).to(out_rows.dtype.element_ty))
+
+
+@triton.jit
+def _spots(tile, skip, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr):
+    """Return the token positions of a unit's tile: those between sinks and window are no tiles."""
+    if WINDOW > 0:
+        sink_tiles = (SINKS + BLOCK_N - 1) // BLOCK_N
+        tile = tile + tl.where(tile >= sink_tiles, skip, 0)
+    return tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def _scores(
+    q, k, spot, seen, scale, softcap,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Return the scores in units of log2, -inf where a row does not see a token."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if SOFTCAP:
+        # tanh by exp2, in a form that saturates instead of overflowing; 2 log2(e), then log2(e).
+        grown = tl.exp2(-tl.abs(scores) * (2.8853900817779268 / softcap))
+        capped = softcap * (1.0 - grown) / (1.0 + grown)
+        scores = tl.where(scores < 0, -capped, capped) * 1.4426950408889634
+    visible = spot[None, :] <= seen[:, None]
+    if WINDOW > 0:
+        visible = visible & ((spot[None, :] > seen[:, None] - WINDOW) | (spot[None, :] < SINKS))
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _scan(
+    q, keys, table, begin, end, skip, seen, context, page_stride, value_offset, scale, softcap,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Read tiles [begin, end); return running maximum, sum and unnormalised output per row."""
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    spot = _spots(begin, skip, BLOCK_N, WINDOW, SINKS)
+    page = tl.load(table + spot // PAGE, mask=spot < context, other=0)
+    for tile in range(begin, end):
+        ahead = _spots(tile + 1, skip, BLOCK_N, WINDOW, SINKS)
+        next_page = tl.load(table + ahead // PAGE, mask=ahead < context, other=0)
+        inside = spot < context
+        place = page.to(tl.int64) * page_stride + (spot % PAGE) * DIM
+        k = tl.load(keys + place[:, None], mask=inside[:, None], other=0.0).to(DOT)
+        scores = _scores(q, k, spot, seen, scale, softcap, WINDOW, SINKS, SOFTCAP, PRECISION)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - safe[:, None])
+        keep = tl.exp2(top - safe)
+        total = total * keep + tl.sum(weights, 1)
+        v = tl.load(keys + value_offset + place[:, None], mask=inside[:, None], other=0.0).to(DOT)
+        acc = acc * keep[:, None] + tl.dot(weights.to(DOT), v, input_precision=PRECISION)
+        top = new_top
+        page = next_page
+        spot = ahead
+    return top, total, acc
+
+
+@triton.jit
+def _leave(
+    out, partial, stats, counters, top, total, acc, item, head, token, count, first, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """Store an item's partial result; merge the unit's if every other item has arrived."""
+    rows = tl.arange(0, BLOCK_M)
+    used = rows < count * GROUP
+    slot = (item * HEADS + head).to(tl.int64) * BLOCK_M + rows
+    cells = slot[:, None] * DIM + tl.arange(0, DIM)[None, :]
+    tl.store(partial + cells, acc, mask=used[:, None])
+    tl.store(stats + slot * 2, top, mask=used)
+    tl.store(stats + slot * 2 + 1, total, mask=used)
+    # Every thread's stores come before the one thread's release below.
+    tl.debug_barrier()
+    counter = counters + first * HEADS + head
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    if arrived == splits - 1:
+        tl.store(counter, 0)
+        for row in range(0, count * GROUP):
+            at = (token + row // GROUP).to(tl.int64) * (HEADS * GROUP * DIM)
+            target = out + at + (head * GROUP + row % GROUP) * DIM
+            _merge(target, partial, stats, first, splits, head, row, HEADS, BLOCK_M, DIM)
+
+
+@triton.jit
+def attend_pages(
+    query, out, layer_pages, tables, items, partial, stats, counters,
+    query_token, query_head, page_stride, head_stride, value_offset, table_stride, scale, softcap,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Attend for item `program_id(0)` and KV head `program_id(1)`.
+
+    query [tokens, HEADS * GROUP, DIM] with strides; out like it, contiguous; layer_pages: K of
+    page 0, head 0; items as `work.cut` makes them; partial float32 [n, HEADS, BLOCK_M, DIM], stats
+    [.., 2], counters int32 [n, HEADS], 0. WINDOW 0: none. `scale` holds log2(e) if not SOFTCAP.
+    """
+    item, head = tl.program_id(0), tl.program_id(1)
+    field = items + item * 8
+    row, token, count = tl.load(field), tl.load(field + 1), tl.load(field + 2)
+    position, begin, end = tl.load(field + 3), tl.load(field + 4), tl.load(field + 5)
+    first, splits = tl.load(field + 6), tl.load(field + 7)
+    if count == 0:
+        return
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
+    used = rows < count * GROUP
+    at = (token + rows // GROUP).to(tl.int64)
+    query_heads = head * GROUP + rows % GROUP
+    places = at * query_token + query_heads.to(tl.int64) * query_head
+    q = tl.load(query + places[:, None] + dims[None, :], mask=used[:, None], other=0.0).to(DOT)
+    seen = position + tl.minimum(rows // GROUP, count - 1)
+    low = tl.maximum(position - WINDOW + 1, 0) // BLOCK_N
+    skip = tl.maximum(low - (SINKS + BLOCK_N - 1) // BLOCK_N, 0)
+    top, total, acc = _scan(
+        q, layer_pages + head.to(tl.int64) * head_stride + dims[None, :],
+        tables + row.to(tl.int64) * table_stride, begin, end, skip, seen, position + count,
+        page_stride, value_offset, scale, softcap,
+        DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION,
+    )
+    if splits == 1:
+        target = (at * (HEADS * GROUP) + query_heads) * DIM
+        answer = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + target[:, None] + dims[None, :], answer, mask=used[:, None])
+    else:
+        _leave(
+            out, partial, stats, counters, top, total, acc, item, head, token, count, first,
+            splits, HEADS, GROUP, DIM, BLOCK_M,
+        )

@@ -1,0 +1,147 @@
+"""From units to a launch: shapes of tiles, workspaces, and the call of the kernel."""
+
+# A launch passes plain values where the kernel's signature says constexpr.
+# pyright: reportArgumentType=false
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import e, log2
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import next_power_of_2
+from triton.runtime.interpreter import InterpretedFunction
+
+from kvkernels.plans import Rules
+from kvkernels.triton import work as cutting
+from kvkernels.triton.decode import attend_pages
+from kvstore.core.errors import Unsupported
+from kvstore.core.limits import BLOCK_TOKENS
+
+_APPEND_ROWS = 64
+"""Rows of query (tokens x group) in a unit of an append: what one tensor-core tile takes."""
+
+_PROGRAMS_PER_PROCESSOR = 2
+"""Programs one processor holds at once, by shared memory: 3 stages of K and V at dimension 128."""
+
+_DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One step's items for one attention shape, and the workspace of its launches."""
+
+    items: Tensor
+    partial: Tensor
+    stats: Tensor
+    counters: Tensor
+    rows: int
+    """BLOCK_M of the launch."""
+
+
+def make_work(
+    spans: Sequence[tuple[int, int, int]],
+    heads: int,
+    group: int,
+    dim: int,
+    device: torch.device,
+    rules: Rules,
+) -> Work:
+    """Cut `spans`, (first token, new tokens, context) each, into items on `device`.
+
+    Raises `Unsupported` for a head dimension that is no power of two from 16 to 256.
+    """
+    if dim not in (16, 32, 64, 128, 256):
+        raise Unsupported(f"head_dim {dim}: the kernels serve powers of two from 16 to 256")
+    longest = max(new for _, new, _ in spans)
+    each = min(longest, max(1, _APPEND_ROWS // group))
+    rows = max(16, next_power_of_2(each * group))
+    units = torch.tensor(
+        [
+            (row, start + at, min(each, new - at), context - new + at)
+            for row, (start, new, context) in enumerate(spans)
+            for at in range(0, new, each)
+        ],
+        dtype=torch.int32,
+    ).to(device, non_blocking=True)
+    programs = _PROGRAMS_PER_PROCESSOR * _processors(device)
+    most = max(-(-context // cutting.TILE) for _, _, context in spans)
+    count = cutting.capacity(units.shape[0], programs, heads, most_tiles=most)
+    items = torch.empty(count, cutting.FIELDS, dtype=torch.int32, device=device)
+    cutting.cut(units, items, programs=programs, heads=heads, rules=rules)
+    return Work(
+        items=items,
+        partial=torch.empty(count, heads, rows, dim, device=device),
+        stats=torch.empty(count, heads, rows, 2, device=device),
+        counters=torch.zeros(count, heads, dtype=torch.int32, device=device),
+        rows=rows,
+    )
+
+
+def attend(
+    query: Tensor,
+    pages: Tensor,
+    tables: Tensor,
+    work: Work,
+    *,
+    layer: int,
+    scale: float,
+    rules: Rules,
+) -> Tensor:
+    """Launch once: attention of every unit of `work`; see `kvkernels.ops.paged_attention`."""
+    heads, dim = pages.shape[1], pages.shape[5]
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    cells = pages.select(2, layer)
+    capped = rules.softcap is not None
+    options: dict[str, Any] = {"num_warps": 4, "num_stages": _stages(dim, query.dtype)}
+    attend_pages[(work.items.shape[0], heads)](
+        query,
+        out,
+        cells,
+        tables,
+        work.items,
+        work.partial,
+        work.stats,
+        work.counters,
+        query.stride(0),
+        query.stride(1),
+        cells.stride(0),
+        cells.stride(1),
+        cells.stride(2),
+        tables.stride(0),
+        scale if capped else scale * log2(e),
+        rules.softcap if capped else 1.0,
+        HEADS=heads,
+        GROUP=query.shape[1] // heads,
+        DIM=dim,
+        BLOCK_M=work.rows,
+        BLOCK_N=cutting.TILE,
+        PAGE=BLOCK_TOKENS,
+        WINDOW=rules.window or 0,
+        SINKS=rules.sinks,
+        SOFTCAP=capped,
+        # The interpreter's bf16 arithmetic is wrong without a word; float32 there is exact.
+        DOT=tl.float32 if _INTERPRETED else _DOTS[query.dtype],
+        PRECISION="ieee",
+        **options,
+    )
+    return out
+
+
+_INTERPRETED = isinstance(attend_pages, InterpretedFunction)
+
+
+def _stages(dim: int, dtype: torch.dtype) -> int:
+    """Return how deep K and V are buffered: wide rows leave shared memory for two programs."""
+    return 3 if dim * dtype.itemsize <= 256 else 2
+
+
+def _processors(device: torch.device) -> int:
+    """Return the device's multiprocessors; a small number for the interpreter on the CPU."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
