@@ -13,16 +13,14 @@ for another, and the last one sets the counter back to 0, so a captured launch c
 # Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # pyright: reportArgumentType=false, reportOperatorIssue=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
 
-MERGE_SPLITS = tl.constexpr(32)
-"""Partial results that the merge reads at once: 32 x 128 floats are 32 registers of a thread."""
-
-
-# fmt: off  (one parameter a line would bury the kernels under their signatures)
+MERGE_SPLITS = tl.constexpr(16)
+MERGE_ROWS = tl.constexpr(4)
+"""Partial results that the merge reads at once: 16 x 4 x 128 floats are 64 registers of a thread.
+Rows together, because each read of the L2 is waited for."""
 
 
 # One parameter a line would bury the kernels under their signatures.
@@ -31,34 +29,37 @@ MERGE_SPLITS = tl.constexpr(32)
 
 @triton.jit
 def _merge(
-    out_rows, partial, stats, first, splits, head, row,
-    HEADS: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr,
+    out, partial, stats, first, splits, head, token, base_row, used_rows,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
-    """Combine one row of all a unit's items by their running maxima and sums, and store it."""
-    dims = tl.arange(0, DIM)
-    top = float("-inf")
-    total = 0.0
-    acc = tl.zeros((DIM,), tl.float32)
+    """Combine some rows of all a unit's items by their running maxima and sums, and store them."""
+    rows, dims = base_row + tl.arange(0, MERGE_ROWS), tl.arange(0, DIM)
+    used = rows < used_rows
+    top = tl.full((MERGE_ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((MERGE_ROWS,), tl.float32)
+    acc = tl.zeros((MERGE_ROWS, DIM), tl.float32)
     for base in range(0, splits, MERGE_SPLITS):
         index = base + tl.arange(0, MERGE_SPLITS)
-        there = index < splits
-        place = ((first + index) * HEADS + head).to(tl.int64) * BLOCK_M + row
+        there = (index < splits)[:, None] & used[None, :]
+        place = ((first + index) * HEADS + head).to(tl.int64)[:, None] * BLOCK_M + rows[None, :]
         # .cg: what other programs wrote lies in the L2, never in this processor's L1.
         high = tl.load(stats + place * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
         mass = tl.load(stats + place * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
         part = tl.load(
-            partial + place[:, None] * DIM + dims[None, :],
-            mask=there[:, None], other=0.0, cache_modifier=".cg",
+            partial + place[:, :, None] * DIM + dims[None, None, :],
+            mask=there[:, :, None], other=0.0, cache_modifier=".cg",
         )
         new_top = tl.maximum(top, tl.max(high, 0))
         # A row may see nothing of the first items; all of them hidden is impossible.
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(high - safe)
+        weight = tl.exp2(high - safe[None, :])
         keep = tl.exp2(top - safe)
-        acc = acc * keep + tl.sum(part * weight[:, None], 0)
+        acc = acc * keep[:, None] + tl.sum(part * weight[:, :, None], 0)
         total = total * keep + tl.sum(mass * weight, 0)
         top = new_top
-    tl.store(out_rows + dims, (acc / total).to(out_rows.dtype.element_ty))
+    at = (token + rows // GROUP).to(tl.int64) * (HEADS * GROUP) + head * GROUP + rows % GROUP
+    answer = (acc / tl.where(used, total, 1.0)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + at[:, None] * DIM + dims[None, :], answer, mask=used[:, None])
 
 
 @triton.jit
@@ -140,10 +141,11 @@ def _leave(
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     if arrived == splits - 1:
         tl.store(counter, 0)
-        for row in range(0, count * GROUP):
-            at = (token + row // GROUP).to(tl.int64) * (HEADS * GROUP * DIM)
-            target = out + at + (head * GROUP + row % GROUP) * DIM
-            _merge(target, partial, stats, first, splits, head, row, HEADS, BLOCK_M, DIM)
+        for base_row in range(0, count * GROUP, MERGE_ROWS):
+            _merge(
+                out, partial, stats, first, splits, head, token, base_row, count * GROUP,
+                HEADS, GROUP, DIM, BLOCK_M,
+            )
 
 
 @triton.jit

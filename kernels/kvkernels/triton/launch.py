@@ -23,8 +23,8 @@ from kvstore.core.limits import BLOCK_TOKENS
 _APPEND_ROWS = 64
 """Rows of query (tokens x group) in a unit of an append: what one tensor-core tile takes."""
 
-_PROGRAMS_PER_PROCESSOR = 2
-"""Programs one processor holds at once, by shared memory: 3 stages of K and V at dimension 128."""
+_FEW = 4
+"""A launch with fewer streams than a fourth of the processors is small."""
 
 _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -66,7 +66,7 @@ def make_work(
         ],
         dtype=torch.int32,
     ).to(device, non_blocking=True)
-    programs = _PROGRAMS_PER_PROCESSOR * _processors(device)
+    programs = _programs(units.shape[0] * heads, dim, _processors(device))
     most = max(-(-context // cutting.TILE) for _, _, context in spans)
     count = cutting.capacity(units.shape[0], programs, heads, most_tiles=most)
     items = torch.empty(count, cutting.FIELDS, dtype=torch.int32, device=device)
@@ -135,9 +135,21 @@ def attend(
 _INTERPRETED = isinstance(attend_pages, InterpretedFunction)
 
 
+def _programs(streams: int, dim: int, processors: int) -> int:
+    """Return over how many programs a launch is spread; `streams` are its units times KV heads.
+
+    Measured on an H100 (benchmarks/results/kernels_h100.jsonl): two a processor keep its memory
+    pipes full, three where rows are short; a single sequence is fastest on one each, since more
+    parts take longer to merge than they save.
+    """
+    if streams * _FEW < processors:
+        return processors
+    return processors * (3 if dim <= 64 else 2)
+
+
 def _stages(dim: int, dtype: torch.dtype) -> int:
-    """Return how deep K and V are buffered: wide rows leave shared memory for two programs."""
-    return 3 if dim * dtype.itemsize <= 256 else 2
+    """Return how deep K and V are buffered: as deep as shared memory allows, up to four."""
+    return 4 if dim * dtype.itemsize <= 256 else 2
 
 
 def _processors(device: torch.device) -> int:

@@ -1,0 +1,99 @@
+"""The command `kvstore bench kernels`; without our CLI: `python -m kvkernels.bench`."""
+
+import json
+from fnmatch import fnmatchcase
+from typing import Any, Final
+
+import click
+import torch
+
+from kvkernels.bench.cells import GATE, LAYERS, Batch, Cell, attend, expected, make, plan_of
+from kvstore.core.errors import BadInput, Corrupt, Unsupported
+
+TOLERANCE: Final = 0.02
+"""Of bf16 inputs and outputs of order 1."""
+PEER_LIMIT_GB_S: Final = 3_126.0
+"""Measured read limit of the H100 on which the peers' times were taken."""
+_CHECKED: Final = 2
+
+
+@click.command(short_help="Measure attention kernels on this machine's GPU.")
+@click.option("--case", "pattern", default="*", metavar="GLOB", help="Only cases like this.")
+@click.option("--quick", is_flag=True, help="Every third case.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
+def kernels(pattern: str, quick: bool, as_json: bool) -> int:
+    """Check each kernel against plain attention in float32, then time it.
+
+    The value is GB/s of K and V read, the limit what this GPU reads at all, measured in this run.
+    Peers are recorded times on an H100, scaled by the two read limits. Exit status 1 when a
+    result was wrong.
+    """
+    if not torch.cuda.is_available():
+        raise Unsupported("no CUDA device here: kvstore bench kernels needs one")
+    cells = [cell for cell in GATE if fnmatchcase(cell.name, pattern)]
+    if not cells:
+        raise BadInput(f"--case {pattern!r} is like no case")
+    from kvkernels.bench.timing import read_limit
+
+    limit = read_limit()
+    say = f"{torch.cuda.get_device_name()}: reads {limit:,.0f} GB/s"
+    click.echo(say, err=True)
+    wrong = 0
+    for cell in cells[:: 3 if quick else 1]:
+        try:
+            row = measure(cell, limit)
+        except Corrupt as error:
+            click.echo(f"{cell.name}: {error}", err=True)
+            wrong += 1
+            continue
+        click.echo(json.dumps(row) if as_json else _line(row))
+    return 1 if wrong else 0
+
+
+def measure(cell: Cell, limit: float) -> dict[str, Any]:
+    """Return the row of one cell; raises `Corrupt` when the kernel is wrong."""
+    from kvkernels.bench.timing import REPLAYS, microseconds
+
+    batch = make(cell, "cuda")
+    plan = plan_of(batch)
+
+    def launch(number: int) -> torch.Tensor:
+        return attend(cell, batch, plan, number % LAYERS)
+
+    check(cell, batch, launch(1))
+    taken = microseconds(launch)
+    value = cell.read_bytes / taken / 1e3
+    peer = None if cell.peer_us is None else cell.peer_us * PEER_LIMIT_GB_S / limit
+    return {
+        "bench": "kernels",
+        "case": cell.name,
+        "value": round(value, 1),
+        "unit": "GB/s",
+        "limit": round(limit, 1),
+        "limit_name": "read limit of this run",
+        "ratio_to_limit": round(value / limit, 3),
+        "peer": None if peer is None else round(cell.read_bytes / peer / 1e3, 1),
+        "peer_name": f"{cell.peer}, recorded, scaled" if cell.peer else None,
+        "ratio_to_peer": None if peer is None else round(peer / taken, 3),
+        "runs": REPLAYS,
+        "microseconds": round(taken, 1),
+        "device": torch.cuda.get_device_name(),
+    }
+
+
+def check(cell: Cell, batch: Batch, got: torch.Tensor) -> None:
+    """Compare a few sequences of layer 1 with the oracle; raises `Corrupt` naming the error."""
+    rows = sorted({0, cell.batch - 1})[:_CHECKED]
+    want = expected(cell, batch, 1, rows)
+    mine = torch.cat([got[row * cell.new : (row + 1) * cell.new] for row in rows]).float()
+    error = (mine - want).abs().max().item()
+    if not error < TOLERANCE:
+        raise Corrupt(f"differs from plain attention by {error:.3g}")
+
+
+def _line(row: dict[str, Any]) -> str:
+    peer = "" if row["peer"] is None else f"  {row['ratio_to_peer']:.2f} of {row['peer_name']}"
+    return (
+        f"{row['case']:32} {row['microseconds']:9.1f} us {row['value']:8.1f} GB/s"
+        f"  {row['ratio_to_limit']:.2f} of the limit{peer}"
+    )
