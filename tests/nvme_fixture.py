@@ -11,7 +11,8 @@ from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
 from kvstore.testing.contracts import DEADLINE_MS, block, wanted
 from kvstore.tiers.base import Tier, WriteItem
-from kvstore.tiers.nvme import NvmeConfig, NvmeTier
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_config import NvmeConfig
 
 SLOT_BYTES = 3 * 4096
 """Header and two granules: what `contracts.block` takes."""

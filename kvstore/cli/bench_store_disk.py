@@ -20,7 +20,8 @@ from kvstore.core.outcomes import Outcome
 from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
 from kvstore.tiers.base import BlockHeader, ReadItem, WriteItem
-from kvstore.tiers.nvme import NvmeConfig, NvmeTier
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.sums import block_sum
 
 _BLOCK: Final = 2 << 20

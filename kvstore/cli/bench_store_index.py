@@ -18,12 +18,13 @@ from kvstore.core.names import BlockName, Namespace, Root, chain, pack_tokens
 from kvstore.directory.lru import Lru
 from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, TierMetrics
-from kvstore.service.roots import BlockShape, RootInfo
-from kvstore.service.slots import SlotTable, keys_of
+from kvstore.service.roots import BlockShape, RootInfo, keys_of
+from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import BlockHeader
-from kvstore.tiers.nvme import NvmeConfig, NvmeTier
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_format import ROW_BYTES, pack_row, slot_bytes
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 

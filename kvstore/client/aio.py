@@ -204,6 +204,28 @@ class AsyncClient:
         reply = await self._link.call(session, "Prefetch", request, self.config.call_ms)
         return int(reply.started)
 
+    async def pin(self, names: Names, *, ttl_ms: int) -> int:
+        """Keep those of `names` that are in DRAM for `ttl_ms`; return how many are kept.
+
+        Fewer than asked for: not there, or over the share domain's quota. 0 ends their pins.
+        """
+        _bounded("ttl_ms", ttl_ms, _MAX_POSITION)
+        session = self._session
+        request = cache_pb2.PinRequest(root=session.root, names=packed_names(names), ttl_ms=ttl_ms)
+        reply = await self._link.call(session, "Pin", request, self.config.call_ms)
+        return int(reply.pinned)
+
+    async def clear(self, *, everything: bool = False, deadline_ms: int | None = None) -> int:
+        """Forget this client's root, or every root, in all tiers of the node; return the blocks.
+
+        Needs the admin role. A block counts once for each tier that held it.
+        """
+        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        session = self._session
+        request = cache_pb2.ClearRequest(root=b"" if everything else session.root)
+        reply = await self._link.call(session, "Clear", request, deadline)
+        return int(reply.blocks)
+
     async def settle(
         self,
         *,

@@ -185,6 +185,15 @@ class Client:
         work = self._inner.prefetch(names, deadline_ms=deadline_ms)
         return self._run(work, self._inner.config.call_ms)
 
+    def pin(self, names: Names, *, ttl_ms: int) -> int:
+        """Keep blocks for a time; see `AsyncClient.pin`."""
+        return self._run(self._inner.pin(names, ttl_ms=ttl_ms), self._inner.config.call_ms)
+
+    def clear(self, *, everything: bool = False, deadline_ms: int | None = None) -> int:
+        """Forget a root or everything; see `AsyncClient.clear`."""
+        work = self._inner.clear(everything=everything, deadline_ms=deadline_ms)
+        return self._run(work, self._limit(deadline_ms, self._inner.config.transfer_ms))
+
     def settle(
         self,
         *,

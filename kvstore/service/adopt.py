@@ -20,9 +20,9 @@ from kvstore.core.limits import GRANULE_BYTES
 from kvstore.core.names import BlockName
 from kvstore.core.slots import MAX_SESSION, SlotState, SlotWord, unpack
 from kvstore.directory.events import TierKind
-from kvstore.service.roots import BlockShape
+from kvstore.service.roots import BlockShape, keys_of
 from kvstore.service.sessions import Session
-from kvstore.service.slots import SlotTable, keys_of
+from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore
 from kvstore.tiers.arena_space import ArenaSpace, Extent
 from kvstore.transport.arena import ArenaMapping

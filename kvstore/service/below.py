@@ -15,7 +15,8 @@ from kvstore.service.hashing import Hasher
 from kvstore.service.holdings import NodeHoldings, publish
 from kvstore.service.movement import Lower, Movement
 from kvstore.service.store import ArenaStore
-from kvstore.tiers.nvme import NvmeConfig, NvmeTier
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_space import Held
 
 FLUSH_S = 2.0

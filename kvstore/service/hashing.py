@@ -163,7 +163,7 @@ class Hasher:
                 sealed.append(slot)
                 sealed_sums.append(found)
                 sealed_bytes += table.root_of(slot).shape.payload_bytes
-            elif not table.servable[slot]:
+            elif self._needs_verifying(slot):  # and was not dropped meanwhile
                 self._judge(slot, found)
         table.seal(sealed, sealed_sums)
         self._metrics.sealed_bytes.inc(sealed_bytes)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.layout import round_up
-from kvstore.core.limits import GRANULE_BYTES, MAX_BLOCK_BYTES, MAX_SHARES
+from kvstore.core.limits import GRANULE_BYTES, MAX_BLOCK_BYTES, MAX_SHARES, NAME_BYTES
 from kvstore.core.names import Root
 
 MAX_ROOTS: Final = 65_536
@@ -83,9 +85,20 @@ class Roots:
         info.domain = domain or info.domain
         return info
 
+    def get(self, root: Root) -> RootInfo | None:
+        """Return a root that was opened, or None."""
+        return self._by_root.get(root)
+
     def at(self, number: int) -> RootInfo:
         """Return the root with this number."""
         return self._by_number[number]
 
     def __len__(self) -> int:
         return len(self._by_number)
+
+
+def keys_of(info: RootInfo, packed: bytes) -> list[int]:
+    """Return the 64-bit keys of packed names under a root: (root prefix) ^ (name prefix)."""
+    words = np.frombuffer(packed, np.uint64)[:: NAME_BYTES // 8]
+    keys: list[int] = np.bitwise_xor(words, np.uint64(info.prefix)).tolist()
+    return keys

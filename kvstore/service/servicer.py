@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
-
-import grpc.aio
+from typing import Final
 
 from kvstore.core.errors import (
     BadInput,
@@ -19,7 +17,7 @@ from kvstore.core.errors import (
     TooLarge,
     Unsupported,
 )
-from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_NAMES_PER_CALL, NAME_BYTES
+from kvstore.core.limits import MAX_NAMES_PER_CALL, NAME_BYTES
 from kvstore.core.names import BlockName, derive_root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind
@@ -29,12 +27,21 @@ from kvstore.rpc.identity import Identity, Principal, Role
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
 from kvstore.rpc.watch_server import serve_watch
 from kvstore.service.below import BelowDram
+from kvstore.service.clearing import clear
 from kvstore.service.hashing import Hasher
 from kvstore.service.recorder import Recorders
+from kvstore.service.requests import (
+    Context,
+    deadline,
+    metadata,
+    now_ms,
+    patience_s,
+    refs,
+    split,
+)
 from kvstore.service.reserver import Wanted
-from kvstore.service.roots import BlockShape, RootInfo
+from kvstore.service.roots import BlockShape, RootInfo, keys_of
 from kvstore.service.sessions import Session
-from kvstore.service.slots import keys_of
 from kvstore.service.statistics import stats_reply
 from kvstore.service.store import Acquired, ArenaStore
 from kvstore.transfer.lanes import Lane
@@ -43,11 +50,8 @@ SESSION_KEY: Final = "kvstore-session-bin"
 MAX_WAITERS: Final = 1_024
 _DRAM_BIT: Final = 1 << int(TierKind.DRAM)
 _SERVED_GROUP: Final = "full"
-
-if TYPE_CHECKING:  # generic in the type stubs only
-    Context = grpc.aio.ServicerContext[Any, Any]
-else:
-    Context = grpc.aio.ServicerContext
+MAX_PIN_MS: Final = 86_400_000
+"""A day: longer is a mistake in units, or wants another tier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,8 @@ class ServiceParts:
 class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
     """Answers `CacheNode` calls; one instance per node, on one event loop.
 
-    Calls that are not here (`Pin`, `Clear`, `Ticket`, `Get`, `Put`) answer
-    UNIMPLEMENTED: that is what the interceptor makes of the generated base.
+    Calls that are not here (`Ticket`, `Get`, `Put`) answer UNIMPLEMENTED: that is what the
+    interceptor makes of the generated base.
     """
 
     def __init__(self, parts: ServiceParts) -> None:
@@ -91,7 +95,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             principal = self._principal(context)
             if request.share_domain not in ("", principal.share_domain):
                 raise Forbidden(f"share domain {request.share_domain!r:.80} is not the caller's")
-            if not _metadata(context).get(SESSION_KEY):
+            if not metadata(context).get(SESSION_KEY):
                 raise Unsupported("remote sessions need the bulk port, which is not served yet")
             session = self._session(context)
             check_id(request.client, "client")
@@ -138,11 +142,11 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
                 raise BadInput(f"reserve {request.reserve} is more than {count} names")
             if request.first_block + count > MAX_NAMES_PER_CALL:
                 raise TooLarge(f"blocks beyond number {MAX_NAMES_PER_CALL} of a prompt")
-            deadline_ms = _deadline(request.deadline_ms)
+            deadline_ms = deadline(request.deadline_ms)
             self._parts.recorders.note(request.first_block, request.names)
             if self._hasher.unverified:
                 unverified = self._store.unverified(info, request.names)
-                await self._hasher.verify(unverified, deadline_s=_patience_s(context, deadline_ms))
+                await self._hasher.verify(unverified, deadline_s=patience_s(context, deadline_ms))
                 if session.closed:
                     raise SessionLost("the session ended during the call")
             answer = self._store.acquire(
@@ -151,7 +155,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
                 request.names,
                 reserve=request.reserve,
                 first_block=request.first_block,
-                now_ms=_now_ms(),
+                now_ms=now_ms(),
                 pending_ms=deadline_ms,
             )
             self._below.movement.load(answer.loads)
@@ -165,13 +169,13 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         """Commit, abort and release in one batch."""
         with self._measured("Settle"):
             session, info = self._rooted(context, request.root)
-            commit = _refs(request.commit, "commit")
-            abort = _refs(request.abort, "abort")
+            commit = refs(request.commit, "commit")
+            abort = refs(request.abort, "abort")
             # Checked and not used: nothing tells the node when a worker drops the page again.
-            _refs(request.kept_in_hbm, "kept_in_hbm")
+            refs(request.kept_in_hbm, "kept_in_hbm")
             if len(request.release) > MAX_NAMES_PER_CALL:
                 raise TooLarge(f"{len(request.release)} leases in one call")
-            committed = self._store.commit(session, info, commit, _now_ms())
+            committed = self._store.commit(session, info, commit, now_ms())
             aborted = self._store.abort(session, info, abort)
             released = self._store.release(session, request.release)
             if commit or abort:
@@ -196,7 +200,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         with self._measured("Wait"):
             _, info = self._rooted(context, request.root)
             check_names(request.names)
-            deadline_ms = _deadline(request.deadline_ms)
+            deadline_ms = deadline(request.deadline_ms)
             if self._waiters >= MAX_WAITERS:
                 raise Refused(f"{MAX_WAITERS} calls wait already", retry_after_ms=100)
             self._waiters += 1
@@ -215,7 +219,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         with self._measured("Lookup"):
             _, info = self._rooted(context, request.root)
             check_names(request.names)
-            names = _split(request.names)
+            names = split(request.names)
             found = bytes(
                 (_DRAM_BIT if self._store.outcome(info, key, name) is Outcome.HIT else 0)
                 | self._below.bits(info.root, BlockName(name))
@@ -231,12 +235,36 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         with self._measured("Prefetch"):
             _, info = self._rooted(context, request.root)
             check_names(request.names)
-            deadline_ms = _deadline(request.deadline_ms)
+            deadline_ms = deadline(request.deadline_ms)
             keys = keys_of(info, request.names)
-            wanted = Wanted(info, request.names, keys, 0, _now_ms())
+            wanted = Wanted(info, request.names, keys, 0, now_ms())
             movement = self._below.movement
             loads = movement.promoter.prefetch(wanted, deadline_ms)
             return cache_pb2.PrefetchReply(started=movement.load(loads, Lane.PREFETCH))
+
+    async def Pin(self, request: cache_pb2.PinRequest, context: Context) -> cache_pb2.PinReply:
+        """Keep blocks for a time, or no longer."""
+        with self._measured("Pin"):
+            _, info = self._rooted(context, request.root)
+            check_names(request.names)
+            if request.ttl_ms > MAX_PIN_MS:
+                raise BadInput(f"ttl_ms {request.ttl_ms}; {MAX_PIN_MS} allowed")
+            pins = self._store.pins
+            if request.ttl_ms:
+                pinned = pins.pin(info, request.names, request.ttl_ms, now_ms())
+            else:
+                pinned = pins.unpin(info, request.names)
+            return cache_pb2.PinReply(pinned=pinned)
+
+    async def Clear(
+        self, request: cache_pb2.ClearRequest, context: Context
+    ) -> cache_pb2.ClearReply:
+        """Forget a root, or everything, in every tier of this node."""
+        with self._measured("Clear"):
+            if Role.ADMIN not in self._principal(context).roles:
+                raise Forbidden("clearing needs the admin role")
+            root = root_from_wire(request.root) if request.root else None
+            return cache_pb2.ClearReply(blocks=await clear(self._store, self._below.nvme, root))
 
     # -- the node --------------------------------------------------------------------------
 
@@ -272,11 +300,11 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         return self._store.table.publisher.incarnation
 
     def _principal(self, context: Context) -> Principal:
-        return self._parts.identity.identify(_metadata(context), context.peer())
+        return self._parts.identity.identify(metadata(context), context.peer())
 
     def _session(self, context: Context) -> Session:
         """Return the caller's session; raises `SessionLost` for a token unknown here."""
-        token = _metadata(context).get(SESSION_KEY, b"")
+        token = metadata(context).get(SESSION_KEY, b"")
         token = token.encode() if isinstance(token, str) else token
         session = self._store.sessions.by_token(token)
         if session is None:
@@ -296,7 +324,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         ends = loop.time() + deadline_s
         if self._hasher.unverified:
             await self._hasher.verify(self._store.unverified(info, packed), deadline_s=deadline_s)
-        items = list(zip(keys_of(info, packed), _split(packed), strict=True))
+        items = list(zip(keys_of(info, packed), split(packed), strict=True))
         try:
             async with asyncio.timeout_at(ends):
                 # One at a time: every commit wakes every waiter, so a look has to cost little.
@@ -353,40 +381,3 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             raise
         finally:
             self._parts.metrics.rpc_seconds.labels(method).observe(time.perf_counter() - started)
-
-
-def _now_ms() -> float:
-    return time.monotonic() * 1_000
-
-
-def _metadata(context: Context) -> dict[str, str | bytes]:
-    return {
-        key: value for key, value in context.invocation_metadata() or () if len(key) <= MAX_ID_BYTES
-    }
-
-
-def _patience_s(context: Context, deadline_ms: int) -> float:
-    """Return how long a call may look at blocks first; its answer has to get back in time too."""
-    left = context.time_remaining()
-    patience_s = deadline_ms / 1_000
-    return patience_s if left is None else min(patience_s, left / 2)
-
-
-def _deadline(deadline_ms: int) -> int:
-    if deadline_ms > MAX_DEADLINE_MS:
-        raise BadInput(f"deadline_ms {deadline_ms}; {MAX_DEADLINE_MS} allowed")
-    return deadline_ms
-
-
-def _refs(refs: cache_pb2.SlotRefs, what: str) -> list[tuple[int, int]]:
-    if len(refs.slots) != len(refs.generations):
-        raise BadInput(
-            f"{what} has {len(refs.slots)} slots and {len(refs.generations)} generations"
-        )
-    if len(refs.slots) > MAX_NAMES_PER_CALL:
-        raise TooLarge(f"{what} has {len(refs.slots)} slots; {MAX_NAMES_PER_CALL} allowed")
-    return list(zip(refs.slots, refs.generations, strict=True))
-
-
-def _split(packed: bytes) -> list[bytes]:
-    return [packed[at : at + NAME_BYTES] for at in range(0, len(packed), NAME_BYTES)]

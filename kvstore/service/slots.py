@@ -272,6 +272,24 @@ class SlotTable:
         self.reserved_bytes -= self.root_of(slot).shape.block_bytes
         self._turn(slot, _DRAINING)
 
+    def drop(self, slot: int, *, reason: str) -> None:
+        """Forget a readable block at once. Who holds a lease on it sees that it is void."""
+        if not self.pins[slot]:
+            self.evict([slot], reason=reason)
+            return
+        info, key = self.root_of(slot), self.key[slot]
+        if self.state[slot] == _SEALED:
+            name = BlockName(self.arena.name(slot))
+            self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
+        self.used_bytes -= info.shape.block_bytes
+        self.policy.remove(BlockKey(key))
+        if self.index.get(key) == slot:
+            del self.index[key]
+        self.servable[slot] = 0
+        self._turn(slot, _DRAINING)
+        self.metrics.evictions.labels("dram", reason).inc()
+        self.evicted_blocks += 1
+
     def adopt(self, slot: int, word: SlotWord, info: RootInfo, key: int, now_ms: float) -> None:
         """Take over a sealed or reserved slot that an earlier incarnation left.
 
@@ -375,11 +393,3 @@ class SlotTable:
         self.state[slot] = state
         self.counts[before] -= 1
         self.counts[state] += 1
-
-
-def keys_of(info: RootInfo, packed: bytes) -> list[int]:
-    """Return the 64-bit keys of packed names under a root: (root prefix) ^ (name prefix)."""
-    prefix = info.prefix
-    words = np.frombuffer(packed, np.uint64)[:: NAME_BYTES // 8]
-    keys: list[int] = np.bitwise_xor(words, np.uint64(prefix)).tolist()
-    return keys

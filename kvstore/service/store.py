@@ -17,13 +17,16 @@ from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
 from kvstore.directory.events import TierKind
 from kvstore.directory.policy import Prompt
+from kvstore.service.pins import Pins
 from kvstore.service.promotion import Load, Promoter
 from kvstore.service.reserver import Reserver, Wanted
-from kvstore.service.roots import RootInfo
+from kvstore.service.roots import RootInfo, keys_of
 from kvstore.service.sessions import MAX_LEASES_PER_SESSION, Leases, Session, Sessions
-from kvstore.service.slots import SlotTable, keys_of
+from kvstore.service.slots import SlotTable
 
 _REQUESTS_MAX: Final = 64
+_PINNED_SHARE: Final = 4
+"""One share domain may pin a quarter of the arena."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,7 @@ class ArenaStore:
         """Set where tiers below DRAM exist."""
         self.on_request: Callable[[Prompt], None] | None = None
         """Told of every request, after the table's own policy: evidence for the tiers below."""
+        self.pins = Pins(table, table.space.data_bytes // _PINNED_SHARE)
         self._requests: list[Prompt] = []
         """What was asked for and not told to the policy yet: Acquire defers it past its answer."""
         self.hit_blocks = 0
@@ -247,8 +251,25 @@ class ArenaStore:
             self.table.free(slot)
         return len(leases), len(reserved)
 
+    def clear(self, root_number: int | None, first: int, last: int) -> int:
+        """Forget the blocks in slots `[first, last)`, under one root or all; returns how many.
+
+        Reservations stay: what is being written is new.
+        """
+        table = self.table
+        dropped = 0
+        for slot in range(first, min(last, len(table.state))):
+            if table.state[slot] not in READABLE:
+                continue
+            if root_number is None or table.root_number[slot] == root_number:
+                self.pins.end(slot)
+                table.drop(slot, reason="cleared")
+                dropped += 1
+        return dropped
+
     def expire(self, now_ms: float) -> int:
-        """End leases whose time is over; returns how many."""
+        """End leases and pins whose time is over; returns how many leases."""
+        self.pins.expire(now_ms)
         over = self.leases.expired(now_ms)
         for lease, number in over:
             session = self.sessions.by_number(number)

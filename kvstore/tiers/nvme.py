@@ -16,45 +16,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
-from kvstore.core.errors import BadInput
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.policy import Policy, Prompt, block_key
 from kvstore.observe.metrics import TierMetrics
 from kvstore.tiers.base import BlockHeader, ReadItem, WriteItem
 from kvstore.tiers.breaker import Breaker
+from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_device import Device, DiskDevice
 from kvstore.tiers.nvme_files import NvmeFiles
 from kvstore.tiers.nvme_format import HEADER_BYTES
 from kvstore.tiers.nvme_room import Listener, NvmeRoom
-from kvstore.tiers.nvme_space import SEGMENT_BYTES, Held, NvmeSpace
+from kvstore.tiers.nvme_space import Held, NvmeSpace
 from kvstore.tiers.nvme_threads import DeviceThreads, Operation, until_stalled
 
 _CLOSE_S: Final = 2.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NvmeConfig:
-    """One directory on one disk."""
-
-    directory: Path
-    capacity_bytes: int
-    segment_bytes: int = SEGMENT_BYTES
-    threads: int = 8
-    """Operations inside the device at once: the queue depth at which NVMe reaches its rate."""
-    writers: int = 4
-    """How many of them may be writes, so that reads always find a thread."""
-    sync_ms: int = 5_000
-    """How long rows may lie in the page cache: what a power failure may cost in index, not in
-    correctness."""
-
-    def __post_init__(self) -> None:
-        if self.capacity_bytes < 16 * 2 * HEADER_BYTES:
-            raise BadInput(f"an NVMe tier of {self.capacity_bytes} bytes holds nothing")
 
 
 @dataclass(slots=True, eq=False)
@@ -224,7 +203,7 @@ class NvmeTier:
         )
         # Gone before anyone can ask again: stale, spoilt, or where the disk cannot be read.
         if useless and self._space.find(item.root, item.name) == flight.place:
-            self._room.erase(flight.place, outcome.name.lower())
+            self._room.erase([flight.place], outcome.name.lower())
         self._space.release(flight.place)
         flight.outcome = outcome
         item.drained.set()
@@ -295,8 +274,20 @@ class NvmeTier:
     async def remove(self, blocks: Sequence[tuple[Root, BlockName]]) -> None:
         """Forget blocks, also after a restart; unknown ones are ignored."""
         places = [self._space.find(root, name) for root, name in dict.fromkeys(blocks)]
-        erasing = [self._room.erase(place, "removed") for place in places if place is not None]
-        for operation in erasing:
+        await self._forget([place for place in places if place is not None], "removed")
+
+    async def clear(self, root: Root | None) -> int:
+        """Forget every block under a root (None: all), also after a restart; returns how many."""
+        cleared = 0
+        for number in list(self._space.segments):
+            if number in self._space.segments:  # its class may have changed meanwhile
+                places = self._space.places_of(self._space.segments[number], root)
+                await self._forget(places, "cleared")
+                cleared += len(places)
+        return cleared
+
+    async def _forget(self, places: Sequence[int], reason: str) -> None:
+        for operation in self._room.erase(places, reason):
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await operation.future
 

@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -109,9 +109,10 @@ class NvmeFiles:
         """Put the rows on the medium."""
         self._device.sync(files.rows)
 
-    def erase(self, files: SegmentFiles, slot: int) -> None:
-        """Forget the block of a slot, for good: also after a power failure."""
-        self._device.write(files.rows, [memoryview(NO_ROW)], slot * ROW_BYTES)
+    def erase(self, files: SegmentFiles, slots: Sequence[int]) -> None:
+        """Forget the blocks of slots, for good: also after a power failure."""
+        for slot in slots:
+            self._device.write(files.rows, [memoryview(NO_ROW)], slot * ROW_BYTES)
         self._device.sync(files.rows)
 
     def write(

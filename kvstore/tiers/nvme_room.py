@@ -167,15 +167,23 @@ class NvmeRoom:
         self._metrics.dropped.labels(_TIER, reason).inc(len(places))
         self._tell(gone, deleted=True)
 
-    def erase(self, place: int, reason: str) -> Operation:
-        """Forget a block and its row, also for a restart after a power failure."""
-        self.space.use(place)  # not given away before the row is gone
-        self.drop([place], reason)
-        files, slot = self.files_at(place)
-        operation = self._threads.submit(partial(self._files.erase, files, slot), write=True)
+    def erase(self, places: Sequence[int], reason: str) -> list[Operation]:
+        """Forget blocks and their rows, also for a restart after a power failure."""
+        by_segment: dict[int, list[int]] = {}
+        for place in places:
+            self.space.use(place)  # not given away before the row is gone
+            by_segment.setdefault(self.space.split(place)[0].number, []).append(place)
+        self.drop(places, reason)
+        return [self._erase_rows(number, those) for number, those in by_segment.items()]
+
+    def _erase_rows(self, number: int, places: Sequence[int]) -> Operation:
+        files = self._segments[number]
+        slots = [self.space.split(place)[1] for place in places]
+        operation = self._threads.submit(partial(self._files.erase, files, slots), write=True)
 
         def erased(future: "asyncio.Future[Any]") -> None:
-            self.space.release(place)
+            for place in places:
+                self.space.release(place)
             if not future.cancelled() and (error := future.exception()) is not None:
                 self._failed(error)
 

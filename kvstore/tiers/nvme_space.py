@@ -6,7 +6,7 @@ entry, 8 bytes of key, 32 of name, 4 of root and one of use: about 160 bytes wit
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -256,10 +256,15 @@ class NvmeSpace:
         assert not segment.held and not any(segment.busy), "a segment in use cannot go"
         self._open[segment.slot_bytes].pop(number, None)
 
-    def places_of(self, segment: Segment) -> Iterable[int]:
-        """Return the places of a segment that hold blocks."""
+    def places_of(self, segment: Segment, root: Root | None = None) -> list[int]:
+        """Return the places of a segment that hold blocks, those under one root where given."""
         first = segment.number << _SLOT_BITS
-        return [first + slot for slot in range(segment.slots) if self._is_held(first + slot)]
+        wanted = None if root is None else self._root_numbers.get(root, -1)
+        return [
+            first + slot
+            for slot in range(segment.slots)
+            if (wanted is None or segment.roots[slot] == wanted) and self._is_held(first + slot)
+        ]
 
     def victim_segment(
         self, slot_bytes: int, may_evict: Callable[[int], bool]
@@ -267,7 +272,7 @@ class NvmeSpace:
         """Return the emptiest segment of another class that could be emptied, and its places."""
         others = [s for s in self.segments.values() if s.slot_bytes != slot_bytes]
         for segment in sorted(others, key=lambda one: one.held / one.slots):
-            places = list(self.places_of(segment))
+            places = self.places_of(segment)
             if not any(segment.busy) and all(map(may_evict, places)):
                 return segment, places
         return None

@@ -301,8 +301,6 @@ async def test_a_closed_session_is_closed(raw: Raw) -> None:
 @pytest.mark.parametrize(
     ("method", "request_of"),
     [
-        ("Pin", cache_pb2.PinRequest),
-        ("Clear", cache_pb2.ClearRequest),
         ("Ticket", cache_pb2.TicketRequest),
     ],
 )

@@ -256,3 +256,28 @@ def test_a_stopped_disk_node_costs_a_deadline_and_no_more(node: RunningNode) -> 
         assert time.monotonic() - started < 5
         os.kill(node.node_pid, signal.SIGCONT)
         assert client.get(names_of(client, 1, 4)) == payloads(1, 4)
+
+
+def test_cleared_blocks_are_gone_from_every_tier_and_stay_gone(tmp_path: Path) -> None:
+    run_dir, disk = tmp_path / "run", tmp_path / "disk"
+    with living(run_dir, disk, "clear") as (running, client):
+        put(client, 1, 8)
+        with connect(running.run_dir, "other") as other:
+            put(other, 2, 4)
+            assert client.clear() == 8 + 8
+            assert client.get(names_of(client, 1, 8)) == []
+            assert other.get(names_of(other, 2, 4)) == payloads(2, 4)
+    with living(run_dir, disk, "clear") as (_, client):
+        wait_for_blocks(client, 4)
+        assert blocks_below(client) == 4
+        assert client.clear(everything=True) == 4
+
+
+def test_pinned_blocks_stay_in_memory(node: RunningNode) -> None:
+    with connect(node.run_dir, "pin") as client:
+        put(client, 1, 8)
+        names = names_of(client, 1, 8)
+        assert client.pin(names, ttl_ms=60_000) == 8
+        drive_out(client, 10)
+        assert len(client.acquire(names).ready) == 8
+        assert client.pin(names[:4], ttl_ms=0) == 4

@@ -17,7 +17,7 @@ from kvstore.service.hashing import Hasher
 from kvstore.service.holdings import NodeHoldings
 from kvstore.service.promotion import LOADER_SESSION, Promoter
 from kvstore.service.reserver import Wanted
-from kvstore.service.slots import keys_of
+from kvstore.service.roots import keys_of
 from kvstore.service.statistics import stats_reply
 from tests.arena_fixture import SmallStore, names, small_store
 from tests.patience import until

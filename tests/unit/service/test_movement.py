@@ -16,8 +16,8 @@ from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.hashing import Hasher
 from kvstore.service.movement import Lower, Movement, MovementLimits
 from kvstore.service.reserver import Wanted
+from kvstore.service.roots import keys_of
 from kvstore.service.sessions import Session
-from kvstore.service.slots import keys_of
 from kvstore.service.store import Acquired
 from kvstore.testing.devices import FaultyDisk
 from kvstore.tiers.nvme import NvmeTier

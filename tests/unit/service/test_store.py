@@ -8,8 +8,7 @@ from kvstore.core.errors import BadInput, Refused, SessionLost, TooLarge, WrongR
 from kvstore.core.names import Root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.service import store as module
-from kvstore.service.roots import BlockShape, Roots
-from kvstore.service.slots import keys_of
+from kvstore.service.roots import BlockShape, Roots, keys_of
 from tests.arena_fixture import ROOT, SHAPE, names, small_store
 
 

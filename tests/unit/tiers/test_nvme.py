@@ -15,7 +15,8 @@ from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
 from kvstore.testing.contracts import OTHER_ROOT, ROOT, block, wanted
 from kvstore.testing.devices import FaultyDisk
-from kvstore.tiers.nvme import NvmeConfig, NvmeTier
+from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_device import DiskDevice
 from kvstore.tiers.nvme_format import ROW_BYTES
 from kvstore.tiers.nvme_space import Held

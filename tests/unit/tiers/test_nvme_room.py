@@ -78,7 +78,8 @@ async def test_what_goes_before_it_was_told_of_is_never_told_of(tmp_path: Path) 
         gone = block(2).header
         place = made.space.find(gone.root, gone.name)
         assert place is not None
-        await made.erase(place, "corrupt").future
+        (erasing,) = made.erase([place], "corrupt")
+        await erasing.future
         again = await made.take([gone])
         assert again is not None
         made.hold(again, gone)

@@ -1,0 +1,29 @@
+"""Forgets a root, or everything, in every tier of a node; a slice of the arena at a time."""
+
+import asyncio
+from typing import Final
+
+from kvstore.core.names import Root
+from kvstore.service.store import ArenaStore
+from kvstore.tiers.nvme import NvmeTier
+
+_SLICE: Final = 4_096
+"""Slots between two looks at other work: a few milliseconds."""
+
+
+async def clear(store: ArenaStore, nvme: NvmeTier | None, root: Root | None) -> int:
+    """Drop every block under a root (None: all); returns how many, each tier counted for itself.
+
+    Blocks under a lease are void at once and their slots free when the lease ends. What is being
+    computed or loaded at this moment comes after, and stays.
+    """
+    number: int | None = None
+    cleared = 0
+    if root is not None:
+        info = store.table.roots.get(root)
+        number = -1 if info is None else info.number
+    for first in range(0, len(store.table.state), _SLICE):
+        cleared += store.clear(number, first, first + _SLICE)
+        await asyncio.sleep(0)
+    # Below last: a load that began before would bring a block up again otherwise.
+    return cleared + (await nvme.clear(root) if nvme is not None else 0)
