@@ -141,9 +141,9 @@ class Placement:
         most = (prompt.tokens - 1) // BLOCK_TOKENS
         found: dict[str, Candidate] = {}
         matches = self._view.match(prompt.root, prompt.names, reaches)
+        coming = self._bookings.coming_blocks(prompt.root, prompt.names)
         for worker, held in zip(workers, matches, strict=True):
-            coming = self._bookings.coming_blocks(worker.name, prompt.root, prompt.names)
-            own = min(max(held.own_blocks, coming), most)
+            own = min(max(held.own_blocks, coming.get(worker.name, 0)), most)
             hit = max(own, min(held.blocks, most))
             found[worker.name] = self._candidate(worker.name, own, hit)
         return found
@@ -152,7 +152,7 @@ class Placement:
         known = self._view.publisher(worker)
         load = known.load if known is not None else None
         load_ms = known.load_ms if known is not None else 0.0
-        queued = self._bookings.queued_tokens(worker, load_ms=load_ms)
+        queued = self._bookings.queued(worker, load_ms=load_ms).tokens
         own_tokens, hit_tokens = own_blocks * BLOCK_TOKENS, hit_blocks * BLOCK_TOKENS
         if load is None:
             return Candidate(
