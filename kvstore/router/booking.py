@@ -11,10 +11,12 @@ from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvstore.core.names import BlockName, Root
 from kvstore.router.coming import Coming, Node
+from kvstore.router.learning import Expected
+from kvstore.router.score import NO_WORK, Work
 
 MAX_BOOKINGS: Final = 8_192
 """Bookings in flight in one router; the oldest give way. A lost booking costs one worse guess."""
@@ -24,22 +26,6 @@ MAX_NAMES_PER_WORKER: Final = 262_144
 
 REPORT_DELAY_MS: Final = 100.0
 """How long a request takes to reach a worker's load report, so that it is not counted twice."""
-
-
-class Work(NamedTuple):
-    """Prefill to be done, as the two sums that price it: exact for any number of prompts."""
-
-    tokens: int = 0
-    token_depths: float = 0.0
-    """Sum over the tokens of how many tokens come before each."""
-
-    @classmethod
-    def of(cls, tokens: int, position: int) -> "Work":
-        """Return the work of `tokens` prompt tokens from `position` on."""
-        return cls(tokens, tokens * (position + tokens / 2))
-
-
-NO_WORK: Final = Work()
 
 
 @dataclass(slots=True)
@@ -57,6 +43,8 @@ class Booking:
     expires_ms: float
     loading: Mapping[str, int]
     """Tokens it loads, by the device they come from, which others may share."""
+    expected: Expected | None = None
+    """What else was predicted; None when nobody will ask."""
     prefilling: bool = True
     """Whether its first token is still to come."""
     queued: bool = True
@@ -80,7 +68,7 @@ class _AtWorker:
         self.names = 0
         self.waiting: deque[Booking] = deque()
         self.since = -math.inf
-        self.tokens = 0
+        self.tokens = 0.0
         self.token_depths = 0.0
 
     def add(self, booking: Booking) -> None:
@@ -117,7 +105,7 @@ class _AtWorker:
 
     def _recount(self) -> None:
         self.waiting.clear()
-        self.tokens, self.token_depths = 0, 0.0
+        self.tokens, self.token_depths = 0.0, 0.0
         for booking in self.all.values():
             booking.queued = False
             if booking.prefilling:
@@ -150,12 +138,13 @@ class Bookings:
         uncached_tokens: int,
         now_ms: float,
         loading: Mapping[str, int] = MappingProxyType({}),
+        expected: Expected | None = None,
     ) -> Booking:
         """Note a request sent to `worker`. Over a bound the oldest bookings are forgotten."""
         self.expire(now_ms)
         booking = Booking(
             self._next, worker, root, names, hit_tokens, uncached_tokens, now_ms,
-            now_ms + self._lifetime_ms, loading,
+            now_ms + self._lifetime_ms, loading, expected,
         )  # fmt: skip
         self._next += 1
         self._by_number[booking.number] = booking

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.core.names import BlockName, Root
-from kvstore.router.booking import REPORT_DELAY_MS, Booking, Bookings, Work
+from kvstore.router.booking import REPORT_DELAY_MS, Booking, Bookings
+from kvstore.router.score import Work
 
 ROOTS = [Root(bytes([value]) * 32) for value in range(2)]
 LIFETIME_MS = 1_000.0
@@ -60,7 +61,7 @@ class Machine(RuleBasedStateMachine):
             )
         )
 
-    @rule(pick=st.integers(0, 30), whole=st.booleans())
+    @rule(pick=st.integers(0, 6), whole=st.booleans())
     def end(self, pick: int, whole: bool) -> None:
         if pick >= len(self.model):
             assert self.bookings.complete(10_000 + pick) is None

@@ -2,7 +2,8 @@ import pytest
 
 from kvstore.core.names import BlockName, Root, chain, pack_tokens
 from kvstore.router import booking
-from kvstore.router.booking import REPORT_DELAY_MS, Booking, Bookings, Work
+from kvstore.router.booking import REPORT_DELAY_MS, Booking, Bookings
+from kvstore.router.score import Work
 
 ROOT = Root(bytes(32))
 
