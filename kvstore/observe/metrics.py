@@ -137,6 +137,14 @@ class RouterMetrics:
 
     def _add_predictions(self, registry: CollectorRegistry) -> None:
         """Add what predictions are held against."""
+        self.named_tokens = Gauge(
+            "kvstore_named_tokens", "Prompt tokens named by hashing, since the start",
+            registry=registry,
+        )  # fmt: skip
+        self.known_name_tokens = Gauge(
+            "kvstore_known_name_tokens", "Prompt tokens whose names were remembered instead",
+            registry=registry,
+        )  # fmt: skip
         self.predicted_hit_error_tokens = Histogram(
             "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
             buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,

@@ -14,12 +14,14 @@ from typing import Final
 
 from kvstore.core.errors import BadInput, Refused
 from kvstore.core.limits import SUSPECT_AFTER_MS
+from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Lost
 from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
+from kvstore.router.naming import NameCache
 from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.source import EventSource
 from kvstore.router.watch_source import WatchSource
@@ -74,6 +76,7 @@ class Router:
         )
         self._bookings = Bookings(lifetime_ms=self._config.booking_lifetime_ms)
         self._placement = Placement(self._view, self._bookings)
+        self._naming = NameCache()
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
@@ -89,6 +92,10 @@ class Router:
     def members(self) -> Members:
         """The list set last."""
         return self._placement.members
+
+    def names(self, root: Root, tokens: bytes) -> list[BlockName]:
+        """Name a prompt of packed u32 tokens; a beginning that was named before is not again."""
+        return self._naming.names(root, tokens)
 
     def set_members(self, members: Members) -> None:
         """Follow these publishers and no others. Those that did not change are left alone."""
@@ -257,6 +264,8 @@ class Router:
             for state, count in states.items():
                 self._metrics.workers.labels(state=state.value).set(count)
             self._metrics.view_blocks.set(len(self._view))
+            self._metrics.named_tokens.set(self._naming.named_tokens)
+            self._metrics.known_name_tokens.set(self._naming.known_tokens)
             doubt = self._placement.learned.lowest_trust(now_ms)
             self._metrics.lowest_trust.set(doubt)
             swept = self._view.sweep(self._config.sweep_blocks)

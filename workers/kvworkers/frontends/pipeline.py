@@ -24,7 +24,7 @@ from kvstore.core.errors import (
     TooLarge,
     Unreachable,
 )
-from kvstore.core.names import ExtraKey, chain
+from kvstore.core.names import BlockName, ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.learning import Actual
 from kvstore.router.placement import Decision, Prompt
@@ -230,10 +230,12 @@ class Pipeline:
             running.offer = self.fleet.offer(running.offer.model)
         packed = (running.prompt + running.output).tobytes()
         salt = running.request.cache_salt
-        extra = [ExtraKey(0, salt)] if salt else []
+        names: list[BlockName] = []
         # What reads no cache hits nowhere: without names it is priced as all uncached.
-        reads = not running.request.no_read
-        names = list(chain(running.offer.root, packed, extra_keys=extra)) if reads else []
+        if not running.request.no_read and salt:
+            names = list(chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)]))
+        elif not running.request.no_read:
+            names = self._router.names(running.offer.root, packed)
         tokens, keeps = len(packed) // 4, not running.request.no_store
 
         def prompt(exclude: Sequence[str]) -> Prompt:
