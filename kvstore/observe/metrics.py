@@ -137,6 +137,19 @@ class RouterMetrics:
 
     def _add_predictions(self, registry: CollectorRegistry) -> None:
         """Add what predictions are held against."""
+        self.waiting = Gauge(
+            "kvstore_router_waiting", "Requests that wait for a worker to have room or to be alive",
+            registry=registry,
+        )  # fmt: skip
+        self.wait_seconds = Histogram(
+            "kvstore_router_wait_seconds", "How long those waited that went on to a worker",
+            buckets=_LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.refusals = Counter(
+            "kvstore_router_refusals", "Requests turned away: the queue is full, the answer would"
+            " come later than asked, the deadline passed waiting, or no worker is alive",
+            ["reason"], registry=registry,
+        )  # fmt: skip
         self.named_tokens = Gauge(
             "kvstore_named_tokens", "Prompt tokens named by hashing, since the start",
             registry=registry,

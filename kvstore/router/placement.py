@@ -42,6 +42,12 @@ class Prompt:
     """Workers that serve the model at all; None: every one."""
     keeps: bool = True
     """Whether its blocks stay where they are computed, so that others may follow it there."""
+    domain: str = ""
+    """Who shares fairly with whom."""
+    priority: int = 0
+    """Higher goes first where requests wait."""
+    ttft_slo_ms: float = 0.0
+    """Refuse it at once when no worker can answer so soon; 0: none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= MAX_PROMPT_TOKENS:

@@ -35,7 +35,14 @@ def prompt_of(request: router_pb2.RouteRequest, router: Router) -> Prompt:
     else:
         check_names(request.names)
         names, tokens = split_names(request.names), request.prompt_tokens
-    return Prompt(root, names, tokens, exclude)
+    if request.domain:
+        check_id(request.domain, "domain")
+    if request.ttft_slo_ms > MAX_DEADLINE_MS:
+        raise BadInput(f"ttft_slo_ms {request.ttft_slo_ms} is over {MAX_DEADLINE_MS}")
+    return Prompt(
+        root, names, tokens, exclude, domain=request.domain, priority=request.priority,
+        ttft_slo_ms=request.ttft_slo_ms,
+    )  # fmt: skip
 
 
 def reply_of(decision: Decision) -> router_pb2.RouteReply:
@@ -89,7 +96,9 @@ class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
         if request.deadline_ms > MAX_DEADLINE_MS:
             raise BadInput(f"deadline_ms {request.deadline_ms} is over {MAX_DEADLINE_MS}")
         wait_ms = float(request.deadline_ms) if request.deadline_ms else None
-        return reply_of(await self._router.route(prompt_of(request, self._router), wait_ms=wait_ms))
+        prompt = prompt_of(request, self._router)
+        decision = await self._router.route(prompt, wait_ms=wait_ms, deadline_ms=wait_ms)
+        return reply_of(decision)
 
     async def Complete(
         self, request: router_pb2.CompleteRequest, context: Context

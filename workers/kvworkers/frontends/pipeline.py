@@ -229,8 +229,7 @@ class Pipeline:
         with suppress(NotFound, Unreachable):  # workers may have come since; none is as good as old
             running.offer = self.fleet.offer(running.offer.model)
         packed = (running.prompt + running.output).tobytes()
-        salt = running.request.cache_salt
-        names: list[BlockName] = []
+        salt, names = running.request.cache_salt, list[BlockName]()
         # What reads no cache hits nowhere: without names it is priced as all uncached.
         if not running.request.no_read and salt:
             names = list(chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)]))
@@ -240,7 +239,9 @@ class Pipeline:
 
         def prompt(exclude: Sequence[str]) -> Prompt:
             workers = running.offer.workers
-            return Prompt(running.offer.root, names, tokens, frozenset(exclude), workers, keeps)
+            shares = self._config.share_domain, running.request.priority
+            root = running.offer.root
+            return Prompt(root, names, tokens, frozenset(exclude), workers, keeps, *shares)
 
         left_ms = running.left_s * 1_000
         if failed:
@@ -249,7 +250,8 @@ class Pipeline:
                 return await self._router.route(prompt(sorted(failed)), wait_ms=wait_ms)
             except Refused:
                 failed.clear()
-        return await self._router.route(prompt(()), wait_ms=min(self._config.wait_ms, left_ms))
+        alive_ms = min(self._config.wait_ms, left_ms)
+        return await self._router.route(prompt(()), wait_ms=alive_ms, deadline_ms=left_ms)
 
     def _count_failure(
         self, running: Running, decision: Decision, error: KvStoreError, failed: set[str]
