@@ -150,6 +150,10 @@ class RouterMetrics:
             " come later than asked, the deadline passed waiting, or no worker is alive",
             ["reason"], registry=registry,
         )  # fmt: skip
+        self.replications = Counter(
+            "kvstore_hot_prefix_copies", "Requests that made another copy of a hot prefix",
+            registry=registry,
+        )  # fmt: skip
         self.named_tokens = Gauge(
             "kvstore_named_tokens", "Prompt tokens named by hashing, since the start",
             registry=registry,

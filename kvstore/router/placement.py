@@ -10,6 +10,7 @@ from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import TierKind
 from kvstore.directory.view import ClusterView, Health, Held
 from kvstore.router.booking import Bookings
+from kvstore.router.heat import Heat
 from kvstore.router.learning import Expected, Learned, Promise
 from kvstore.router.members import Members
 from kvstore.router.score import LOAD_COST, Candidate, Score, Source, Work, rank
@@ -84,6 +85,8 @@ class Decision:
     """Every other worker, and why it was not."""
     doubts: dict[str, float] = field(default_factory=dict)
     """Publishers that are believed in part only, and how far."""
+    hot_tokens: int = 0
+    """Leading tokens that deserve another copy."""
     booking: int = 0
 
     @property
@@ -114,6 +117,8 @@ class Decision:
         unknown = most - max(score.known_tokens for score in self.scores)
         if unknown > 0:
             reasons.append(f"{unknown} tokens are cached nowhere in sight")
+        if self.hot_tokens > chosen.own_tokens:
+            reasons.append(f"the first {self.hot_tokens} are hot and get another copy")
         for publisher, trust in self.doubts.items():
             reasons.append(f"{publisher} is believed {trust:.0%}")
         reasons.append(f"the last {self.prompt_tokens - most} are always computed")
@@ -134,6 +139,7 @@ class Placement:
         self._view = view
         self._bookings = bookings
         self.learned = Learned()
+        self.heat = Heat()
         self.members = Members()
         self._distrusted: dict[str, float] = {}
         self._seats = Seats(view, self.learned)
@@ -167,12 +173,20 @@ class Placement:
             self._candidate(seat, found, coming.get(seat.name, 0) if coming else 0, most, trusts)
             for seat, found in zip(allowed, held, strict=True)
         ]
-        scores = rank(candidates, prompt.tokens)
+        own_blocks = [one.own_tokens // BLOCK_TOKENS for one in candidates]
+        hot_blocks = self.heat.hot_blocks(prompt.names, own_blocks, now_ms)
+        scores = rank(candidates, prompt.tokens, min(hot_blocks, most) * BLOCK_TOKENS)
         best = scores[0].name
         at = next(i for i, one in enumerate(candidates) if one.name == best)
         return self._decision(
-            prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts
+            prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts, hot_blocks
         )
+
+    def warm(self, decision: Decision, prompt: Prompt, now_ms: float) -> None:
+        """Note that a decision is carried out: its prefixes are asked for."""
+        if prompt.keeps and prompt.names:
+            plan = decision.scores[0].plan
+            self.heat.add(prompt.names, plan.compute_s + plan.load_s, now_ms)
 
     def _why_not(self, seat: Seat, prompt: Prompt, now_ms: float) -> str:
         """Return why a worker must not be chosen; empty when it may."""
@@ -229,7 +243,7 @@ class Placement:
 
     def _decision(
         self, prompt: Prompt, scores: list[Score], seat: Seat, held: Held, chosen: Candidate,
-        excluded: dict[str, str], trusts: Mapping[str, float],
+        excluded: dict[str, str], trusts: Mapping[str, float], hot_blocks: int,
     ) -> Decision:  # fmt: skip
         """Say where the chosen worker is expected to take the prefix from."""
         best = scores[0]
@@ -264,5 +278,6 @@ class Placement:
             ),
             loading=loading,
             excluded=excluded,
+            hot_tokens=hot_blocks * BLOCK_TOKENS,
             doubts={name: trusts[name] for name in (worker, publisher) if name in trusts},
         )  # fmt: skip

@@ -223,6 +223,9 @@ class Router:
         self._placement.learned.observe(made.worker, expected, actual, now_ms)
 
     def _book(self, decision: Decision, prompt: Prompt) -> Decision:
+        self._placement.warm(decision, prompt, self._now_ms())
+        if decision.hot_tokens > decision.scores[0].own_tokens:
+            self._metrics.replications.inc()
         booking = self._bookings.book(
             decision.worker,
             prompt.root,

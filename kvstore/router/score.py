@@ -7,7 +7,11 @@ the split that makes both sides equal: blocks before it are computed although a 
 because loading them would take longer. `hit` is chosen among the ends of the tiers, so a tier that
 is slower than computing is left out. What a request costs others is added for the ranking only:
 
-    cost = ttft + DECODE * running * seconds(computed) + MOVE * seconds(own .. longest own prefix)
+    cost = ttft + DECODE * running * computed + MOVE * (computed + loaded - needed)
+
+in seconds, where `needed` is what it would compute with the longest prefix that any worker has in
+its own pages. What is more than that is work that a move makes: everybody behind it waits for it,
+and the copy evicts what somebody else then computes again.
 
 Seconds come from the rates each worker measures of itself, corrected by what its requests took. A
 worker that has measured nothing is assumed to be as fast as the known ones on average, and where
@@ -32,9 +36,13 @@ DECODE: Final = 0.02
 """Weight of a second by which a prefill delays one running answer, against a second of waiting for
 a first token: an answer of some fifty such seconds is late by one."""
 
-MOVE: Final = 0.05
-"""Weight of computing again what another worker keeps in its pages: the copy evicts something
-else, which is missed later with a chance far below 1."""
+MOVE: Final = 2.0
+"""Weight of a second of work that a move makes. Chosen by simulation on the shared traces: below
+it sessions of agents chase each other from worker to worker (docs/router.md has the sweep)."""
+
+COPY: Final = 1.1
+"""Worth of a second of work that makes a wanted copy. Above 1: where nobody queues yet, holder and
+newcomer would tie."""
 
 BLOCK: Final = 16
 """Tokens by which a split moves."""
@@ -247,10 +255,13 @@ def _split(candidate: Candidate, hit: int, queue_s: float) -> int:
     return split
 
 
-def score(candidate: Candidate, prompt_tokens: int, most_own_tokens: int = 0) -> Score:
+def score(
+    candidate: Candidate, prompt_tokens: int, most_own_tokens: int = 0, hot_tokens: int = 0
+) -> Score:
     """Predict one worker's time to first token, and what that costs others.
 
-    `most_own_tokens` is the longest prefix that any worker has in its own pages.
+    `most_own_tokens` is the longest prefix that any worker has in its own pages. A copy of the
+    first `hot_tokens` is wanted: work that makes one is no cost.
     """
     own, queued, pace = candidate.own_tokens, candidate.queued, candidate.pace
     known = candidate.known_tokens
@@ -258,17 +269,22 @@ def score(candidate: Candidate, prompt_tokens: int, most_own_tokens: int = 0) ->
     queue_s = pace.seconds(queued) if queued.tokens else 0.0
     plan = plan_sources(candidate, prompt_tokens, queue_s)
     others_s = DECODE * candidate.running * plan.compute_s
-    if most_own_tokens > own:
-        others_s += MOVE * pace.between(own, most_own_tokens)
+    moved_s = plan.compute_s + plan.load_s - pace.between(max(own, most_own_tokens), prompt_tokens)
+    if hot_tokens > own:
+        wanted_s = min(moved_s, pace.between(own, hot_tokens))
+        moved_s -= wanted_s
+        others_s -= COPY * wanted_s
+    if moved_s > 0:
+        others_s += MOVE * moved_s
     return Score(candidate.name, own, known, int(queued.tokens), queue_s, pace, plan, others_s)
 
 
-def rank(candidates: Sequence[Candidate], prompt_tokens: int) -> list[Score]:
+def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 0) -> list[Score]:
     """Return the scores, best first. Ties: emptier pool, fewer running, then the name."""
     most = max([candidate.own_tokens for candidate in candidates], default=0)
     scored = []
     for one in candidates:
-        entry = score(one, prompt_tokens, most)
+        entry = score(one, prompt_tokens, most, hot_tokens)
         scored.append(
             (entry.plan.ttft_s + entry.others_s, one.kv_used, one.running, one.name, entry)
         )

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.router.score import (
+    COPY,
     DECODE,
     LOAD_COST,
     MOVE,
@@ -130,6 +131,22 @@ def test_what_a_request_costs_others_ranks_and_delays_nothing() -> None:
     entry = score(busy, 1_000, most_own_tokens=480)
     assert entry.others_s == pytest.approx(DECODE * 20 * 1.0 + MOVE * 0.480)
     assert (entry.ttft_s, entry.cost_s) == (1.0, 1.0 + entry.others_s)
+
+
+def test_work_that_makes_a_wanted_copy_is_no_cost() -> None:
+    newcomer = score(candidate("b"), 1_000, most_own_tokens=480, hot_tokens=320)
+    assert newcomer.others_s == pytest.approx(MOVE * 0.160 - COPY * 0.320)
+    holder = score(candidate("a", own=480), 1_000, most_own_tokens=480, hot_tokens=320)
+    assert holder.others_s == 0.0
+    ranked = rank([candidate("a", own=480), candidate("b")], 1_000, hot_tokens=480)
+    assert [one.name for one in ranked] == ["b", "a"]
+
+
+def test_a_load_that_hides_still_occupies() -> None:
+    """What a tier gives to a busy worker is not free: it loads and computes one after the other."""
+    hidden = score(candidate("a", hit=480, queued=queue(500)), 1_000, most_own_tokens=480)
+    assert hidden.ttft_s == pytest.approx(1.020)
+    assert hidden.others_s == pytest.approx(MOVE * LOAD_COST * 0.480)
 
 
 def test_a_score_shows_what_it_is_made_of() -> None:
