@@ -57,6 +57,12 @@ class NodeMetrics:
             "Accesses that a slow recording missed",
             registry=registry,
         )
+        self.unwritten = Counter(
+            "kvstore_node_unwritten_blocks",
+            "Blocks that were not copied to a tier below",
+            ["tier", "reason"],
+            registry=registry,
+        )
         self._add_calls(registry)
         self._add_gauges(registry)
 
@@ -80,9 +86,11 @@ class NodeMetrics:
         self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
         self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
         self.queued = Gauge(
-            "kvstore_node_queued", "Blocks to seal, blocks to verify, watchers", ["queue"],
+            "kvstore_node_queued",
+            "Blocks to seal, blocks to verify, watchers, moves by lane",
+            ["queue"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.used_bytes = Gauge(
             "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
         )
@@ -279,3 +287,45 @@ class ClusterMetrics:
 def exposition(registry: CollectorRegistry) -> Callable[[], bytes]:
     """Return a function that renders the registry in Prometheus' text format."""
     return lambda: generate_latest(registry)
+
+
+class TierMetrics:
+    """What a tier below DRAM counts; one bundle for all tiers of a node, told apart by label."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.operations = Counter(
+            "kvstore_tier_operations",
+            "Blocks read or written, by how it ended",
+            ["tier", "operation", "outcome"],
+            registry=registry,
+        )
+        self.moved_bytes = Counter(
+            "kvstore_tier_moved_bytes",
+            "Bytes read from or written to a tier",
+            ["tier", "operation"],
+            registry=registry,
+        )
+        self.device_errors = Counter(
+            "kvstore_tier_device_errors",
+            "Operations that the device failed",
+            ["tier", "operation", "error"],
+            registry=registry,
+        )
+        self.dropped = Counter(
+            "kvstore_tier_dropped_blocks",
+            "Blocks that a tier forgot",
+            ["tier", "reason"],
+            registry=registry,
+        )
+        self.breaker = Gauge(
+            "kvstore_tier_breaker",
+            "0 closed, 1 half open, 2 open",
+            ["tier", "operation"],
+            registry=registry,
+        )
+        self.in_device = Gauge(
+            "kvstore_tier_in_device", "Operations inside the device", ["tier"], registry=registry
+        )
+        self.queued = Gauge(
+            "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
+        )
