@@ -12,7 +12,10 @@ import click
 from kvstore.core.errors import BadInput
 
 ENTRY_POINT_GROUP: Final = "kvstore.benchmarks"
-_OWN: Final = {"store": "kvstore.cli.bench_store:store"}
+_OWN: Final = {
+    "router": "kvstore.cli.bench_router:router",
+    "store": "kvstore.cli.bench_store:store",
+}
 
 
 class Benchmarks(click.Group):

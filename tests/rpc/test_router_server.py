@@ -1,5 +1,6 @@
 """The `Router` service, in process and as the command `kvstore router`."""
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator
 
@@ -66,10 +67,60 @@ async def test_explain_shows_every_worker(stub: router_pb2_grpc.RouterStub) -> N
     reply = await stub.Explain(request(tokens=TOKENS))
     assert (reply.chosen.worker, reply.chosen.booking) == ("w", 0)
     assert [(w.worker, w.hit_tokens, w.excluded) for w in reply.workers] == [("w", 64, "")]
+    (one,) = reply.workers
+    assert (one.own_tokens, one.known_tokens, one.queued_tokens) == (64, 64, 1)
+    parts = one.queue_ms + one.load_ms + one.prefill_ms
+    assert parts == pytest.approx(one.predicted_ttft_ms) == pytest.approx(2.0)
+    assert reply.explanation.startswith("w: 2.0 ms = queue 1.0 + load 0.0")
+    assert reply.chosen.missed == "the last 1 are always computed"
     with pytest.raises(grpc.aio.AioRpcError) as nobody:
         await stub.Explain(request(tokens=TOKENS, exclude=["w"]))
     refused = error_from(nobody.value)
     assert isinstance(refused, Refused) and refused.retry_after_ms > 0
+
+
+async def test_what_came_of_a_booking_corrects_the_next(stub: router_pb2_grpc.RouterStub) -> None:
+    made = await stub.Route(request(names=b"", prompt_tokens=1_000))
+    report = types_pb2.CacheReport(prompt_tokens=1_000, computed_tokens=1_000)
+    done = router_pb2.CompleteRequest(
+        booking=made.booking, cache=report, ttft_ms=2_500, queue_ms=400, load_ms=100
+    )
+    first = router_pb2.CompleteRequest()
+    first.CopyFrom(done)
+    first.first_token = True
+    await stub.Complete(first)
+    reply = await stub.Explain(request(names=b"", prompt_tokens=1_000))
+    assert reply.chosen.predicted_ttft_ms == pytest.approx(2_000)
+    await stub.Complete(done)
+    for bad in (
+        router_pb2.CompleteRequest(booking=1, first_token=True),
+        router_pb2.CompleteRequest(booking=1, hit_tokens=1, ttft_ms=float("nan")),
+        router_pb2.CompleteRequest(booking=1, hit_tokens=1, load_ms=-1.0),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await stub.Complete(bad)
+        assert isinstance(error_from(failure.value), BadInput)
+
+
+async def test_an_answer_that_would_come_too_late_is_resource_exhausted(
+    stub: router_pb2_grpc.RouterStub,
+) -> None:
+    late = request(names=b"", prompt_tokens=2_000, ttft_slo_ms=1_000, domain="a", priority=1)
+
+    async def ask_until_refused() -> None:
+        """Nobody is refused for rates that the worker has not told yet."""
+        for _ in range(200):
+            made = await stub.Route(late)
+            await stub.Complete(router_pb2.CompleteRequest(booking=made.booking))
+            await asyncio.sleep(0.02)
+
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await ask_until_refused()
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    refused = error_from(failure.value)
+    assert isinstance(refused, Refused) and refused.retry_after_ms == 1_000
+    late.ttft_slo_ms = 3_000
+    assert (await stub.Route(late)).predicted_ttft_ms == pytest.approx(2_000)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +134,21 @@ async def test_explain_shows_every_worker(stub: router_pb2_grpc.RouterStub) -> N
         request(names=join_names(NAMES), prompt_tokens=16),
         request(tokens=TOKENS, exclude=["w"] * 257),
         router_pb2.RouteRequest(root=ROOT, tokens=TOKENS, deadline_ms=700_000),
+        request(tokens=TOKENS, ttft_slo_ms=700_000),
+        request(tokens=TOKENS, domain="x" * 257),
     ],
-    ids=["root", "tokens", "empty", "both", "names", "too few", "excluded", "deadline"],
+    ids=[
+        "root",
+        "tokens",
+        "empty",
+        "both",
+        "names",
+        "too few",
+        "excluded",
+        "deadline",
+        "slo",
+        "domain",
+    ],
 )
 async def test_bad_requests_are_refused(
     stub: router_pb2_grpc.RouterStub, bad: router_pb2.RouteRequest
@@ -98,6 +162,7 @@ async def test_bad_requests_are_refused(
 async def test_the_command_serves_until_told_to_end() -> None:
     with scripted("w", "--hold", "4") as worker:
         arguments = ["-m", "kvstore.cli.main", "router", "--json", "--metrics", "127.0.0.1:0"]
+        arguments += ["--weight", "paying=3", "--hold-ms", "900", "--max-waiting", "8"]
         with started([*arguments, "--worker", f"w={worker.ready['address']}"]) as router:
             async with open_channel(router.ready["router"]) as channel:
                 stub = router_pb2_grpc.RouterStub(channel)

@@ -24,8 +24,9 @@ from kvstore.core.errors import (
     TooLarge,
     Unreachable,
 )
-from kvstore.core.names import ExtraKey, chain
+from kvstore.core.names import BlockName, ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.learning import Actual
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
@@ -228,16 +229,19 @@ class Pipeline:
         with suppress(NotFound, Unreachable):  # workers may have come since; none is as good as old
             running.offer = self.fleet.offer(running.offer.model)
         packed = (running.prompt + running.output).tobytes()
-        salt = running.request.cache_salt
-        extra = [ExtraKey(0, salt)] if salt else []
+        salt, names = running.request.cache_salt, list[BlockName]()
         # What reads no cache hits nowhere: without names it is priced as all uncached.
-        reads = not running.request.no_read
-        names = list(chain(running.offer.root, packed, extra_keys=extra)) if reads else []
+        if not running.request.no_read and salt:
+            names = list(chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)]))
+        elif not running.request.no_read:
+            names = self._router.names(running.offer.root, packed)
         tokens, keeps = len(packed) // 4, not running.request.no_store
 
         def prompt(exclude: Sequence[str]) -> Prompt:
             workers = running.offer.workers
-            return Prompt(running.offer.root, names, tokens, frozenset(exclude), workers, keeps)
+            shares = self._config.share_domain, running.request.priority
+            root = running.offer.root
+            return Prompt(root, names, tokens, frozenset(exclude), workers, keeps, *shares)
 
         left_ms = running.left_s * 1_000
         if failed:
@@ -246,7 +250,8 @@ class Pipeline:
                 return await self._router.route(prompt(sorted(failed)), wait_ms=wait_ms)
             except Refused:
                 failed.clear()
-        return await self._router.route(prompt(()), wait_ms=min(self._config.wait_ms, left_ms))
+        alive_ms = min(self._config.wait_ms, left_ms)
+        return await self._router.route(prompt(()), wait_ms=alive_ms, deadline_ms=left_ms)
 
     def _count_failure(
         self, running: Running, decision: Decision, error: KvStoreError, failed: set[str]
@@ -285,23 +290,35 @@ class Pipeline:
             silence_ms=lambda: self._router.silence_ms(decision.worker),
             lost_after_ms=self._config.lost_after_ms,
         )
-        hit_tokens: int | None = None
+        sent = time.monotonic()
         try:
             async with aclosing(replies):
                 async for reply in replies:
                     if reply.HasField("cache"):
-                        hit_tokens = CacheAccount.from_proto(reply.cache).cached_tokens
+                        self._learn(decision, reply, sent)
                     chunk = self._chunk(running, decision.worker, reply)
                     if chunk is not None:
                         if chunk.finish_reason:
                             # Before it is given out: nobody may come back for more.
-                            self._router.complete(decision.booking, hit_tokens=hit_tokens)
+                            self._router.complete(decision.booking)
                         yield chunk
         except WORTH_RETRYING:
             raise  # the booking ends where the failure is counted
         except BaseException:  # closed or cancelled: the load is gone from the worker
             self._router.complete(decision.booking)
             raise
+
+    def _learn(self, decision: Decision, reply: worker_pb2.RunReply, sent: float) -> None:
+        """Tell the router what the first token took and what the worker found."""
+        account = CacheAccount.from_proto(reply.cache)
+        actual = Actual(
+            hit_tokens=account.cached_tokens,
+            ttft_ms=(time.monotonic() - sent) * 1_000,
+            queue_ms=reply.queue_ms,
+            load_ms=reply.load_ms,
+            by_tier=account.by_tier,
+        )
+        self._router.first_token(decision.booking, actual)
 
     def _chunk(self, running: Running, worker: str, reply: worker_pb2.RunReply) -> Chunk | None:
         """Return what one message of the worker adds; None when it adds nothing."""

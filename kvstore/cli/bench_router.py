@@ -1,0 +1,280 @@
+"""`kvstore bench router`: what a decision costs in process, beside what it cannot go below.
+
+The cluster is a view of `blocks` entries over 16 workers of two hosts and the hosts' nodes, fed by
+the events that real publishers send. Prompts have 32,768 tokens: the first 8,192 lie on every
+worker (a system prompt and documents), two thirds on one. Nothing is cached between decisions but
+what the router itself remembers.
+"""
+
+import asyncio
+import hashlib
+import os
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from typing import Final
+
+import click
+
+from kvstore.cli.bench_router_stream import seconds_until_visible
+from kvstore.cli.bench_rows import Bench, Work
+from kvstore.core.errors import BadInput
+from kvstore.core.limits import BLOCK_TOKENS, NAME_BYTES
+from kvstore.core.names import BlockName, Root, chain
+from kvstore.directory.events import Began, Changed, Ended, Loaded, TierKind
+from kvstore.directory.places import BlockIndex
+from kvstore.directory.view import ClusterView, reach_over
+from kvstore.router.booking import Bookings
+from kvstore.router.members import Member, Members
+from kvstore.router.naming import NameCache
+from kvstore.router.placement import Placement, Prompt
+
+TOKENS: Final = 32_768
+WORKERS: Final = 16
+HOSTS: Final = 2
+PROMPTS: Final = 12
+"""Different prompts of one run, so that no probe finds the last one's entries in the CPU's cache
+because of the benchmark alone."""
+
+SHARED_TOKENS: Final = 8_192
+HELD_TOKENS: Final = TOKENS * 2 // 3 // BLOCK_TOKENS * BLOCK_TOKENS
+TURN_TOKENS: Final = 1_024
+"""What a conversation's next turn adds."""
+
+EVENT_NAMES: Final = 32
+ROOT: Final = Root(b"bench root of kvstore".ljust(NAME_BYTES, b"."))
+SHA: Final = "SHA-256 chain over the same tokens, bare loop"
+
+
+def random_names(count: int) -> list[BlockName]:
+    """Return names that nobody computed: an index sees no difference."""
+    raw = os.urandom(count * NAME_BYTES)
+    return [BlockName(raw[at : at + NAME_BYTES]) for at in range(0, len(raw), NAME_BYTES)]
+
+
+def bare_chain(tokens: bytes) -> None:
+    """Hash what naming has to hash, and nothing else: the floor of naming in this language."""
+    parent, sha256 = bytes(ROOT), hashlib.sha256
+    for start in range(0, len(tokens), BLOCK_TOKENS * 4):
+        parent = sha256(parent + tokens[start : start + BLOCK_TOKENS * 4]).digest()
+
+
+class Cluster:
+    """A view of `blocks` entries, a placement over it, and prompts to place."""
+
+    def __init__(self, blocks: int) -> None:
+        self.view = ClusterView()
+        self.bookings = Bookings(lifetime_ms=1e9)
+        self.placement = Placement(self.view, self.bookings)
+        shared = os.urandom(SHARED_TOKENS * 4)
+        self.tokens = [shared + os.urandom((TOKENS - SHARED_TOKENS) * 4) for _ in range(PROMPTS)]
+        self.names = [list(chain(ROOT, tokens)) for tokens in self.tokens]
+        self.prompts = [Prompt(ROOT, names, TOKENS) for names in self.names]
+        members: list[Member] = []
+        for number in range(WORKERS):
+            host = f"host-{number % HOSTS}"
+            members.append(Member("worker", f"worker-{number}", f"{host}:{number}", host))
+        members += [Member("node", f"node-{n}", f"host-{n}:1", f"host-{n}") for n in range(HOSTS)]
+        self.placement.members = Members.of(members)
+        each = blocks // (WORKERS + HOSTS)
+        for number, member in enumerate(members):
+            self.view.follow(member.name, host=member.host, now_ms=0.0)
+            self._fill(member, number, each)
+
+    def _fill(self, member: Member, number: int, blocks: int) -> None:
+        """Send a publisher's snapshot and its load."""
+        tier = TierKind.HBM if member.kind == "worker" else TierKind.DRAM
+        events = [Began(member.name, 1, 0, (tier,), member.host)]
+        held = random_names(blocks)
+        held += self.names[0][: SHARED_TOKENS // BLOCK_TOKENS]
+        for at, names in enumerate(self.names):
+            if at % (WORKERS + HOSTS) == number:
+                held += names[: HELD_TOKENS // BLOCK_TOKENS]
+        for event in events:
+            self.view.apply(member.name, event, 0.0)
+        for start in range(0, len(held), 512):
+            self.view.apply(member.name, Changed(ROOT, tier, held[start : start + 512]), 0.0)
+        self.view.apply(member.name, Ended(0), 0.0)
+        if member.kind == "worker":
+            load = Loaded(
+                running=8, waiting=number % 3, queued_tokens=500 * (number % 3),
+                kv_used_bytes=number, kv_capacity_bytes=100, prefill_tokens_per_s=25_000.0,
+                prefill_linear_s=4e-5, prefill_quadratic_s=1.3e-9,
+            )  # fmt: skip
+            self.view.apply(member.name, load, 0.0)
+
+    def decide(self, prompt: Prompt) -> None:
+        """Choose a worker, as `Router.route` does."""
+        assert self.placement.decide(prompt, 0.0) is not None
+
+    def decide_and_book(self, prompt: Prompt) -> None:
+        """Choose a worker, book it there, and hear of its end: the whole life of a decision."""
+        decision = self.placement.decide(prompt, 0.0)
+        assert decision is not None
+        booking = self.bookings.book(
+            decision.worker, ROOT, prompt.names, hit_tokens=decision.hit_tokens,
+            uncached_tokens=prompt.tokens - decision.hit_tokens, now_ms=0.0,
+            loading=decision.loading, expected=decision.expected,
+        )  # fmt: skip
+        self.bookings.complete(booking.number)
+
+
+def per_prompt(run: Callable[[], object]) -> Work:
+    """Return work that goes over every prompt and tells the seconds of one."""
+
+    async def work() -> float:
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) / PROMPTS
+
+    return work
+
+
+def hashing(cluster: Cluster) -> Work:
+    """Return what naming every prompt costs at least."""
+
+    def run() -> None:
+        for tokens in cluster.tokens:
+            bare_chain(tokens)
+
+    return per_prompt(run)
+
+
+async def bench_decisions(bench: Bench, cluster: Cluster) -> None:
+    """Decide for prompts that come named, that were never seen, and that are a next turn."""
+
+    def named() -> None:
+        for prompt in cluster.prompts:
+            cluster.decide(prompt)
+
+    def booked() -> None:
+        for prompt in cluster.prompts:
+            cluster.decide_and_book(prompt)
+
+    def unseen() -> None:
+        for tokens in cluster.tokens:
+            cluster.decide(Prompt(ROOT, NameCache().names(ROOT, tokens), TOKENS))
+
+    known, kept = NameCache(), (TOKENS - TURN_TOKENS) * 4
+    for tokens in cluster.tokens:
+        known.names(ROOT, tokens)
+
+    def turn() -> None:
+        for tokens in cluster.tokens:
+            longer = tokens[:kept] + os.urandom(TURN_TOKENS * 4)
+            cluster.decide(Prompt(ROOT, known.names(ROOT, longer), TOKENS))
+
+    limit = hashing(cluster)
+    for case, run in {
+        "decide from names": named,
+        "decide, book and complete from names": booked,
+        "decide from tokens, never seen": unseen,
+        "decide from tokens, next turn": turn,
+    }.items():
+        await bench.against(case, per_prompt(run), limit, limit_name=SHA)
+
+
+async def bench_match(bench: Bench, cluster: Cluster) -> None:
+    """Find the prefix of all workers' reaches alone."""
+    view = cluster.view
+    tiers = {h: view.host_tiers([f"node-{h}"], 0.0) for h in range(HOSTS)}
+    reaches = [reach_over(view.publisher(f"worker-{n}"), tiers[n % HOSTS]) for n in range(WORKERS)]
+
+    def ours() -> None:
+        for names in cluster.names:
+            view.match(ROOT, names, reaches)
+
+    def one() -> None:
+        for names in cluster.names:
+            view.match(ROOT, names, reaches[:1])
+
+    def one_probe_each() -> None:
+        for names in cluster.names:
+            for _ in range(WORKERS):
+                view.match(ROOT, names[:1], reaches[:1])
+
+    probes = per_prompt(one_probe_each)
+    for case, run in {
+        "longest prefix of 2,048 blocks, 16 workers and 2 nodes": ours,
+        "longest prefix of 2,048 blocks, 1 worker and 1 node": one,
+    }.items():
+        await bench.against(case, per_prompt(run), probes, limit_name="16 matches of one block")
+
+
+async def bench_events(bench: Bench, cluster: Cluster) -> None:
+    """Apply stored and removed events of `EVENT_NAMES` blocks, beside a bare dict."""
+    count = 2_000
+    batches = [random_names(EVENT_NAMES) for _ in range(count)]
+    stored = [Changed(ROOT, TierKind.HBM, names) for names in batches]
+    removed = [Changed(ROOT, TierKind.HBM, names, deleted=True) for names in batches]
+    table: dict[int, int] = dict.fromkeys(range(len(cluster.view)), 1)
+
+    async def ours() -> None:
+        for event in [*stored, *removed]:
+            cluster.view.apply("worker-0", event, 0.0)
+
+    async def bare() -> None:
+        for names in batches:
+            for name in names:
+                table[int.from_bytes(name[:8], "little")] = 1
+        for names in batches:
+            for name in names:
+                del table[int.from_bytes(name[:8], "little")]
+
+    await bench.against(
+        f"events of {EVENT_NAMES} blocks applied, stored and removed", ours, bare,
+        limit_name="a dict of as many ints", amount=2 * count * EVENT_NAMES, unit="blocks/s",
+    )  # fmt: skip
+
+
+def bench_memory(bench: Bench, cluster: Cluster) -> None:
+    """Weigh the index alone: what an entry adds to a view of as many blocks."""
+    case, count = "memory of an entry", len(cluster.view)
+    if not bench.wants(case):
+        return
+    tracemalloc.start()
+    try:
+        index = BlockIndex(max_blocks=count)
+        place = index.new_place()
+        for start in range(0, count, 512):
+            index.add(place, ROOT, random_names(min(512, count - start)))
+        each = tracemalloc.get_traced_memory()[0] / count
+    finally:
+        tracemalloc.stop()
+    packed = "a 64-bit key and a 32-bit set number, packed"
+    bench.row(case, each, "B", limit=12.0, limit_name=packed, ratio=12.0 / each, runs=1)
+
+
+async def bench_stream(bench: Bench) -> None:
+    """Publish one block and wait until the view of a router over gRPC has it."""
+    case = "event published to visible over gRPC"
+    if bench.wants(case):
+        times = await seconds_until_visible(10 * bench.pairs)
+        bench.row(case, statistics.median(times) * 1e3, "ms", runs=len(times))
+
+
+@click.command(short_help="Measure what choosing a worker costs.")
+@click.option("--case", "pattern", default="*", metavar="GLOB", help="Only cases like this.")
+@click.option("--quick", is_flag=True, help="Fewer pairs.")
+@click.option(
+    "--blocks", default=1_000_000, show_default=True, type=click.IntRange(1_000, 16_000_000),
+    help="Entries of the view.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
+def router(pattern: str, quick: bool, blocks: int, as_json: bool) -> None:
+    """Measure decisions, prefix matches, events and memory of the view."""
+    bench = Bench("router", pattern, pairs=7 if quick else 25, quick=quick, as_json=as_json)
+    asyncio.run(_measure(bench, blocks))
+    if not bench.rows:
+        raise BadInput(f"--case {pattern!r} is like no case")
+    bench.finish()
+
+
+async def _measure(bench: Bench, blocks: int) -> None:
+    cluster = Cluster(blocks)
+    await bench_decisions(bench, cluster)
+    await bench_match(bench, cluster)
+    await bench_events(bench, cluster)
+    bench_memory(bench, cluster)
+    await bench_stream(bench)
