@@ -1,0 +1,207 @@
+"""The production router in simulation: its view, bookings and placement, told no more than there.
+
+It learns of blocks by events and of queues by periodic reports, both late; of its own requests at
+once. It never sees the simulated cluster.
+
+Production cuts prompts in blocks of `BLOCK_TOKENS`; a trace in blocks of B tokens. To decide with
+one name per trace block, lengths are told to the router in units of B / BLOCK_TOKENS tokens, and
+rates per such unit: every prediction in seconds stays what it was.
+"""
+
+import math
+from collections import deque
+from typing import Final
+
+from kvstore.core.limits import BLOCK_TOKENS, NAME_BYTES, SUSPECT_AFTER_MS
+from kvstore.core.names import BlockName, Root
+from kvstore.directory.events import Began, Changed, Ended, Event, Loaded, Marked, TierKind
+from kvstore.directory.policy import BlockKey
+from kvstore.directory.view import ClusterView
+from kvstore.router.booking import Bookings
+from kvstore.router.members import Member, Members
+from kvstore.router.placement import Placement, Prompt
+from kvstore.router.router import RouterConfig
+from kvstore.simulate.route import Setup
+from kvstore.simulate.route_cluster import Cluster, Job
+from kvstore.simulate.trace import Trace, TraceRequest
+
+_ROOT: Final = Root(bytes(NAME_BYTES))
+_POOL: Final = "pool"
+
+
+class Publisher:
+    """What one worker, or the pool, tells: blocks by number of event, and load."""
+
+    def __init__(self, name: str, tier: TierKind) -> None:
+        self.name = name
+        self.tier = tier
+        self.sequence = 0
+        """Number of the last event made."""
+        self.jobs: list[Job] = []
+        """Sent here and not over at the last report."""
+        self.heard_ms = -math.inf
+        self.idle = False
+        """Whether the last report said that there is nothing to do."""
+
+    def changed(self, names: list[BlockName], *, deleted: bool) -> Changed:
+        """Return the event that these blocks are, or are not, here."""
+        first = self.sequence + 1
+        self.sequence += len(names)
+        return Changed(_ROOT, self.tier, names, deleted, first)
+
+
+class Ours:
+    """Routes with the production code. Implements `RouteChooser`."""
+
+    def __init__(self, cluster: Cluster, setup: Setup, trace: Trace) -> None:
+        config = RouterConfig()
+        self._unit = trace.block_tokens / BLOCK_TOKENS
+        """Tokens of the trace that are one to the router."""
+        self._block_tokens = trace.block_tokens
+        self._rates = cluster.rates
+        self._capacity = cluster.worker_blocks
+        self._report_ms, self._delay_ms = setup.report_ms, setup.delay_ms
+        self._view = ClusterView(max_blocks=config.max_blocks)
+        self._bookings = Bookings(lifetime_ms=config.booking_lifetime_ms)
+        self._placement = Placement(self._view, self._bookings)
+        self._names: dict[BlockKey, BlockName] = {}
+        self._booked: dict[int, int] = {}
+        """Job → booking, until it ends."""
+        self._next_booking = 0
+        self._events: deque[tuple[float, Publisher, Changed]] = deque()
+        self._workers = [Publisher(f"{at:04d}", TierKind.HBM) for at in range(setup.workers)]
+        self._pool = Publisher(_POOL, TierKind.FILES) if cluster.pool is not None else None
+        self._reported_ms = -math.inf
+        # Who shares a pool reaches it as workers reach the node of their host.
+        members = [
+            Member("worker", worker.name, "simulated:1", host=_POOL if self._pool else worker.name)
+            for worker in self._workers
+        ]
+        if self._pool is not None:
+            members.append(Member("node", _POOL, "simulated:1", host=_POOL))
+        self._placement.members = Members.of(members)
+        for member in members:
+            self._view.follow(member.name, host=member.host, now_ms=0.0)
+        for publisher in self._publishers():
+            self._apply(publisher, Began(publisher.name, 1, 0, (publisher.tier,)), 0.0)
+            self._apply(publisher, Ended(0), 0.0)
+
+    # -- deciding --------------------------------------------------------------------------
+
+    def choose(self, request: TraceRequest) -> int:
+        """Return the worker that production would choose now, and book it there."""
+        now_ms = request.timestamp_ms
+        self._hear(now_ms)
+        full = request.input_tokens // self._block_tokens
+        names = self._named(request.blocks[:full])
+        prompt = Prompt(root=_ROOT, names=names, tokens=self._units(request.input_tokens))
+        decision = self._placement.decide(prompt, now_ms)
+        assert decision is not None, "every worker reports in time"
+        booking = self._bookings.book(
+            decision.worker,
+            prompt.root,
+            prompt.names,
+            hit_tokens=decision.hit_tokens,
+            uncached_tokens=prompt.tokens - decision.hit_tokens,
+            now_ms=now_ms,
+        )
+        self._next_booking = booking.number
+        return int(decision.worker)
+
+    def sent(self, job: Job) -> None:
+        """Remember the booking of a job."""
+        self._booked[job.number] = self._next_booking
+        self._workers[job.worker].jobs.append(job)
+
+    def first_token(self, job: Job) -> None:
+        """Queue the events of a computed prompt: they come to the router a little later."""
+        due_ms = job.first_ms + self._delay_ms
+        self._tell(due_ms, self._workers[job.worker], job.stored, job.dropped)
+        if self._pool is not None:
+            self._tell(due_ms, self._pool, job.pool_stored, job.pool_dropped)
+
+    def ended(self, job: Job) -> None:
+        """Free the booking: the router's own frontend saw the last token."""
+        self._bookings.complete(self._booked.pop(job.number))
+
+    # -- hearing ---------------------------------------------------------------------------
+
+    def _publishers(self) -> list[Publisher]:
+        return [*self._workers, *([self._pool] if self._pool is not None else [])]
+
+    def _tell(
+        self, due_ms: float, publisher: Publisher, stored: list[BlockKey], dropped: list[BlockKey]
+    ) -> None:
+        for keys, deleted in ((dropped, True), (stored, False)):
+            if keys:
+                event = publisher.changed(self._named(keys), deleted=deleted)
+                self._events.append((due_ms, publisher, event))
+
+    def _hear(self, now_ms: float) -> None:
+        """Apply what has come in by now."""
+        while self._events and self._events[0][0] <= now_ms:
+            due_ms, publisher, event = self._events.popleft()
+            self._apply(publisher, event, due_ms)
+        at_ms = math.floor((now_ms - self._delay_ms) / self._report_ms) * self._report_ms
+        if at_ms <= self._reported_ms:
+            return
+        self._reported_ms = at_ms
+        for worker in self._workers:
+            self._report(worker, at_ms)
+        if self._pool is not None:
+            # A mark of what was heard already: a heartbeat, and nothing else.
+            known = self._view.publisher(_POOL)
+            assert known is not None
+            self._apply(self._pool, Marked(known.sequence), at_ms + self._delay_ms)
+
+    def _report(self, worker: Publisher, at_ms: float) -> None:
+        """Apply the load that a worker reported at `at_ms`, unless it is no news."""
+        worker.jobs = [job for job in worker.jobs if job.end_ms > at_ms]
+        came_ms = at_ms + self._delay_ms
+        if worker.idle and not worker.jobs and came_ms - worker.heard_ms < SUSPECT_AFTER_MS / 2:
+            return
+        worker.idle, worker.heard_ms = not worker.jobs, came_ms
+        jobs = [job for job in worker.jobs if job.sent_ms <= at_ms]
+        self._apply(worker, self._load(jobs, at_ms), came_ms)
+
+    def _load(self, jobs: list[Job], at_ms: float) -> Loaded:
+        """Return what a worker with these jobs measures at `at_ms`."""
+        rates, unit, size = self._rates, self._unit, self._block_tokens
+        left = sum(job.service.computed_tokens * _share_left(job, at_ms) for job in jobs)
+        return Loaded(
+            running=sum(job.start_ms <= at_ms for job in jobs),
+            waiting=sum(job.start_ms > at_ms for job in jobs),
+            queued_tokens=math.ceil(left / unit),
+            kv_used_bytes=min(self._capacity, sum(j.request.input_tokens for j in jobs) // size),
+            kv_capacity_bytes=self._capacity,
+            prefill_tokens_per_s=1 / (rates.linear_s * unit),
+            decode_tokens_per_s=1 / (rates.decode_s * unit) if rates.decode_s else 0.0,
+            prefill_linear_s=rates.linear_s * unit,
+            prefill_quadratic_s=rates.quadratic_s * unit**2,
+        )
+
+    def _apply(self, publisher: Publisher, event: Event, now_ms: float) -> None:
+        resync = self._view.apply(publisher.name, event, now_ms)
+        assert resync is None, (publisher.name, resync)
+
+    def _units(self, tokens: int) -> int:
+        return max(1, math.ceil(tokens / self._unit))
+
+    def _named(self, keys: list[BlockKey]) -> list[BlockName]:
+        """Return names whose first bytes are the keys: as good as hashes, one object each."""
+        known, names = self._names, []
+        for key in keys:
+            name = known.get(key)
+            if name is None:
+                name = known[key] = BlockName(key.to_bytes(8, "little").ljust(NAME_BYTES, b"\0"))
+            names.append(name)
+        return names
+
+
+def _share_left(job: Job, at_ms: float) -> float:
+    """Return which share of a prompt's computing is left."""
+    if job.start_ms >= at_ms:
+        return 1.0
+    if job.first_ms <= at_ms:
+        return 0.0
+    return (job.first_ms - at_ms) / (job.first_ms - job.start_ms)
