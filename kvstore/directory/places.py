@@ -129,26 +129,45 @@ class BlockIndex:
     def match(self, root: bytes, names: Sequence[bytes], reaches: Sequence[int]) -> list[int]:
         """Return, for each set of places, how many leading blocks lie somewhere in it.
 
-        A hint: with holes it can promise too much or too little (see `longest_prefix`). Costs
-        O(log blocks) probes per distinct set; a probe made for one is shared by all.
+        A hint: with holes it can promise too much or too little (see `longest_prefix`). All sets
+        gallop together and part where one holds a block that another lacks, so a probe of the
+        index is made once for all whose answer it can change: O(log blocks) probes where few part.
         """
+        length = len(names)
+        answers: dict[int, int] = dict.fromkeys(reaches, 0)
+        if not length:
+            return [0] * len(reaches)
         under, places, live = block_key(root, b""), self._places, ~self._retired
-        probed: dict[int, int] = {}
-        answers: dict[int, int] = {}
-
-        def held_at(index: int) -> int:
-            held = probed.get(index)
-            if held is None:
-                key = int.from_bytes(names[index][:8], "little") ^ under
-                held = probed[index] = places.get(key, 0) & live
-            return held
-
-        def prefix_in(reach: int) -> int:
-            return longest_prefix(lambda index: held_at(index) & reach != 0, len(names))
-
-        for reach in reaches:
-            if reach not in answers:
-                answers[reach] = prefix_in(reach)
+        alive = [reach for reach in answers if reach]
+        pending: list[tuple[int, int, list[int]]] = []
+        known, step = 0, 1
+        while alive:
+            at = min(known + step, length)
+            held = places.get(int.from_bytes(names[at - 1][:8], "little") ^ under, 0) & live
+            lacking = [reach for reach in alive if not held & reach]
+            if lacking:
+                pending.append((known, at, lacking))
+                alive = [reach for reach in alive if held & reach]
+            if at == length:
+                answers.update(dict.fromkeys(alive, length))
+                break
+            known, step = at, step * 2
+        while pending:
+            low, high, group = pending.pop()  # all hold block `low - 1`, none `high - 1`
+            while high - low > 1:
+                middle = (low + high) // 2
+                name = names[middle - 1]
+                held = places.get(int.from_bytes(name[:8], "little") ^ under, 0) & live
+                holding = [reach for reach in group if held & reach]
+                if not holding:
+                    high = middle
+                    continue
+                if len(holding) < len(group):
+                    pending.append((low, middle, [reach for reach in group if not held & reach]))
+                    group = holding
+                low = middle
+            if low:
+                answers.update(dict.fromkeys(group, low))
         return [answers[reach] for reach in reaches]
 
     def sweep(self, limit: int) -> int:

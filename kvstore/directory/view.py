@@ -30,8 +30,8 @@ from kvstore.directory.places import BlockIndex, Place
 DEFAULT_MAX_BLOCKS: Final = 16_000_000
 """Blocks in one view: about 2 GB. Beyond it new blocks are left out and matches promise less."""
 
-HOST_TIERS: Final = frozenset({TierKind.DRAM, TierKind.NVME, TierKind.PEER, TierKind.FILES})
-"""Tiers of a node that every worker of its host reaches."""
+HOST_TIERS: Final = (TierKind.DRAM, TierKind.NVME, TierKind.PEER, TierKind.FILES)
+"""Tiers of a node that every worker of its host reaches, fastest first."""
 
 
 class Health(StrEnum):
@@ -83,14 +83,15 @@ class PublisherView:
     fresh: dict[TierKind, Place] | None = None
     """Places of the snapshot that is coming in."""
 
-    def bits(self, tiers: Iterable[TierKind]) -> int:
-        """Return the places of these tiers, a running snapshot included."""
-        bits = 0
-        for tier in tiers:
-            for places in (self.places, self.fresh or {}):
-                if tier in places:
-                    bits |= places[tier].bit
-        return bits
+    tier_bits: dict[TierKind, int] = field(default_factory=dict)
+    """Places by tier, a running snapshot included."""
+
+    def gather_bits(self) -> None:
+        """Bring `tier_bits` up to date with the places."""
+        bits = {tier: place.bit for tier, place in self.places.items()}
+        for tier, place in (self.fresh or {}).items():
+            bits[tier] = bits.get(tier, 0) | place.bit
+        self.tier_bits = bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ class Reach:
 
     own: int
     """Its own HBM pages."""
-    union: int
-    """Those and the tiers of its host's nodes."""
+    levels: tuple[tuple[TierKind, int], ...] = ()
+    """Tiers of its host's nodes, fastest first: each with all places down to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,8 @@ class Held:
     """In the worker's own pages."""
     blocks: int
     """In anything it reaches; at least `own_blocks`."""
+    levels: tuple[tuple[TierKind, int], ...] = field(default=(), compare=False)
+    """The same down to each tier of its host that adds something, fastest first."""
 
 
 class ClusterView:
@@ -125,6 +128,8 @@ class ClusterView:
         self._suspect_after_ms = suspect_after_ms
         self._index = BlockIndex(max_blocks=max_blocks)
         self._publishers: dict[str, PublisherView] = {}
+        self.version = 0
+        """Changes whenever a publisher comes, goes or begins anew."""
 
     def __len__(self) -> int:
         """Return the number of blocks known somewhere."""
@@ -138,11 +143,13 @@ class ClusterView:
         """Start to know a publisher; one known already keeps what is known."""
         if name not in self._publishers:
             self._publishers[name] = PublisherView(name, host=host, heard_ms=now_ms)
+            self.version += 1
 
     def forget(self, name: str) -> None:
         """Void everything about a publisher. Unknown ones are ignored."""
         known = self._publishers.pop(name, None)
         if known is not None:
+            self.version += 1
             self._retire(known.places)
             self._retire(known.fresh or {})
 
@@ -164,21 +171,34 @@ class ClusterView:
 
     def reach(self, worker: str, nodes: Iterable[str], now_ms: float) -> Reach:
         """Return the places a worker reaches: its own, and those of its host's live nodes."""
-        known = self._publishers.get(worker)
-        own = known.bits((TierKind.HBM,)) if known is not None else 0
-        union = own
+        return self.reach_over(worker, self.host_tiers(nodes, now_ms))
+
+    def host_tiers(self, nodes: Iterable[str], now_ms: float) -> list[tuple[TierKind, int]]:
+        """Return the places of a host's live nodes by tier, fastest first; empty tiers left out."""
+        bits: dict[TierKind, int] = {}
         for node in nodes:
             if self.health(node, now_ms) is Health.LIVE:
-                union |= self._publishers[node].bits(HOST_TIERS)
-        return Reach(own, union)
+                for tier, places in self._publishers[node].tier_bits.items():
+                    bits[tier] = bits.get(tier, 0) | places
+        return [(tier, bits[tier]) for tier in HOST_TIERS if tier in bits]
+
+    def reach_over(self, worker: str, tiers: Sequence[tuple[TierKind, int]]) -> Reach:
+        """Return what a worker reaches whose host has these places (`host_tiers`)."""
+        known = self._publishers.get(worker)
+        own = union = known.tier_bits.get(TierKind.HBM, 0) if known is not None else 0
+        levels: list[tuple[TierKind, int]] = []
+        for tier, places in tiers:
+            union |= places
+            levels.append((tier, union))
+        return Reach(own, tuple(levels))
 
     def match(self, root: Root, names: Sequence[BlockName], reaches: Sequence[Reach]) -> list[Held]:
         """Return the prefix that each reach holds, in blocks of `names`; a hint."""
-        flat = [bits for reach in reaches for bits in (reach.own, reach.union)]
-        found = self._index.match(root, names, flat)
-        return [
-            Held(own, max(own, union)) for own, union in zip(found[::2], found[1::2], strict=True)
-        ]
+        distinct = {reach.own for reach in reaches}
+        distinct.update(bits for reach in reaches for _, bits in reach.levels)
+        masks = list(distinct)
+        found = dict(zip(masks, self._index.match(root, names, masks), strict=True))
+        return [_held(reach, found) for reach in reaches]
 
     def sweep(self, limit: int) -> int:
         """Do a bounded part of the cleaning after snapshots; 0 when nothing is left."""
@@ -228,9 +248,11 @@ class ClusterView:
         known.began, known.resyncing, known.behind_at = True, False, -1
         known.incarnation = event.incarnation
         known.host = event.host or known.host
+        self.version += 1
         known.sequence = known.fuzzy_until = event.sequence
         self._retire(known.fresh or {})
         known.fresh = {tier: self._index.new_place() for tier in event.tiers}
+        known.gather_bits()
 
     def _end(self, known: PublisherView, event: Ended) -> None:
         """Make the snapshot the truth about the tiers it spoke for."""
@@ -239,6 +261,7 @@ class ClusterView:
         self._retire({tier: known.places[tier] for tier in known.fresh if tier in known.places})
         known.places.update(known.fresh)
         known.fresh = None
+        known.gather_bits()
         known.joined = True
         known.fuzzy_until = max(known.fuzzy_until, event.sequence)
 
@@ -266,6 +289,17 @@ class ClusterView:
     def _retire(self, places: dict[TierKind, Place]) -> None:
         for place in places.values():
             self._index.retire(place)
+
+
+def _held(reach: Reach, found: dict[int, int]) -> Held:
+    """Return what a reach holds, given what each set of places does."""
+    most = own = found[reach.own]
+    levels: list[tuple[TierKind, int]] = []
+    for tier, bits in reach.levels:
+        if found[bits] > most:
+            most = found[bits]
+            levels.append((tier, most))
+    return Held(own, most, tuple(levels))
 
 
 def _compare(known: PublisherView, mark: Marked) -> Resync | None:

@@ -124,10 +124,6 @@ class RouterMetrics:
             "kvstore_request_retries", "Requests moved to another worker", ["reason"],
             registry=registry,
         )  # fmt: skip
-        self.predicted_hit_error_tokens = Histogram(
-            "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
-            buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,
-        )  # fmt: skip
         self.in_flight = Gauge("kvstore_requests_in_flight", "Requests running", registry=registry)
         self.workers = Gauge(
             "kvstore_workers", "Workers by state as the router sees them", ["state"],
@@ -137,6 +133,32 @@ class RouterMetrics:
         self.view_resyncs = Counter(
             "kvstore_view_resyncs", "Snapshots fetched again", ["reason"], registry=registry
         )
+        self._add_predictions(registry)
+
+    def _add_predictions(self, registry: CollectorRegistry) -> None:
+        """Add what predictions are held against."""
+        self.predicted_hit_error_tokens = Histogram(
+            "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
+            buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,
+        )  # fmt: skip
+        self.routed_hit_tokens = Counter(
+            "kvstore_routed_hit_tokens", "Cached prompt tokens of answered requests by kind:"
+            " predicted when they were sent, actual as the worker said", ["kind"],
+            registry=registry,
+        )  # fmt: skip
+        self.predicted_ttft_seconds = Histogram(
+            "kvstore_predicted_ttft_seconds", "Predicted time to first token of answered requests",
+            buckets=_LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.predicted_ttft_error_seconds = Histogram(
+            "kvstore_predicted_ttft_error_seconds",
+            "Predicted minus actual time to first token, absolute", buckets=_LATENCY_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.lowest_trust = Gauge(
+            "kvstore_lowest_trust", "Share believed of the publisher that is believed least",
+            registry=registry,
+        )  # fmt: skip
 
 
 class WorkerMetrics:

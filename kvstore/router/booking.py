@@ -2,16 +2,21 @@
 
 A booking does two things until it is completed or expires: it counts as queue at its worker
 until the worker's own load report can include it, and its names count as hits-to-be there, so that
-requests which share a prefix follow the one that is computing it.
+requests which share a prefix follow the one that is computing it. Both are kept as running sums and
+one tree (`kvstore.router.coming`): a decision walks no bookings.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+import math
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from kvstore.core.names import BlockName, Root
-from kvstore.directory.places import longest_prefix
+from kvstore.router.coming import Coming, Node
+from kvstore.router.learning import Expected
+from kvstore.router.score import NO_WORK, Work
 
 MAX_BOOKINGS: Final = 8_192
 """Bookings in flight in one router; the oldest give way. A lost booking costs one worse guess."""
@@ -23,7 +28,7 @@ REPORT_DELAY_MS: Final = 100.0
 """How long a request takes to reach a worker's load report, so that it is not counted twice."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Booking:
     """One request sent to one worker."""
 
@@ -36,6 +41,75 @@ class Booking:
     uncached_tokens: int
     made_ms: float
     expires_ms: float
+    loading: Mapping[str, int]
+    """Tokens it loads, by the device they come from, which others may share."""
+    expected: Expected | None = None
+    """What else was predicted; None when nobody will ask."""
+    prefilling: bool = True
+    """Whether its first token is still to come."""
+    queued: bool = True
+    """Whether it is in the sums of its worker's queue."""
+    last: Node | None = None
+    """Where its names end in the tree of what is coming."""
+
+    @property
+    def work(self) -> Work:
+        """The prefill that was predicted."""
+        return Work.of(self.uncached_tokens, self.hit_tokens)
+
+
+class _AtWorker:
+    """Bookings of one worker in order of time, and the sums of those its report cannot include."""
+
+    __slots__ = ("all", "names", "since", "token_depths", "tokens", "waiting")
+
+    def __init__(self) -> None:
+        self.all: OrderedDict[int, Booking] = OrderedDict()
+        self.names = 0
+        self.waiting: deque[Booking] = deque()
+        self.since = -math.inf
+        self.tokens = 0.0
+        self.token_depths = 0.0
+
+    def add(self, booking: Booking) -> None:
+        self.all[booking.number] = booking
+        self.names += len(booking.names)
+        self._enqueue(booking)
+
+    def dequeue(self, booking: Booking) -> None:
+        """Take a booking out of the sums; done twice it changes nothing."""
+        if not booking.queued:
+            return
+        booking.queued = False
+        work = booking.work
+        self.tokens -= work.tokens
+        self.token_depths = self.token_depths - work.token_depths if self.tokens else 0.0
+        while self.waiting and not self.waiting[0].queued:
+            self.waiting.popleft()
+
+    def queue_since(self, since: float) -> Work:
+        """Return the work of bookings made at `since` or later. Amortised O(1) while time grows."""
+        if since < self.since:  # only the first report of a restarted worker goes back
+            self._recount()
+        self.since = since
+        while self.waiting and (not self.waiting[0].queued or self.waiting[0].made_ms < since):
+            self.dequeue(self.waiting[0])
+        return Work(self.tokens, self.token_depths)
+
+    def _enqueue(self, booking: Booking) -> None:
+        booking.queued = True
+        self.waiting.append(booking)
+        work = booking.work
+        self.tokens += work.tokens
+        self.token_depths += work.token_depths
+
+    def _recount(self) -> None:
+        self.waiting.clear()
+        self.tokens, self.token_depths = 0.0, 0.0
+        for booking in self.all.values():
+            booking.queued = False
+            if booking.prefilling:
+                self._enqueue(booking)
 
 
 class Bookings:
@@ -45,8 +119,9 @@ class Bookings:
         assert lifetime_ms > 0
         self._lifetime_ms = lifetime_ms
         self._by_number: OrderedDict[int, Booking] = OrderedDict()
-        self._by_worker: dict[str, OrderedDict[int, Booking]] = {}
-        self._names_held: dict[str, int] = {}
+        self._by_worker: dict[str, _AtWorker] = {}
+        self._coming: dict[Root, Coming] = {}
+        self._loading: dict[str, int] = {}
         self._next = 1
 
     def __len__(self) -> int:
@@ -62,34 +137,62 @@ class Bookings:
         hit_tokens: int,
         uncached_tokens: int,
         now_ms: float,
+        loading: Mapping[str, int] = MappingProxyType({}),
+        expected: Expected | None = None,
     ) -> Booking:
         """Note a request sent to `worker`. Over a bound the oldest bookings are forgotten."""
         self.expire(now_ms)
         booking = Booking(
             self._next, worker, root, names, hit_tokens, uncached_tokens, now_ms,
-            now_ms + self._lifetime_ms,
+            now_ms + self._lifetime_ms, loading, expected,
         )  # fmt: skip
         self._next += 1
         self._by_number[booking.number] = booking
-        mine = self._by_worker.setdefault(worker, OrderedDict())
-        mine[booking.number] = booking
-        self._names_held[worker] = self._names_held.get(worker, 0) + len(names)
-        while len(mine) > 1 and self._names_held[worker] > MAX_NAMES_PER_WORKER:
-            self.complete(next(iter(mine)))
+        mine = self._by_worker.setdefault(worker, _AtWorker())
+        mine.add(booking)
+        if names:
+            booking.last = self._coming.setdefault(root, Coming()).add(worker, names)
+        for device, tokens in loading.items():
+            self._loading[device] = self._loading.get(device, 0) + tokens
+        while len(mine.all) > 1 and mine.names > MAX_NAMES_PER_WORKER:
+            self.complete(next(iter(mine.all)))
         while len(self._by_number) > MAX_BOOKINGS:
             self.complete(next(iter(self._by_number)))
         return booking
+
+    def get(self, number: int) -> Booking | None:
+        """Return a booking in flight; None when it is unknown or has expired."""
+        return self._by_number.get(number)
+
+    def prefilled(self, booking: Booking) -> None:
+        """Note that a booking's first token has come: it queues and loads no longer."""
+        if not booking.prefilling:
+            return
+        booking.prefilling = False
+        self._by_worker[booking.worker].dequeue(booking)
+        for device, tokens in booking.loading.items():
+            left = self._loading.get(device, 0) - tokens
+            if left > 0:
+                self._loading[device] = left
+            else:
+                self._loading.pop(device, None)
 
     def complete(self, number: int) -> Booking | None:
         """Forget a booking and return it; None when it is unknown or has expired."""
         booking = self._by_number.pop(number, None)
         if booking is None:
             return None
+        self.prefilled(booking)
         mine = self._by_worker[booking.worker]
-        del mine[number]
-        self._names_held[booking.worker] -= len(booking.names)
-        if not mine:
-            del self._by_worker[booking.worker], self._names_held[booking.worker]
+        del mine.all[number]
+        mine.names -= len(booking.names)
+        if not mine.all:
+            del self._by_worker[booking.worker]
+        if booking.last is not None:
+            coming = self._coming[booking.root]
+            coming.remove(booking.worker, booking.last)
+            if not coming:
+                del self._coming[booking.root]
         return booking
 
     def expire(self, now_ms: float) -> int:
@@ -103,34 +206,24 @@ class Bookings:
             expired += 1
         return expired
 
-    def queued_tokens(self, worker: str, *, load_ms: float) -> int:
-        """Return the prompt tokens sent to a worker that its report of `load_ms` cannot include."""
-        since = load_ms - REPORT_DELAY_MS
-        return sum(b.uncached_tokens for b in self._at(worker) if b.made_ms >= since)
-
-    def _at(self, worker: str) -> Iterable[Booking]:
+    def queued(self, worker: str, *, load_ms: float) -> Work:
+        """Return the prefill sent to a worker that its report of `load_ms` cannot include."""
         mine = self._by_worker.get(worker)
-        return mine.values() if mine is not None else ()
+        return mine.queue_since(load_ms - REPORT_DELAY_MS) if mine is not None else NO_WORK
 
     def in_flight(self, worker: str) -> int:
         """Return the number of bookings at a worker."""
-        return len(self._by_worker.get(worker, ()))
+        mine = self._by_worker.get(worker)
+        return len(mine.all) if mine is not None else 0
 
-    def coming_blocks(self, worker: str, root: Root, names: Sequence[BlockName]) -> int:
-        """Return how many leading blocks a booking in flight at `worker` is computing.
+    def loading(self, device: str) -> int:
+        """Return the tokens that bookings before their first token load from a device."""
+        return self._loading.get(device, 0)
+
+    def coming_blocks(self, root: Root, names: Sequence[BlockName]) -> dict[str, int]:
+        """Return, by worker, how many leading blocks a booking in flight is computing there.
 
         Exact: names are a chain, so equal names at one index mean equal prefixes up to it.
         """
-        best = 0
-        for booking in self._at(worker):
-            if booking.root == root:
-                best = max(best, _shared(booking.names, names, best))
-        return best
-
-
-def _shared(theirs: Sequence[BlockName], ours: Sequence[BlockName], floor: int) -> int:
-    """Return the length of the common prefix of two chains; 0 unless it exceeds `floor`."""
-    length = min(len(theirs), len(ours))
-    if length <= floor or theirs[floor] != ours[floor]:
-        return 0
-    return longest_prefix(lambda index: theirs[index] == ours[index], length)
+        coming = self._coming.get(root)
+        return coming.blocks(names) if coming is not None else {}

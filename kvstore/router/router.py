@@ -17,7 +17,8 @@ from kvstore.core.limits import SUSPECT_AFTER_MS
 from kvstore.directory.events import Lost
 from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
 from kvstore.observe.metrics import RouterMetrics
-from kvstore.router.booking import Bookings
+from kvstore.router.booking import Booking, Bookings
+from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.source import EventSource
@@ -99,6 +100,7 @@ class Router:
             if member.kind == "worker" or member.name not in members.by_name:
                 self._view.forget(member.name)
             self._placement.trust(member.name)
+            self._placement.learned.forget(member.name)
         self._placement.members = members
         for member in change.new:
             self._view.follow(member.name, host=member.host, now_ms=self._now_ms())
@@ -155,21 +157,48 @@ class Router:
             raise Refused("no worker is alive that could take the request", RETRY_AFTER_MS)
         return decision
 
-    def complete(
-        self, booking: int, *, hit_tokens: int | None = None, failed: bool = False
-    ) -> bool:
+    def first_token(self, booking: int, actual: Actual) -> bool:
+        """Take a booking's prefill off the queue and learn from it; False when it is unknown.
+
+        Its names stay: other prompts go on to follow it until the worker's events tell of them.
+        """
+        made = self._bookings.get(booking)
+        if made is None:
+            return False
+        self._bookings.prefilled(made)
+        self._learn(made, actual)
+        return True
+
+    def complete(self, booking: int, *, actual: Actual | None = None, failed: bool = False) -> bool:
         """Free a booking and learn from it; False when it is unknown or expired.
 
-        `hit_tokens` is what the worker found. `failed` passes the worker over for a moment.
+        `actual` is for callers that did not tell of the first token. `failed` passes the worker
+        over for a moment.
         """
         made = self._bookings.complete(booking)
         if made is None:
             return False
         if failed:
             self._placement.distrust(made.worker, self._now_ms())
-        elif hit_tokens is not None:
-            self._metrics.predicted_hit_error_tokens.observe(abs(made.hit_tokens - hit_tokens))
+        elif actual is not None:
+            self._learn(made, actual)
         return True
+
+    def _learn(self, made: Booking, actual: Actual) -> None:
+        """Count how far a prediction was off, and correct the next ones. Once for each booking."""
+        expected, made.expected = made.expected, None
+        if expected is None:
+            return
+        metrics = self._metrics
+        metrics.predicted_hit_error_tokens.observe(abs(expected.hit_tokens - actual.hit_tokens))
+        metrics.routed_hit_tokens.labels(kind="predicted").inc(expected.hit_tokens)
+        metrics.routed_hit_tokens.labels(kind="actual").inc(actual.hit_tokens)
+        if actual.ttft_ms > 0:
+            error_s = abs(expected.ttft_s - actual.ttft_ms / 1_000)
+            metrics.predicted_ttft_seconds.observe(expected.ttft_s)
+            metrics.predicted_ttft_error_seconds.observe(error_s)
+        now_ms = self._now_ms()
+        self._placement.learned.observe(made.worker, expected, actual, now_ms)
 
     def _book(self, decision: Decision, prompt: Prompt) -> Decision:
         booking = self._bookings.book(
@@ -179,6 +208,8 @@ class Router:
             hit_tokens=decision.hit_tokens,
             uncached_tokens=prompt.tokens - decision.hit_tokens,
             now_ms=self._now_ms(),
+            loading=decision.loading,
+            expected=decision.expected,
         )
         return replace(decision, booking=booking.number)
 
@@ -226,5 +257,7 @@ class Router:
             for state, count in states.items():
                 self._metrics.workers.labels(state=state.value).set(count)
             self._metrics.view_blocks.set(len(self._view))
+            doubt = self._placement.learned.lowest_trust(now_ms)
+            self._metrics.lowest_trust.set(doubt)
             swept = self._view.sweep(self._config.sweep_blocks)
             await asyncio.sleep(0.01 if swept else self._config.tick_ms / 1_000)

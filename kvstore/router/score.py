@@ -1,38 +1,84 @@
-"""Which worker answers soonest: predicted time to first token from hits, queue and rates. Pure.
+"""Which worker answers soonest, and from where it takes the prefix. Pure.
 
-    ttft = queue + load of what is cached but not in the worker's own pages + prefill of the rest
+    ttft = max(queue + recompute(own .. m), load(m .. hit)) + prefill(hit .. end)
 
-Seconds come from the rates each worker measures of itself. A worker that has measured nothing yet
-is assumed to be as fast as the known ones on average, and where none is known every worker computes
-`ASSUMED_PREFILL_TOKENS_PER_S`: then only the order means something, and the order is the one of
-uncached tokens plus queue.
+A worker loads while it waits and while it computes, so only what outlasts both costs time. `m` is
+the split that makes both sides equal: blocks before it are computed although a tier has them,
+because loading them would take longer. `hit` is chosen among the ends of the tiers, so a tier that
+is slower than computing is left out. What a request costs others is added for the ranking only:
+
+    cost = ttft + DECODE * running * seconds(computed) + MOVE * seconds(own .. longest own prefix)
+
+Seconds come from the rates each worker measures of itself, corrected by what its requests took. A
+worker that has measured nothing is assumed to be as fast as the known ones on average, and where
+none is known every worker computes `ASSUMED_PREFILL_TOKENS_PER_S`: then only the order means
+something, and the order is the one of uncached tokens plus queue.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Final
+from typing import Final, NamedTuple
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 1_000.0
 """Where no worker has measured a rate. Any value gives the same order."""
 
 LOAD_COST: Final = 0.02
-"""Cost of a token loaded from the host, as a share of computing it. The service promises that
-about 1,500 cached tokens answer 15 times sooner than cold, decode step included; 1/50 leaves room
-for that step. Replaced by measured load rates when workers publish them."""
+"""Cost of a token loaded from the host, as a share of computing it, until loads were measured. The
+service promises that about 1,500 cached tokens answer 15 times sooner than cold, decode step
+included; 1/50 leaves room for that step."""
+
+DECODE: Final = 0.02
+"""Weight of a second by which a prefill delays one running answer, against a second of waiting for
+a first token: an answer of some fifty such seconds is late by one."""
+
+MOVE: Final = 0.05
+"""Weight of computing again what another worker keeps in its pages: the copy evicts something
+else, which is missed later with a chance far below 1."""
+
+BLOCK: Final = 16
+"""Tokens by which a split moves."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+class Work(NamedTuple):
+    """Prefill to be done, as the two sums that price it: exact for any number of prompts."""
+
+    tokens: float = 0
+    token_depths: float = 0.0
+    """Sum over the tokens of how many tokens come before each."""
+
+    @classmethod
+    def of(cls, tokens: float, position: float, prompts: int = 1) -> "Work":
+        """Return the work of `tokens` from `position` on, in prompts of equal length."""
+        return cls(tokens, tokens * (position + tokens / (2 * prompts)))
+
+
+NO_WORK: Final = Work()
+
+
+class Source(NamedTuple):
+    """A tier that a worker reaches, fastest first."""
+
+    tier: str
+    until_tokens: int
+    """Leading prompt tokens that it and the faster ones hold."""
+    s_per_token: float
+    """Measured seconds to load one token; 0: not measured, so `share` of computing it."""
+    ahead_tokens: int = 0
+    """Tokens that others are loading from the same device."""
+    share: float = LOAD_COST
+
+
+@dataclass(slots=True)
 class Candidate:
     """A worker that may be chosen, with everything the choice depends on."""
 
     name: str
-    own_tokens: int
+    own_tokens: int = 0
     """Leading prompt tokens in its own pages, or being computed there now."""
-    hit_tokens: int
-    """Leading prompt tokens in anything it reaches; at least `own_tokens`."""
-    queued_tokens: int = 0
-    """Prompt tokens it still has to compute before this prompt."""
+    sources: Sequence[Source] = ()
+    queued: Work = NO_WORK
+    """What it still has to compute before this prompt."""
     running: int = 0
     kv_used: float = 0.0
     """Share of its page pool in use, 0 to 1; breaks ties towards the emptier pool."""
@@ -40,64 +86,187 @@ class Candidate:
     """0: not measured."""
     prefill_linear_s: float = 0.0
     prefill_quadratic_s: float = 0.0
+    correction: float = 0.0
+    """What its requests took over what was predicted; 0: not known, as the others on average."""
+
+    @property
+    def known_tokens(self) -> int:
+        """Leading prompt tokens in anything it reaches."""
+        return self.sources[-1].until_tokens if self.sources else self.own_tokens
 
 
-@dataclass(frozen=True, slots=True)
+class Pace(NamedTuple):
+    """Prefill seconds: linear * n + quadratic * n * (p + n / 2) for n tokens from p on."""
+
+    linear_s: float
+    quadratic_s: float = 0.0
+    correction: float = 1.0
+    """What is in both already."""
+    measured: bool = False
+    """Whether the worker said so itself."""
+
+    def seconds(self, work: Work) -> float:
+        """Return the seconds that some work takes."""
+        return self.linear_s * work.tokens + self.quadratic_s * work.token_depths
+
+    def between(self, first: int, last: int) -> float:
+        """Return the seconds to compute tokens `[first, last)` of a prompt."""
+        tokens = last - first
+        return tokens * (self.linear_s + self.quadratic_s * (first + last) / 2)
+
+
+class Plan(NamedTuple):
+    """How a worker would get its prefix, and how long that takes."""
+
+    ttft_s: float
+    hit_tokens: int
+    """Tokens up to which nothing beyond `own` is computed, but for the split."""
+    split_tokens: int
+    """Tokens `[own, split)` are computed while the rest is loaded."""
+    load_s: float
+    """Of which only what outlasts queue and recompute delays the answer."""
+    compute_s: float
+
+
+@dataclass(slots=True)
 class Score:
     """What a worker was predicted to need, and from what."""
 
     name: str
-    hit_tokens: int
+    own_tokens: int
+    known_tokens: int
+    """Leading tokens in anything it reaches, whether worth loading or not."""
     queued_tokens: int
     queue_s: float
-    load_s: float
-    prefill_s: float
+    pace: Pace
+    plan: Plan
+    others_s: float
+    """What the request costs others, weighted; counts for the ranking only."""
 
     @property
     def ttft_s(self) -> float:
         """Predicted seconds to the first token."""
-        return self.queue_s + self.load_s + self.prefill_s
+        return self.plan.ttft_s
+
+    @property
+    def cost_s(self) -> float:
+        """What the ranking goes by."""
+        return self.plan.ttft_s + self.others_s
+
+    @property
+    def hit_tokens(self) -> int:
+        """Leading tokens that it is expected to find."""
+        return self.plan.hit_tokens
 
     def explain(self) -> str:
         """Say in one line what the prediction is made of."""
+        plan = self.plan
+        over_s = max(0.0, plan.ttft_s - self.queue_s - plan.compute_s)
         return (
-            f"{self.name}: {self.ttft_s * 1e3:.1f} ms = queue {self.queue_s * 1e3:.1f}"
-            f" + load {self.load_s * 1e3:.1f} + prefill {self.prefill_s * 1e3:.1f}"
-            f" ({self.hit_tokens} tokens cached, {self.queued_tokens} queued)"
+            f"{self.name}: {plan.ttft_s * 1e3:.1f} ms = queue {self.queue_s * 1e3:.1f}"
+            f" + load {over_s * 1e3:.1f} of {plan.load_s * 1e3:.1f}"
+            f" + prefill {plan.compute_s * 1e3:.1f}; others {self.others_s * 1e3:.1f}"
+            f" ({plan.hit_tokens} tokens cached, {self.own_tokens} of them in its pages,"
+            f" {self.queued_tokens} queued)"
         )
 
 
-def prefill_seconds(candidate: Candidate, tokens: int, position: int, fallback: float) -> float:
-    """Return the seconds to compute `tokens` prompt tokens that start at `position`.
+def pace_of(candidate: Candidate, fallback: float, correction: float = 1.0) -> Pace:
+    """Return how fast a worker computes.
 
-    With measured coefficients: linear * n + quadratic * n * (p + n / 2), the cost of n tokens of
-    which the k-th attends to p + k. `fallback` is tokens per second where nothing is measured.
+    `fallback`: tokens per second where nothing is measured; `correction`: where none is known.
     """
+    factor = candidate.correction or correction
     if candidate.prefill_linear_s > 0:
-        depth = position + tokens / 2
-        quadratic = max(0.0, candidate.prefill_quadratic_s)
-        return tokens * (candidate.prefill_linear_s + quadratic * depth)
-    return tokens / (candidate.prefill_tokens_per_s or fallback)
+        quadratic_s = max(0.0, candidate.prefill_quadratic_s)
+        return Pace(candidate.prefill_linear_s * factor, quadratic_s * factor, factor, True)
+    per_s = candidate.prefill_tokens_per_s
+    return Pace(factor / (per_s or fallback), 0.0, factor, per_s > 0)
 
 
-def score(candidate: Candidate, prompt_tokens: int, fallback: float) -> Score:
-    """Predict one worker's time to first token; `fallback` as in `prefill_seconds`."""
-    own, hit = candidate.own_tokens, candidate.hit_tokens
-    assert 0 <= own <= hit <= prompt_tokens, (own, hit, prompt_tokens)
+def prefill_seconds(candidate: Candidate, tokens: int, position: int, fallback: float) -> float:
+    """Return the seconds to compute `tokens` that start at `position`; see `Pace`."""
+    return pace_of(candidate, fallback).between(position, position + tokens)
+
+
+def _load_s(sources: Sequence[Source], first: int, last: int, pace: Pace) -> float:
+    """Return the seconds to load tokens `[first, last)`, behind what others load already."""
+    total = 0.0
+    for source in sources:
+        until = min(source.until_tokens, last)
+        if until > first:
+            each = source.s_per_token or source.share * pace.linear_s
+            total += (until - first + source.ahead_tokens) * each
+            first = until
+    return total
+
+
+def plan_sources(candidate: Candidate, prompt_tokens: int, queue_s: float, pace: Pace) -> Plan:
+    """Choose the tiers to load from and the split that answer soonest."""
+    own = candidate.own_tokens
+    compute_s = pace.between(own, prompt_tokens)
+    best = Plan(queue_s + compute_s, own, own, 0.0, compute_s)
+    for source in candidate.sources:
+        hit = source.until_tokens
+        if hit <= best.hit_tokens:
+            continue
+        split = _split(candidate, hit, queue_s, pace)
+        load_s = _load_s(candidate.sources, split, hit, pace)
+        before_s, after_s = pace.between(own, split), pace.between(hit, prompt_tokens)
+        ttft_s = max(queue_s + before_s, load_s) + after_s
+        if ttft_s < best.ttft_s:
+            best = Plan(ttft_s, hit, split, load_s, before_s + after_s)
+    return best
+
+
+def _split(candidate: Candidate, hit: int, queue_s: float, pace: Pace) -> int:
+    """Return the split, in whole blocks, with the earliest end of both loading and computing."""
+    own, sources = candidate.own_tokens, candidate.sources
+    if _load_s(sources, own, hit, pace) <= queue_s:
+        return own
+    low, high = 0, (hit - own) // BLOCK  # blocks computed; at `high` nothing is loaded
+    while low < high:
+        middle = (low + high) // 2
+        split = own + middle * BLOCK
+        if _load_s(sources, split, hit, pace) <= queue_s + pace.between(own, split):
+            high = middle
+        else:
+            low = middle + 1
+    # Before this split loading ends last, from here on computing does: the best is next to it.
+    split = own + low * BLOCK
+    before = split - BLOCK
+    if _load_s(sources, before, hit, pace) < queue_s + pace.between(own, split):
+        return before
+    return split
+
+
+def score(candidate: Candidate, prompt_tokens: int, pace: Pace, most_own_tokens: int = 0) -> Score:
+    """Predict one worker's time to first token, and what that costs others.
+
+    `most_own_tokens` is the longest prefix that any worker has in its own pages.
+    """
+    own = candidate.own_tokens
+    assert 0 <= own <= candidate.known_tokens <= prompt_tokens, (candidate, prompt_tokens)
+    queue_s = pace.seconds(candidate.queued)
+    plan = plan_sources(candidate, prompt_tokens, queue_s, pace)
+    others_s = DECODE * candidate.running * plan.compute_s
+    if most_own_tokens > own:
+        others_s += MOVE * pace.between(own, most_own_tokens)
     return Score(
-        name=candidate.name,
-        hit_tokens=hit,
-        queued_tokens=candidate.queued_tokens,
-        queue_s=prefill_seconds(candidate, candidate.queued_tokens, 0, fallback),
-        load_s=LOAD_COST * prefill_seconds(candidate, hit - own, own, fallback),
-        prefill_s=prefill_seconds(candidate, prompt_tokens - hit, hit, fallback),
-    )
+        candidate.name, own, candidate.known_tokens, int(candidate.queued.tokens), queue_s, pace,
+        plan, others_s,
+    )  # fmt: skip
 
 
 def rank(candidates: Sequence[Candidate], prompt_tokens: int) -> list[Score]:
     """Return the scores, best first. Ties: emptier pool, fewer running, then the name."""
     measured = [c.prefill_tokens_per_s for c in candidates if c.prefill_tokens_per_s > 0]
     fallback = median(measured) if measured else ASSUMED_PREFILL_TOKENS_PER_S
-    scored = [(score(c, prompt_tokens, fallback), c) for c in candidates]
-    scored.sort(key=lambda pair: (pair[0].ttft_s, pair[1].kv_used, pair[1].running, pair[1].name))
+    corrections = [c.correction for c in candidates if c.correction > 0]
+    correction = median(corrections) if corrections else 1.0
+    most = max((c.own_tokens for c in candidates), default=0)
+    scored = [
+        (score(c, prompt_tokens, pace_of(c, fallback, correction), most), c) for c in candidates
+    ]
+    scored.sort(key=lambda pair: (pair[0].cost_s, pair[1].kv_used, pair[1].running, pair[1].name))
     return [entry for entry, _ in scored]

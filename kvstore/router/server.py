@@ -6,7 +6,9 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput, NotFound
 from kvstore.core.limits import MAX_DEADLINE_MS
 from kvstore.core.names import BlockName, chain, split_names
+from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.learning import Actual
 from kvstore.router.members import Members
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router, RouterConfig
@@ -44,10 +46,34 @@ def reply_of(decision: Decision) -> router_pb2.RouteReply:
         booking=decision.booking,
         hit_tokens=decision.hit_tokens,
         predicted_ttft_ms=decision.predicted_ttft_ms,
+        missed=decision.missed,
     )
     for step in decision.plan:
         reply.plan.add(first=step.first, count=step.count, tier=int(step.tier), place=step.place)
     return reply
+
+
+def actual_of(request: router_pb2.CompleteRequest) -> Actual | None:
+    """Return what a caller says became of a booking; None when it says nothing."""
+    if request.HasField("cache"):
+        report = request.cache
+        by_tier = {tier: getattr(report, f"{tier.name.lower()}_tokens") for tier in TierKind}
+        hit_tokens = sum(by_tier.values())
+    else:
+        by_tier, hit_tokens = None, request.hit_tokens
+        if not hit_tokens and not request.ttft_ms:
+            return None
+    for field in ("ttft_ms", "queue_ms", "load_ms"):
+        value = getattr(request, field)
+        if not 0 <= value <= MAX_DEADLINE_MS:
+            raise BadInput(f"{field} is {value}, not 0 to {MAX_DEADLINE_MS}")
+    return Actual(
+        hit_tokens=hit_tokens,
+        ttft_ms=request.ttft_ms,
+        queue_ms=request.queue_ms if request.HasField("queue_ms") else None,
+        load_ms=request.load_ms if request.HasField("load_ms") else None,
+        by_tier=by_tier,
+    )
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
@@ -68,10 +94,15 @@ class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
     async def Complete(
         self, request: router_pb2.CompleteRequest, context: Context
     ) -> router_pb2.CompleteReply:
-        """Free a booking; raises `NotFound` when it is unknown or has expired."""
-        if not self._router.complete(
-            request.booking, hit_tokens=request.hit_tokens, failed=request.failed
-        ):
+        """Learn, and free a booking; raises `NotFound` when it is unknown or has expired."""
+        actual = None if request.failed else actual_of(request)
+        if request.first_token and actual is not None:
+            known = self._router.first_token(request.booking, actual)
+        elif request.first_token:
+            raise BadInput("first_token needs ttft_ms, hit_tokens or cache")
+        else:
+            known = self._router.complete(request.booking, actual=actual, failed=request.failed)
+        if not known:
             raise NotFound(f"booking {request.booking} is unknown or has expired")
         return router_pb2.CompleteReply()
 
@@ -80,13 +111,19 @@ class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
     ) -> router_pb2.ExplainReply:
         """Say what Route would answer, for every worker."""
         decision = self._router.explain(prompt_of(request))
-        reply = router_pb2.ExplainReply(chosen=reply_of(decision))
+        reply = router_pb2.ExplainReply(chosen=reply_of(decision), explanation=decision.explanation)
         for score in decision.scores:
             reply.workers.add(
                 worker=score.name,
                 hit_tokens=score.hit_tokens,
                 queued_tokens=score.queued_tokens,
                 predicted_ttft_ms=score.ttft_s * 1_000,
+                own_tokens=score.own_tokens,
+                known_tokens=score.known_tokens,
+                queue_ms=score.queue_s * 1_000,
+                load_ms=score.plan.load_s * 1_000,
+                prefill_ms=score.plan.compute_s * 1_000,
+                others_ms=score.others_s * 1_000,
             )
         for name, why in decision.excluded.items():
             reply.workers.add(worker=name, excluded=why)

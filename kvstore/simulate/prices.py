@@ -44,8 +44,6 @@ class Prices:
         linear = 1 / self.prefill_tokens_per_s
         worker = Candidate(
             name="simulated",
-            own_tokens=0,
-            hit_tokens=0,
             prefill_linear_s=linear,
             prefill_quadratic_s=linear / self.doubling_tokens,
         )

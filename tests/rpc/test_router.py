@@ -14,6 +14,7 @@ from kvstore.core.names import BlockName, chain, pack_tokens
 from kvstore.directory.events import Loaded, TierKind
 from kvstore.directory.view import Health
 from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Prompt, Step
 from kvstore.router.router import Router, RouterConfig
@@ -88,7 +89,7 @@ async def test_a_prompt_goes_where_its_prefix_is(router: Router, cluster: Start)
     assert decision.plan == (Step(0, 12, TierKind.HBM, "b"),)
     assert decision.predicted_ttft_ms == pytest.approx(TOKENS - 192, rel=0.01)
     assert "192 tokens cached" in decision.explanation
-    assert router.complete(decision.booking, hit_tokens=192)
+    assert router.complete(decision.booking, actual=Actual(hit_tokens=192))
     assert not router.complete(decision.booking)
     second.drop(NAMES[4:12])
     await eventually(lambda: hits(router)["b"] == 64, "the eviction is known")
@@ -235,3 +236,56 @@ def test_prompts_and_bounds_are_checked() -> None:
         RouterConfig(tick_ms=0)
     with pytest.raises(BadInput, match="wait_ms"):
         RouterConfig(wait_ms=-1)
+
+
+async def test_a_first_token_ends_the_queue_and_corrects_the_rate(
+    router: Router, cluster: Start, registry: CollectorRegistry
+) -> None:
+    router.set_members(Members.of([member(await cluster("a"))]))
+    await eventually(lambda: hits(router) == {"a": 0}, "the worker is live")
+    first = await router.route(Prompt(ROOT, [], 1_000))
+    assert router.explain(PROMPT).scores[0].queued_tokens == 1_000
+    assert router.first_token(first.booking, Actual(hit_tokens=0, ttft_ms=3_000))
+    assert not router.first_token(first.booking + 1, Actual(hit_tokens=0))
+    after = router.explain(Prompt(ROOT, [], 1_000))
+    assert after.scores[0].queued_tokens == 0
+    assert after.predicted_ttft_ms == pytest.approx(3_000, rel=0.01)
+    assert router.complete(first.booking, actual=Actual(hit_tokens=0, ttft_ms=9_000))
+    again = router.explain(Prompt(ROOT, [], 1_000))
+    assert again.predicted_ttft_ms == after.predicted_ttft_ms, "one answer teaches once"
+    errors = registry.get_sample_value("kvstore_predicted_ttft_error_seconds_sum")
+    assert errors == pytest.approx(2.0, rel=0.02)
+
+
+async def test_a_publisher_that_promises_too_much_is_believed_less(
+    router: Router, cluster: Start, registry: CollectorRegistry
+) -> None:
+    worker = await cluster("a")
+    worker.hold(NAMES)
+    router.set_members(Members.of([member(worker)]))
+    await eventually(lambda: hits(router) == {"a": 320}, "the worker is live")
+    for _ in range(10):
+        decision = await router.route(replace(PROMPT, keeps=False))
+        assert router.complete(decision.booking, actual=Actual(hit_tokens=0))
+    assert hits(router)["a"] < 64
+    assert "a is believed 1" in router.explain(PROMPT).missed
+    predicted = registry.get_sample_value("kvstore_routed_hit_tokens_total", {"kind": "predicted"})
+    actual = registry.get_sample_value("kvstore_routed_hit_tokens_total", {"kind": "actual"})
+    assert predicted is not None and predicted > 320 and actual == 0
+
+
+async def test_a_decision_says_why_the_rest_has_to_be_computed(
+    router: Router, cluster: Start
+) -> None:
+    near, far = await cluster("near"), await cluster("far", host="host-b")
+    node = await cluster("node", tier=TierKind.FILES, host="host-b")
+    near.hold(NAMES[:4])
+    node.hold(NAMES[:9])
+    far.publisher.load = Loaded(prefill_tokens_per_s=1_000.0, queued_tokens=10_000, waiting=5)
+    router.set_members(Members.of([member(near), member(far), member(node)]))
+    await eventually(lambda: hits(router) == {"near": 64, "far": 144}, "the prefixes are known")
+    await eventually(lambda: router.explain(PROMPT).worker == "near", "far's queue is known")
+    missed = router.explain(PROMPT).missed
+    assert "far has 80 more and costs" in missed
+    assert "176 tokens are cached nowhere in sight" in missed
+    assert "the last 5 are always computed" in missed

@@ -66,10 +66,39 @@ async def test_explain_shows_every_worker(stub: router_pb2_grpc.RouterStub) -> N
     reply = await stub.Explain(request(tokens=TOKENS))
     assert (reply.chosen.worker, reply.chosen.booking) == ("w", 0)
     assert [(w.worker, w.hit_tokens, w.excluded) for w in reply.workers] == [("w", 64, "")]
+    (one,) = reply.workers
+    assert (one.own_tokens, one.known_tokens, one.queued_tokens) == (64, 64, 1)
+    parts = one.queue_ms + one.load_ms + one.prefill_ms
+    assert parts == pytest.approx(one.predicted_ttft_ms) == pytest.approx(2.0)
+    assert reply.explanation.startswith("w: 2.0 ms = queue 1.0 + load 0.0")
+    assert reply.chosen.missed == "the last 1 are always computed"
     with pytest.raises(grpc.aio.AioRpcError) as nobody:
         await stub.Explain(request(tokens=TOKENS, exclude=["w"]))
     refused = error_from(nobody.value)
     assert isinstance(refused, Refused) and refused.retry_after_ms > 0
+
+
+async def test_what_came_of_a_booking_corrects_the_next(stub: router_pb2_grpc.RouterStub) -> None:
+    made = await stub.Route(request(names=b"", prompt_tokens=1_000))
+    report = types_pb2.CacheReport(prompt_tokens=1_000, computed_tokens=1_000)
+    done = router_pb2.CompleteRequest(
+        booking=made.booking, cache=report, ttft_ms=2_500, queue_ms=400, load_ms=100
+    )
+    first = router_pb2.CompleteRequest()
+    first.CopyFrom(done)
+    first.first_token = True
+    await stub.Complete(first)
+    reply = await stub.Explain(request(names=b"", prompt_tokens=1_000))
+    assert reply.chosen.predicted_ttft_ms == pytest.approx(2_000)
+    await stub.Complete(done)
+    for bad in (
+        router_pb2.CompleteRequest(booking=1, first_token=True),
+        router_pb2.CompleteRequest(booking=1, hit_tokens=1, ttft_ms=float("nan")),
+        router_pb2.CompleteRequest(booking=1, hit_tokens=1, load_ms=-1.0),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await stub.Complete(bad)
+        assert isinstance(error_from(failure.value), BadInput)
 
 
 @pytest.mark.parametrize(

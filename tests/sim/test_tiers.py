@@ -152,9 +152,7 @@ def test_one_large_dram_hits_what_one_tier_does() -> None:
 
 def test_seconds_are_those_of_the_routers_model() -> None:
     prices = Prices(prefill_tokens_per_s=1_000.0, doubling_tokens=2_000.0)
-    worker = Candidate(
-        name="w", own_tokens=0, hit_tokens=0, prefill_linear_s=1e-3, prefill_quadratic_s=5e-7
-    )
+    worker = Candidate("w", prefill_linear_s=1e-3, prefill_quadratic_s=5e-7)
     assert prices.compute_s(100, 300) == prefill_seconds(worker, 100, 300, 1.0)
     trace = trace_of([[1, 2], [1, 2]])
     result = replay_tiers(trace, Shape(hbm_blocks=1, dram_blocks=4), Lru, prices)

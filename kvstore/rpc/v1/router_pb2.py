@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvstore.rpc.v1 import types_pb2 as kvstore_dot_rpc_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvstore/rpc/v1/router.proto\x12\x0ekvstore.rpc.v1\x1a\x1akvstore/rpc/v1/types.proto\"\x9b\x01\n\x0cRouteRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\r\n\x05names\x18\x03 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\t\x12\x0f\n\x07\x65xclude\x18\x06 \x03(\t\x12\x10\n\x08priority\x18\x07 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\"]\n\nSourceStep\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\"\n\x04tier\x18\x03 \x01(\x0e\x32\x14.kvstore.rpc.v1.Tier\x12\r\n\x05place\x18\x04 \x01(\t\"\x97\x01\n\nRouteReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x62ooking\x18\x03 \x01(\x04\x12\x12\n\nhit_tokens\x18\x04 \x01(\r\x12\x19\n\x11predicted_ttft_ms\x18\x05 \x01(\x01\x12(\n\x04plan\x18\x06 \x03(\x0b\x32\x1a.kvstore.rpc.v1.SourceStep\"W\n\x0f\x43ompleteRequest\x12\x0f\n\x07\x62ooking\x18\x01 \x01(\x04\x12\x12\n\nhit_tokens\x18\x02 \x01(\r\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x08\"\x0f\n\rCompleteReply\"u\n\x0bWorkerScore\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nhit_tokens\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x19\n\x11predicted_ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\x05 \x01(\t\"h\n\x0c\x45xplainReply\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.kvstore.rpc.v1.RouteReply\x12,\n\x07workers\x18\x02 \x03(\x0b\x32\x1b.kvstore.rpc.v1.WorkerScore2\xde\x01\n\x06Router\x12\x41\n\x05Route\x12\x1c.kvstore.rpc.v1.RouteRequest\x1a\x1a.kvstore.rpc.v1.RouteReply\x12J\n\x08\x43omplete\x12\x1f.kvstore.rpc.v1.CompleteRequest\x1a\x1d.kvstore.rpc.v1.CompleteReply\x12\x45\n\x07\x45xplain\x12\x1c.kvstore.rpc.v1.RouteRequest\x1a\x1c.kvstore.rpc.v1.ExplainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvstore/rpc/v1/router.proto\x12\x0ekvstore.rpc.v1\x1a\x1akvstore/rpc/v1/types.proto\"\xc0\x01\n\x0cRouteRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\r\n\x05names\x18\x03 \x01(\x0c\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x0f\n\x07session\x18\x05 \x01(\t\x12\x0f\n\x07\x65xclude\x18\x06 \x03(\t\x12\x10\n\x08priority\x18\x07 \x01(\r\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x0e\n\x06\x64omain\x18\t \x01(\t\x12\x13\n\x0bttft_slo_ms\x18\n \x01(\r\"]\n\nSourceStep\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\"\n\x04tier\x18\x03 \x01(\x0e\x32\x14.kvstore.rpc.v1.Tier\x12\r\n\x05place\x18\x04 \x01(\t\"\xa7\x01\n\nRouteReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07\x62ooking\x18\x03 \x01(\x04\x12\x12\n\nhit_tokens\x18\x04 \x01(\r\x12\x19\n\x11predicted_ttft_ms\x18\x05 \x01(\x01\x12(\n\x04plan\x18\x06 \x03(\x0b\x32\x1a.kvstore.rpc.v1.SourceStep\x12\x0e\n\x06missed\x18\x07 \x01(\t\"\xde\x01\n\x0f\x43ompleteRequest\x12\x0f\n\x07\x62ooking\x18\x01 \x01(\x04\x12\x12\n\nhit_tokens\x18\x02 \x01(\r\x12\x0f\n\x07ttft_ms\x18\x03 \x01(\x01\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x08\x12*\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1b.kvstore.rpc.v1.CacheReport\x12\x13\n\x0b\x66irst_token\x18\x06 \x01(\x08\x12\x15\n\x08queue_ms\x18\x07 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x07load_ms\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0b\n\t_queue_msB\n\n\x08_load_ms\"\x0f\n\rCompleteReply\"\xe9\x01\n\x0bWorkerScore\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x12\n\nhit_tokens\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x19\n\x11predicted_ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08\x65xcluded\x18\x05 \x01(\t\x12\x12\n\nown_tokens\x18\x06 \x01(\r\x12\x14\n\x0cknown_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_ms\x18\x08 \x01(\x01\x12\x0f\n\x07load_ms\x18\t \x01(\x01\x12\x12\n\nprefill_ms\x18\n \x01(\x01\x12\x11\n\tothers_ms\x18\x0b \x01(\x01\"}\n\x0c\x45xplainReply\x12*\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1a.kvstore.rpc.v1.RouteReply\x12,\n\x07workers\x18\x02 \x03(\x0b\x32\x1b.kvstore.rpc.v1.WorkerScore\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\t2\xde\x01\n\x06Router\x12\x41\n\x05Route\x12\x1c.kvstore.rpc.v1.RouteRequest\x1a\x1a.kvstore.rpc.v1.RouteReply\x12J\n\x08\x43omplete\x12\x1f.kvstore.rpc.v1.CompleteRequest\x1a\x1d.kvstore.rpc.v1.CompleteReply\x12\x45\n\x07\x45xplain\x12\x1c.kvstore.rpc.v1.RouteRequest\x1a\x1c.kvstore.rpc.v1.ExplainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore.rpc.v1.router_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ROUTEREQUEST']._serialized_start=76
-  _globals['_ROUTEREQUEST']._serialized_end=231
-  _globals['_SOURCESTEP']._serialized_start=233
-  _globals['_SOURCESTEP']._serialized_end=326
-  _globals['_ROUTEREPLY']._serialized_start=329
-  _globals['_ROUTEREPLY']._serialized_end=480
-  _globals['_COMPLETEREQUEST']._serialized_start=482
-  _globals['_COMPLETEREQUEST']._serialized_end=569
-  _globals['_COMPLETEREPLY']._serialized_start=571
-  _globals['_COMPLETEREPLY']._serialized_end=586
-  _globals['_WORKERSCORE']._serialized_start=588
-  _globals['_WORKERSCORE']._serialized_end=705
-  _globals['_EXPLAINREPLY']._serialized_start=707
-  _globals['_EXPLAINREPLY']._serialized_end=811
-  _globals['_ROUTER']._serialized_start=814
-  _globals['_ROUTER']._serialized_end=1036
+  _globals['_ROUTEREQUEST']._serialized_end=268
+  _globals['_SOURCESTEP']._serialized_start=270
+  _globals['_SOURCESTEP']._serialized_end=363
+  _globals['_ROUTEREPLY']._serialized_start=366
+  _globals['_ROUTEREPLY']._serialized_end=533
+  _globals['_COMPLETEREQUEST']._serialized_start=536
+  _globals['_COMPLETEREQUEST']._serialized_end=758
+  _globals['_COMPLETEREPLY']._serialized_start=760
+  _globals['_COMPLETEREPLY']._serialized_end=775
+  _globals['_WORKERSCORE']._serialized_start=778
+  _globals['_WORKERSCORE']._serialized_end=1011
+  _globals['_EXPLAINREPLY']._serialized_start=1013
+  _globals['_EXPLAINREPLY']._serialized_end=1138
+  _globals['_ROUTER']._serialized_start=1141
+  _globals['_ROUTER']._serialized_end=1363
 # @@protoc_insertion_point(module_scope)

@@ -74,6 +74,8 @@ def test_a_worker_reaches_the_tiers_of_its_live_nodes() -> None:
     )  # fmt: skip
     assert held(view, names(10), ["n"]) == Held(4, 9)
     assert view.match(ROOT, names(10), [view.reach("w", ["n"], 5_000.0)]) == [Held(4, 4)]
+    assert held(view, names(10), ["n"]).levels == ((TierKind.DRAM, 9),)
+    assert held(view, names(3), ["n"]).levels == (), "a tier that adds nothing is left out"
     feed(view, "n", Lost("gone"))
     assert held(view, names(10), ["n"]) == Held(4, 4)
 

@@ -1,10 +1,9 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from kvstore.core.names import BlockName, Root, chain, pack_tokens
 from kvstore.router import booking
 from kvstore.router.booking import REPORT_DELAY_MS, Booking, Bookings
+from kvstore.router.score import Work
 
 ROOT = Root(bytes(32))
 
@@ -24,24 +23,48 @@ def test_a_booking_queues_until_the_worker_s_report_can_include_it() -> None:
     bookings = Bookings(lifetime_ms=10_000)
     book(bookings, now_ms=1_000)
     book(bookings, now_ms=1_200)
-    assert bookings.queued_tokens("w", load_ms=0.0) == 200
-    assert bookings.queued_tokens("w", load_ms=1_000 + REPORT_DELAY_MS + 1) == 100
-    assert bookings.queued_tokens("w", load_ms=2_000) == 0
-    assert bookings.queued_tokens("other", load_ms=0.0) == 0
+    assert bookings.queued("w", load_ms=0.0).tokens == 200
+    assert bookings.queued("w", load_ms=1_000 + REPORT_DELAY_MS + 1).tokens == 100
+    assert bookings.queued("w", load_ms=2_000).tokens == 0
+    assert bookings.queued("other", load_ms=0.0).tokens == 0
     assert bookings.in_flight("w") == 2
+    # A restarted worker has sent no report: whatever it was sent counts again.
+    assert bookings.queued("w", load_ms=0.0).tokens == 200
+
+
+def test_the_work_of_many_prompts_is_no_longer_prompt() -> None:
+    bookings = Bookings(lifetime_ms=10_000)
+    for _ in range(3):
+        book(bookings)
+    assert bookings.queued("w", load_ms=0.0) == Work(300, 3 * 100 * 50)
+    assert Work.of(300, 0).token_depths == 300 * 150
+    assert Work.of(10, 50).token_depths == sum(50 + k + 0.5 for k in range(10))
+
+
+def test_a_first_token_ends_queue_and_load_and_not_what_is_coming() -> None:
+    bookings = Bookings(lifetime_ms=10_000)
+    made = bookings.book(
+        "w", ROOT, names(1, 2), hit_tokens=0, uncached_tokens=100, now_ms=0, loading={"h/nvme": 64}
+    )
+    assert bookings.loading("h/nvme") == 64
+    for _ in range(2):
+        bookings.prefilled(made)
+        assert (bookings.loading("h/nvme"), bookings.queued("w", load_ms=0.0)) == (0, Work())
+    assert bookings.coming_blocks(ROOT, names(1, 2)) == {"w": 2}
+    assert bookings.get(made.number) is made
+    assert bookings.queued("w", load_ms=-1.0) == Work()
 
 
 def test_names_in_flight_are_hits_to_be_at_their_worker_only() -> None:
     bookings = Bookings(lifetime_ms=10_000)
     made = book(bookings, of=names(1, 2, 3))
     book(bookings, of=names(1, 9))
-    assert bookings.coming_blocks("w", ROOT, names(1, 2, 7, 8)) == 2
-    assert bookings.coming_blocks("w", ROOT, names(1, 9, 9)) == 2
-    assert bookings.coming_blocks("w", ROOT, names(5)) == 0
-    assert bookings.coming_blocks("w", Root(bytes([1]) * 32), names(1, 2)) == 0
-    assert bookings.coming_blocks("v", ROOT, names(1, 2)) == 0
+    assert bookings.coming_blocks(ROOT, names(1, 2, 7, 8)) == {"w": 2}
+    assert bookings.coming_blocks(ROOT, names(1, 9, 9)) == {"w": 2}
+    assert bookings.coming_blocks(ROOT, names(5)) == {}
+    assert bookings.coming_blocks(Root(bytes([1]) * 32), names(1, 2)) == {}
     assert bookings.complete(made.number) == made
-    assert bookings.coming_blocks("w", ROOT, names(1, 2, 7, 8)) == 1
+    assert bookings.coming_blocks(ROOT, names(1, 2, 7, 8)) == {"w": 1}
 
 
 def test_completing_twice_is_harmless() -> None:
@@ -49,6 +72,7 @@ def test_completing_twice_is_harmless() -> None:
     made = book(bookings)
     assert bookings.complete(made.number) is made
     assert bookings.complete(made.number) is None
+    assert bookings.get(made.number) is None
     assert len(bookings) == 0
 
 
@@ -74,17 +98,3 @@ def test_bounds_drop_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(bookings), bookings.in_flight("w")) == (3, 0)
     huge = book(bookings, "h", of=names(1, 2, 3, 4, 5, 6))
     assert bookings.complete(huge.number) is huge  # one alone may be over the bound
-
-
-@given(
-    first=st.lists(st.integers(0, 2), max_size=12), second=st.lists(st.integers(0, 2), max_size=12)
-)
-def test_the_common_prefix_of_two_chains_is_exact(first: list[int], second: list[int]) -> None:
-    common = 0
-    for ours, theirs in zip(first, second, strict=False):
-        if ours != theirs:
-            break
-        common += 1
-    bookings = Bookings(lifetime_ms=10_000)
-    book(bookings, of=names(*first))
-    assert bookings.coming_blocks("w", ROOT, names(*second)) == common

@@ -4,11 +4,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.router.score import LOAD_COST, Candidate, prefill_seconds, rank, score
+from kvstore.router.score import (
+    DECODE,
+    LOAD_COST,
+    MOVE,
+    Candidate,
+    Pace,
+    Source,
+    Work,
+    pace_of,
+    plan_sources,
+    prefill_seconds,
+    rank,
+    score,
+)
+
+PACE = Pace(1e-3)
 
 
-def candidate(name: str = "a", own: int = 0, hit: int = 0, **rest: float) -> Candidate:
-    return Candidate(name=name, own_tokens=own, hit_tokens=max(own, hit), **rest)  # type: ignore[arg-type]
+def candidate(name: str = "a", own: int = 0, hit: int = 0, **rest: object) -> Candidate:
+    sources = (Source("dram", hit, 0.0),) if hit > own else ()
+    return Candidate(name, own, sources, **rest)  # type: ignore[arg-type]
+
+
+def queue(tokens: int) -> Work:
+    return Work.of(tokens, 0)
 
 
 def best(*candidates: Candidate, prompt: int = 1_000) -> str:
@@ -20,20 +40,20 @@ def test_the_longest_prefix_wins_when_nobody_queues() -> None:
 
 
 def test_a_long_queue_outweighs_a_hit() -> None:
-    busy = candidate("a", own=480, queued_tokens=5_000)
+    busy = candidate("a", own=480, queued=queue(5_000))
     assert best(busy, candidate("b")) == "b"
-    assert best(replace(busy, queued_tokens=400), candidate("b")) == "a"
+    assert best(replace(busy, queued=queue(400)), candidate("b")) == "a"
 
 
 def test_own_pages_are_better_than_the_host_s() -> None:
     assert best(candidate("a", hit=480), candidate("b", own=480)) == "b"
-    # A load is cheap, so a short queue already tips the scale the other way.
-    assert best(candidate("a", hit=480), candidate("b", own=480, queued_tokens=20)) == "a"
+    # A load is cheap, so a queue that outlasts it already tips the scale the other way.
+    assert best(candidate("a", hit=480), candidate("b", own=480, queued=queue(60))) == "a"
 
 
 def test_ties_go_to_the_emptier_pool_then_the_idler_then_the_name() -> None:
     assert best(candidate("a", kv_used=0.5), candidate("b", kv_used=0.1)) == "b"
-    assert best(candidate("a", running=2), candidate("b", running=1)) == "b"
+    assert best(candidate("a", own=992, running=2), candidate("b", own=992, running=1)) == "b"
     assert best(candidate("b"), candidate("a")) == "a"
 
 
@@ -45,7 +65,16 @@ def test_a_slow_worker_loses_to_a_fast_one_with_fewer_hits() -> None:
 
 def test_an_unmeasured_worker_counts_as_the_median_of_the_measured() -> None:
     scores = rank([candidate("a"), candidate("b", own=16, prefill_tokens_per_s=500.0)], 1_000)
-    assert {entry.name: entry.prefill_s for entry in scores} == {"a": 2.0, "b": 984 / 500}
+    assert {one.name: one.plan.compute_s for one in scores} == {"a": 2.0, "b": 984 / 500}
+
+
+def test_a_correction_scales_and_the_median_stands_in_for_an_unknown_one() -> None:
+    slow, fast = candidate("a", correction=3.0), candidate("b", correction=1.0)
+    assert best(slow, fast) == "b"
+    scores = {one.name: one.ttft_s for one in rank([slow, fast, candidate("c")], 1_000)}
+    assert scores == pytest.approx({"a": 3.0, "b": 1.0, "c": 2.0})
+    measured = pace_of(candidate(prefill_linear_s=1e-3, correction=2.0), 1.0)
+    assert measured == Pace(2e-3, 0.0, 2.0, True)
 
 
 def test_measured_coefficients_price_the_depth() -> None:
@@ -55,23 +84,109 @@ def test_measured_coefficients_price_the_depth() -> None:
     assert prefill_seconds(candidate(), 100, 0, 25.0) == 4.0
 
 
+def test_a_queue_of_many_prompts_is_cheaper_than_one_long_prompt() -> None:
+    pace = Pace(1e-3, 1e-6)
+    many = pace.seconds(Work.of(10_000, 0, prompts=10))
+    assert many == pytest.approx(10 * pace.between(0, 1_000))
+    assert pace.seconds(Work.of(10_000, 0)) == pytest.approx(pace.between(0, 10_000))
+
+
+def test_a_load_hides_behind_the_queue() -> None:
+    """100 tokens a second from the tier, 1,000 computed: only what outlasts the queue counts."""
+    fast = Candidate("a", 0, (Source("dram", 640, 1e-4),))
+    assert plan_sources(fast, 1_000, 1.0, PACE).ttft_s == pytest.approx(1.36)
+    assert plan_sources(fast, 1_000, 1.0, PACE).split_tokens == 0
+
+
+def test_a_split_computes_the_beginning_while_the_end_loads() -> None:
+    """A tier as fast as computing halves the wait for a prefix."""
+    plan = plan_sources(Candidate("a", 0, (Source("nvme", 640, 1e-3),)), 1_000, 0.0, PACE)
+    assert (plan.split_tokens, plan.hit_tokens) == (320, 640)
+    assert plan.ttft_s == pytest.approx(0.320 + 0.360)
+    assert plan.load_s == pytest.approx(0.320)
+
+
+def test_a_tier_that_loads_slower_than_it_computes_is_left_out() -> None:
+    tiers = (Source("dram", 320, 1e-5), Source("files", 640, 1.0))
+    plan = plan_sources(Candidate("a", 160, tiers), 1_000, 0.0, PACE)
+    assert plan.hit_tokens == 320
+    only = plan_sources(Candidate("a", 160, tiers[1:]), 1_000, 0.0, PACE)
+    assert only.hit_tokens == 160
+    assert only.ttft_s == pytest.approx(0.840)
+
+
+def test_a_tier_that_adds_nothing_is_passed_over() -> None:
+    tiers = (Source("dram", 160, 1e-9), Source("nvme", 320, 1e-5))
+    assert plan_sources(Candidate("a", 160, tiers), 1_000, 0.0, PACE).hit_tokens == 320
+
+
+def test_what_others_load_from_a_device_delays_ours() -> None:
+    idle = Source("nvme", 640, 1e-4)
+    behind = idle._replace(ahead_tokens=6_400)
+    sooner = plan_sources(Candidate("a", 0, (idle,)), 1_000, 0.0, PACE)
+    later = plan_sources(Candidate("a", 0, (behind,)), 1_000, 0.0, PACE)
+    assert sooner.ttft_s < later.ttft_s <= 1.0
+
+
+def test_what_a_request_costs_others_ranks_and_delays_nothing() -> None:
+    busy, idle = candidate("a", running=20), candidate("b", running=0, kv_used=0.9)
+    assert best(busy, idle) == "b"
+    entry = score(busy, 1_000, PACE, most_own_tokens=480)
+    assert entry.others_s == pytest.approx(DECODE * 20 * 1.0 + MOVE * 0.480)
+    assert (entry.ttft_s, entry.cost_s) == (1.0, 1.0 + entry.others_s)
+
+
 def test_a_score_shows_what_it_is_made_of() -> None:
-    entry = score(candidate("a", own=100, hit=300, queued_tokens=50), 1_000, 1_000.0)
-    assert (entry.queue_s, entry.load_s, entry.prefill_s) == (0.05, LOAD_COST * 0.2, 0.7)
-    assert entry.ttft_s == pytest.approx(0.754)
+    entry = score(candidate("a", own=96, hit=304, queued=queue(2)), 1_000, PACE)
+    assert entry.queue_s == 0.002
+    assert entry.plan.split_tokens == 96
+    assert entry.plan.load_s == pytest.approx(LOAD_COST * 0.208)
     assert entry.explain() == (
-        "a: 754.0 ms = queue 50.0 + load 4.0 + prefill 700.0 (300 tokens cached, 50 queued)"
+        "a: 700.2 ms = queue 2.0 + load 2.2 of 4.2 + prefill 696.0; others 0.0"
+        " (304 tokens cached, 96 of them in its pages, 2 queued)"
     )
+    assert entry.hit_tokens == 304
+
+
+TIERS = st.lists(
+    st.tuples(st.integers(1, 20), st.floats(1e-6, 1e-2), st.integers(0, 500)), max_size=3
+)
+
+
+@given(own=st.integers(0, 20), tiers=TIERS, queued=st.integers(0, 3_000), depth=st.floats(0, 1e-5))
+def test_no_plan_beats_the_chosen_one(
+    own: int, tiers: list[tuple[int, float, int]], queued: int, depth: float
+) -> None:
+    """Against every end of a tier with every split, priced anew."""
+    pace, prompt, until = Pace(1e-3, depth), 1_600, own * 16
+    sources = []
+    for blocks, each, ahead in tiers:
+        until += blocks * 16
+        sources.append(Source("tier", until, each, ahead))
+    mine = Candidate("a", own * 16, sources, queued=queue(queued))
+    queue_s = pace.seconds(mine.queued)
+    plans = [queue_s + pace.between(own * 16, prompt)]
+    for end in sources:
+        for split in range(own * 16, end.until_tokens + 1, 16):
+            load_s, first = 0.0, split
+            for source in sources:
+                last = min(source.until_tokens, end.until_tokens)
+                if last > first:
+                    load_s += (last - first + source.ahead_tokens) * source.s_per_token
+                    first = last
+            before_s = queue_s + pace.between(own * 16, split)
+            plans.append(max(before_s, load_s) + pace.between(end.until_tokens, prompt))
+    found = score(mine, prompt, pace).ttft_s
+    assert found == pytest.approx(min(plans))
 
 
 @given(
-    own=st.integers(0, 500), more=st.integers(0, 500), queued=st.integers(0, 10_000),
-    better=st.integers(0, 500),
+    own=st.integers(0, 31), more=st.integers(0, 31), queued=st.integers(0, 10_000),
+    better=st.integers(0, 31),
 )  # fmt: skip
 def test_more_hits_and_less_queue_never_hurt(own: int, more: int, queued: int, better: int) -> None:
-    base = candidate(own=own, hit=own + more, queued_tokens=queued)
-    prompt = 2_000
-    before = score(base, prompt, 1_000.0).ttft_s
-    hits = replace(base, own_tokens=own + better, hit_tokens=own + more + better)
-    assert score(hits, prompt, 1_000.0).ttft_s <= before
-    assert score(replace(base, queued_tokens=0), prompt, 1_000.0).ttft_s <= before
+    base = candidate(own=own * 16, hit=(own + more) * 16, queued=queue(queued))
+    hits = candidate(own=(own + better) * 16, hit=(own + more + better) * 16, queued=queue(queued))
+    before = score(base, 2_000, PACE).ttft_s
+    assert score(hits, 2_000, PACE).ttft_s <= before + 1e-9
+    assert score(replace(base, queued=Work()), 2_000, PACE).ttft_s <= before

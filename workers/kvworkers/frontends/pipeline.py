@@ -26,6 +26,7 @@ from kvstore.core.errors import (
 )
 from kvstore.core.names import ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
+from kvstore.router.learning import Actual
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
@@ -285,23 +286,35 @@ class Pipeline:
             silence_ms=lambda: self._router.silence_ms(decision.worker),
             lost_after_ms=self._config.lost_after_ms,
         )
-        hit_tokens: int | None = None
+        sent = time.monotonic()
         try:
             async with aclosing(replies):
                 async for reply in replies:
                     if reply.HasField("cache"):
-                        hit_tokens = CacheAccount.from_proto(reply.cache).cached_tokens
+                        self._learn(decision, reply, sent)
                     chunk = self._chunk(running, decision.worker, reply)
                     if chunk is not None:
                         if chunk.finish_reason:
                             # Before it is given out: nobody may come back for more.
-                            self._router.complete(decision.booking, hit_tokens=hit_tokens)
+                            self._router.complete(decision.booking)
                         yield chunk
         except WORTH_RETRYING:
             raise  # the booking ends where the failure is counted
         except BaseException:  # closed or cancelled: the load is gone from the worker
             self._router.complete(decision.booking)
             raise
+
+    def _learn(self, decision: Decision, reply: worker_pb2.RunReply, sent: float) -> None:
+        """Tell the router what the first token took and what the worker found."""
+        account = CacheAccount.from_proto(reply.cache)
+        actual = Actual(
+            hit_tokens=account.cached_tokens,
+            ttft_ms=(time.monotonic() - sent) * 1_000,
+            queue_ms=reply.queue_ms,
+            load_ms=reply.load_ms,
+            by_tier=account.by_tier,
+        )
+        self._router.first_token(decision.booking, actual)
 
     def _chunk(self, running: Running, worker: str, reply: worker_pb2.RunReply) -> Chunk | None:
         """Return what one message of the worker adds; None when it adds nothing."""

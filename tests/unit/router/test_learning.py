@@ -1,0 +1,94 @@
+import pytest
+
+from kvstore.directory.events import TierKind
+from kvstore.router.learning import (
+    MAX_CORRECTION,
+    NEWEST,
+    TRUST_HALF_LIFE_MS,
+    Actual,
+    Expected,
+    Learned,
+    Promise,
+)
+from kvstore.router.score import Pace
+
+PACE = Pace(1e-3, 0.0, 1.0, True)
+
+
+def expected(*promises: Promise, hit: int = 320, pace: Pace = PACE) -> Expected:
+    return Expected(1_000, hit, 0.680, 0.0, 0.0, pace, promises)
+
+
+def test_rates_follow_what_requests_took() -> None:
+    learned = Learned()
+    assert learned.correction("w", measured=True) == 0.0
+    pace = PACE
+    for _ in range(60):
+        factor = learned.correction("w", measured=True) or 1.0
+        pace = Pace(1e-3 * factor, 0.0, factor, True)
+        actual = Actual(hit_tokens=320, ttft_ms=2_080, queue_ms=30, load_ms=10)
+        learned.observe("w", expected(pace=pace), actual, 0.0)
+    assert learned.correction("w", measured=True) == pytest.approx(3.0)
+    assert learned.correction("w", measured=False) == 0.0
+    assert pace.between(320, 1_000) == pytest.approx(2.04)
+    learned.forget("w")
+    assert learned.correction("w", measured=True) == 0.0
+
+
+def test_a_shorter_hit_than_predicted_is_no_slowness() -> None:
+    learned = Learned()
+    learned.observe("w", expected(), Actual(hit_tokens=0, ttft_ms=1_000), 0.0)
+    assert learned.correction("w", measured=True) == pytest.approx(1.0)
+
+
+def test_outliers_are_bounded_and_empty_answers_teach_nothing() -> None:
+    learned = Learned()
+    learned.observe("w", expected(), Actual(hit_tokens=320, ttft_ms=1e9), 0.0)
+    assert learned.correction("w", measured=True) == pytest.approx(MAX_CORRECTION)
+    for actual in (Actual(hit_tokens=320), Actual(hit_tokens=320, ttft_ms=5, queue_ms=9)):
+        learned.observe("v", expected(), actual, 0.0)
+    short = Expected(1_000, 320, 0.0, 0.0, 0.0, Pace(1e-9), ())
+    learned.observe("v", short, Actual(hit_tokens=320, ttft_ms=5), 0.0)
+    assert learned.correction("v", measured=True) == 0.0
+
+
+def test_a_tier_s_rate_is_learnt_from_answers_that_loaded_from_it_alone() -> None:
+    learned = Learned()
+
+    def answer(load_ms: float, **tokens: int) -> None:
+        tiers = {TierKind[tier.upper()]: count for tier, count in tokens.items()}
+        actual = Actual(hit_tokens=320, load_ms=load_ms, by_tier=tiers)
+        learned.observe("w", expected(), actual, 0.0)
+
+    answer(50, hbm=100, dram=100, nvme=100)
+    answer(0, dram=100)
+    assert learned.load_s_per_token("w", TierKind.DRAM) == 0.0
+    answer(50, hbm=100, dram=100)
+    assert learned.load_s_per_token("w", TierKind.DRAM) == pytest.approx(5e-4)
+    answer(100, dram=100)
+    assert learned.load_s_per_token("w", TierKind.DRAM) == pytest.approx(5e-4 * (1 + NEWEST))
+    assert learned.load_s_per_token("w", TierKind.NVME) == 0.0
+    learned.forget("w")
+    assert learned.load_s_per_token("w", TierKind.DRAM) == 0.0
+
+
+def test_trust_falls_where_the_promise_broke_and_comes_back() -> None:
+    learned = Learned()
+    made = expected(Promise("w", 160), Promise("node", 320))
+    learned.observe("w", made, Actual(hit_tokens=160), 0.0)
+    assert learned.trust("w", 0.0) == 1.0
+    assert learned.trust("node", 0.0) == pytest.approx(1 - NEWEST)
+    assert learned.doubted() == ["node"]
+    assert learned.lowest_trust(0.0) == pytest.approx(1 - NEWEST)
+    assert learned.trust("node", TRUST_HALF_LIFE_MS) == pytest.approx(1 - NEWEST / 2)
+    learned.observe("w", made, Actual(hit_tokens=400), 0.0)
+    assert learned.trust("node", 0.0) == pytest.approx(1 - NEWEST * (1 - NEWEST))
+    assert learned.trust("node", 100 * TRUST_HALF_LIFE_MS) == 1.0
+    assert (learned.doubted(), learned.lowest_trust(0.0)) == ([], 1.0)
+
+
+def test_nobody_is_blamed_for_what_was_only_coming() -> None:
+    learned = Learned()
+    learned.observe("w", expected(Promise("", 320)), Actual(hit_tokens=0), 0.0)
+    learned.observe("w", expected(Promise("w", 0)), Actual(hit_tokens=0), 0.0)
+    assert learned.doubted() == []
