@@ -17,7 +17,8 @@ from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Began, Changed, Ended, Event, Loaded, Marked, TierKind
 from kvstore.directory.policy import BlockKey
 from kvstore.directory.view import ClusterView
-from kvstore.router.booking import Bookings
+from kvstore.router.booking import Booking, Bookings
+from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Placement, Prompt
 from kvstore.router.router import RouterConfig
@@ -104,6 +105,8 @@ class Ours:
             hit_tokens=decision.hit_tokens,
             uncached_tokens=prompt.tokens - decision.hit_tokens,
             now_ms=now_ms,
+            loading=decision.loading,
+            expected=decision.expected,
         )
         self._next_booking = booking.number
         return int(decision.worker)
@@ -114,7 +117,10 @@ class Ours:
         self._workers[job.worker].jobs.append(job)
 
     def first_token(self, job: Job) -> None:
-        """Queue the events of a computed prompt: they come to the router a little later."""
+        """Learn from a computed prompt; its events come to the router a little later."""
+        booking = self._bookings.get(self._booked[job.number])
+        if booking is not None:
+            self._learn(booking, job)
         due_ms = job.first_ms + self._delay_ms
         self._tell(due_ms, self._workers[job.worker], job.stored, job.dropped)
         if self._pool is not None:
@@ -123,6 +129,25 @@ class Ours:
     def ended(self, job: Job) -> None:
         """Free the booking: the router's own frontend saw the last token."""
         self._bookings.complete(self._booked.pop(job.number))
+
+    def _learn(self, booking: Booking, job: Job) -> None:
+        """Do what `Router.first_token` does, with what a worker says of its answer."""
+        self._bookings.prefilled(booking)
+        expected, booking.expected = booking.expected, None
+        if expected is None:
+            return
+        own, loaded = job.service.own_tokens, job.service.loaded_tokens
+        tiers = {TierKind.HBM: self._floor(own)}
+        if loaded:
+            tiers[TierKind.FILES] = self._floor(own + loaded) - tiers[TierKind.HBM]
+        actual = Actual(
+            hit_tokens=self._floor(own + loaded),
+            ttft_ms=job.first_ms - job.sent_ms,
+            queue_ms=job.start_ms - job.sent_ms,
+            load_ms=loaded * self._rates.load_s * 1_000,
+            by_tier=tiers,
+        )
+        self._placement.learned.observe(booking.worker, expected, actual, job.first_ms)
 
     # -- hearing ---------------------------------------------------------------------------
 
@@ -186,6 +211,9 @@ class Ours:
 
     def _units(self, tokens: int) -> int:
         return max(1, math.ceil(tokens / self._unit))
+
+    def _floor(self, tokens: int) -> int:
+        return int(tokens / self._unit)
 
     def _named(self, keys: list[BlockKey]) -> list[BlockName]:
         """Return names whose first bytes are the keys: as good as hashes, one object each."""
