@@ -101,6 +101,10 @@ class Row:
     help="Pool to worker at 128 KiB a token; a GB is 1e9 bytes.",
 )  # fmt: skip
 @click.option(
+    "--serial-loads", is_flag=True,
+    help="Load from the pool when a prompt's turn comes, not while it waits.",
+)  # fmt: skip
+@click.option(
     "--decode-ms", type=_NOT_NEGATIVE, default=25.0, show_default=True, help="Per output token."
 )
 @click.option(
@@ -125,6 +129,7 @@ def route(
     prefill_tokens_per_s: float,
     doubling_tokens: float,
     pool_gb_per_s: float,
+    serial_loads: bool,
     capacity: float,
     policy: str,
     decode_ms: float,
@@ -143,6 +148,7 @@ def route(
         ),
         capacity=capacity,
         policy=policy,
+        overlapped=not serial_loads,
         decode_s=decode_ms / 1_000,
         report_ms=report_ms,
         delay_ms=delay_ms,

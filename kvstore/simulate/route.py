@@ -42,6 +42,8 @@ class Setup:
     prices: Prices = field(default_factory=lambda: Prices(pool_gb_per_s=40.0))
     factor: float = 1.0
     """How many times slower than `prices` the workers are."""
+    overlapped: bool = True
+    """Whether a prompt is loaded while it waits, as our workers do; else when its turn comes."""
     decode_s: float = 0.025
     """Per token of output."""
     report_ms: float = 250.0
@@ -70,6 +72,7 @@ class Setup:
             pool_blocks=trace.capacity(self.pool) if self.pool else 0,
             block_tokens=size,
             block_bytes=size * self.prices.bytes_per_token,
+            overlapped=self.overlapped,
             rates=Rates.of(self.prices, factor=self.factor, decode_s=self.decode_s),
             make=lambda: make_policy(self.policy),
         )

@@ -62,7 +62,8 @@ class Service(NamedTuple):
     own_tokens: int
     loaded_tokens: int
     computed_tokens: int
-    seconds: float
+    load_s: float
+    compute_s: float
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +77,8 @@ class Job:
     """Leading blocks in the worker's own cache when its turn comes."""
     service: Service
     """What the worker does for it; as foreseen until it starts."""
+    busy_s: float
+    """How long that keeps the worker; likewise."""
     sent_ms: float
     start_ms: float = math.inf
     first_ms: float = math.inf
@@ -146,10 +149,12 @@ class Cluster:
         block_tokens: int,
         rates: Rates,
         block_bytes: int,
+        overlapped: bool,
         make: Callable[[], Policy],
     ) -> None:
-        """`pool_blocks` 0: no pool."""
+        """`pool_blocks` 0: no pool. `overlapped`: a prompt loads while it waits."""
         self.rates = rates
+        self.overlapped = overlapped
         self.block_tokens = block_tokens
         self.worker_blocks = worker_blocks
         self.now_ms = 0.0
@@ -206,13 +211,19 @@ class Cluster:
         begin = own
         if rates.load_s > rates.linear_s:
             begin = int(min(pooled, max(own, (rates.load_s - rates.linear_s) / rates.quadratic_s)))
-        seconds = (
-            rates.compute_s(own, begin)
-            + rates.load_s * (pooled - begin)
-            + rates.compute_s(pooled, last + 1)
-        )
         loaded = pooled - begin
-        return Service(own, loaded, last + 1 - own - loaded, seconds)
+        compute_s = rates.compute_s(own, begin) + rates.compute_s(pooled, last + 1)
+        return Service(own, loaded, last + 1 - own - loaded, rates.load_s * loaded, compute_s)
+
+    def busy_s(self, service: Service, waited_s: float) -> float:
+        """Return the seconds a worker is busy with a prompt that has waited in its queue."""
+        hidden_s = min(service.load_s, waited_s) if self.overlapped else 0.0
+        return service.load_s - hidden_s + service.compute_s
+
+    def ttft_s(self, at: int, service: Service) -> float:
+        """Return the seconds to the first token if worker `at` were chosen now."""
+        wait_s = self.workers[at].wait_s(self.now_ms)
+        return wait_s + self.busy_s(service, wait_s)
 
     # -- what happens ----------------------------------------------------------------------
 
@@ -237,7 +248,8 @@ class Cluster:
         worker, blocks = self.workers[at], request.blocks
         depth = worker.tier.prefix(blocks)
         service = self._service(request, depth)
-        job = Job(self._sent, request, at, depth, service, self.now_ms)
+        busy_s = self.busy_s(service, worker.wait_s(self.now_ms))
+        job = Job(self._sent, request, at, depth, service, busy_s, self.now_ms)
         self._sent += 1
         held = worker.tier.held
         missing = [place for place in range(depth, len(blocks)) if blocks[place] not in held]
@@ -249,7 +261,7 @@ class Cluster:
         worker.kv_tokens += request.input_tokens
         worker.uncached_tokens += service.computed_tokens
         worker.queue.append(job)
-        worker.queued_s += service.seconds
+        worker.queued_s += busy_s
         if worker.current is None:
             self._start(worker)
         return job
@@ -257,13 +269,14 @@ class Cluster:
     def _start(self, worker: Worker) -> None:
         """Begin with the next prompt in the queue, which is not empty."""
         job = worker.queue.popleft()
-        worker.queued_s = worker.queued_s - job.service.seconds if worker.queue else 0.0
+        worker.queued_s = worker.queued_s - job.busy_s if worker.queue else 0.0
         worker.uncached_tokens -= job.service.computed_tokens
         job.service = service = self._service(job.request, job.depth)
         worker.uncached_tokens += service.computed_tokens
-        worker.busy_s += service.seconds
         job.start_ms = self.now_ms
-        job.first_ms = job.start_ms + service.seconds * 1_000
+        job.busy_s = self.busy_s(service, (job.start_ms - job.sent_ms) / 1_000)
+        worker.busy_s += job.busy_s
+        job.first_ms = job.start_ms + job.busy_s * 1_000
         job.end_ms = job.first_ms + job.request.output_tokens * self.rates.decode_s * 1_000
         worker.current = job
         heapq.heappush(self._events, (job.first_ms, job.number, _FIRST, job))

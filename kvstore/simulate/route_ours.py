@@ -71,9 +71,9 @@ class Ours:
         self._next_booking = 0
         self._events: deque[tuple[float, Publisher, Changed]] = deque()
         self._workers = [Publisher(f"{at:04d}", TierKind.HBM) for at in range(setup.workers)]
-        self._pool = Publisher(_POOL, TierKind.FILES) if cluster.pool is not None else None
+        self._pool = Publisher(_POOL, TierKind.DRAM) if cluster.pool is not None else None
         self._reported_ms = -math.inf
-        # Who shares a pool reaches it as workers reach the node of their host.
+        # A pool is to the workers what the arena of a host is to its: one store, a wire for each.
         members = [
             Member("worker", worker.name, "simulated:1", host=_POOL if self._pool else worker.name)
             for worker in self._workers
@@ -139,12 +139,13 @@ class Ours:
         own, loaded = job.service.own_tokens, job.service.loaded_tokens
         tiers = {TierKind.HBM: self._floor(own)}
         if loaded:
-            tiers[TierKind.FILES] = self._floor(own + loaded) - tiers[TierKind.HBM]
+            tiers[TierKind.DRAM] = self._floor(own + loaded) - tiers[TierKind.HBM]
+        ttft_ms = job.first_ms - job.sent_ms
         actual = Actual(
             hit_tokens=self._floor(own + loaded),
-            ttft_ms=job.first_ms - job.sent_ms,
-            queue_ms=job.start_ms - job.sent_ms,
-            load_ms=loaded * self._rates.load_s * 1_000,
+            ttft_ms=ttft_ms,
+            queue_ms=max(0.0, ttft_ms - (job.service.load_s + job.service.compute_s) * 1_000),
+            load_ms=job.service.load_s * 1_000,
             by_tier=tiers,
         )
         self._placement.learned.observe(booking.worker, expected, actual, job.first_ms)

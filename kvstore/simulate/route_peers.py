@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvstore.directory.policy import BlockKey
-from kvstore.simulate.route_cluster import Cluster, Job
+from kvstore.simulate.route_cluster import Cluster, Job, Service
 from kvstore.simulate.route_plain import Plain
 from kvstore.simulate.trace import TraceRequest
 
@@ -205,12 +205,14 @@ class Preble(Plain):
             holders = [at for at, depth in enumerate(depths) if depth == best]
             return min(holders, key=lambda at: self._loads[at])
         services = cluster.services(request, depths)
-        return min(range(len(depths)), key=lambda at: self._loads[at] + services[at].seconds)
+        costs = [service.load_s + service.compute_s for service in services]
+        return min(range(len(depths)), key=lambda at: self._loads[at] + costs[at])
 
     def sent(self, job: Job) -> None:
         """Count the load sent."""
-        self._loads[job.worker] += job.service.seconds
-        self._sent.append((job.sent_ms, job.worker, job.service.seconds))
+        seconds = job.service.load_s + job.service.compute_s
+        self._loads[job.worker] += seconds
+        self._sent.append((job.sent_ms, job.worker, seconds))
 
 
 class Mooncake(Plain):
@@ -222,18 +224,16 @@ class Mooncake(Plain):
 
     def choose(self, request: TraceRequest) -> int:
         """Return the worker of the least estimate; of equals the first."""
-        cluster, rates, now = self.cluster, self.cluster.rates, self.cluster.now_ms
+        cluster, rates, size = self.cluster, self.cluster.rates, self.cluster.block_tokens
         last = max(1, request.input_tokens) - 1
         depths = cluster.depths(request.blocks)
 
-        def cost(depth: int) -> float:
-            own = min(last, depth * cluster.block_tokens)
-            run = cluster.pool_run(request.blocks, depth)
-            pooled = max(own, min(last, run * cluster.block_tokens))
-            return rates.load_s * (pooled - own) + rates.compute_s(pooled, last + 1)
+        def estimate(depth: int) -> Service:
+            own = min(last, depth * size)
+            pooled = max(own, min(last, cluster.pool_run(request.blocks, depth) * size))
+            load_s = rates.load_s * (pooled - own)
+            computed = last + 1 - pooled
+            return Service(own, pooled - own, computed, load_s, rates.compute_s(pooled, last + 1))
 
-        costs = {depth: cost(depth) for depth in set(depths)}
-        return min(
-            range(len(depths)),
-            key=lambda at: cluster.workers[at].wait_s(now) + costs[depths[at]],
-        )
+        estimates = {depth: estimate(depth) for depth in set(depths)}
+        return min(range(len(depths)), key=lambda at: cluster.ttft_s(at, estimates[depths[at]]))

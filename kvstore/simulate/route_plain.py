@@ -121,8 +121,4 @@ class Exact(Plain):
         """Return the worker that will answer first."""
         cluster = self.cluster
         services = cluster.services(request, cluster.depths(request.blocks))
-        now = cluster.now_ms
-        return min(
-            range(len(services)),
-            key=lambda at: cluster.workers[at].wait_s(now) + services[at].seconds,
-        )
+        return min(range(len(services)), key=lambda at: cluster.ttft_s(at, services[at]))
