@@ -143,7 +143,8 @@ class Ours:
         ttft_ms = job.first_ms - job.sent_ms
         actual = Actual(
             hit_tokens=self._floor(own + loaded),
-            ttft_ms=ttft_ms,
+            # Below a block the units are too coarse to tell a rate.
+            ttft_ms=ttft_ms if job.service.computed_tokens >= self._block_tokens else 0.0,
             queue_ms=max(0.0, ttft_ms - (job.service.load_s + job.service.compute_s) * 1_000),
             load_ms=job.service.load_s * 1_000,
             by_tier=tiers,
