@@ -20,7 +20,7 @@ from kvstore.directory.view import ClusterView
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
-from kvstore.router.placement import Placement, Prompt
+from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.router import RouterConfig
 from kvstore.simulate.route import Setup
 from kvstore.simulate.route_cluster import Cluster, Job
@@ -91,13 +91,8 @@ class Ours:
 
     def choose(self, request: TraceRequest) -> int:
         """Return the worker that production would choose now, and book it there."""
-        now_ms = request.timestamp_ms
-        self._hear(now_ms)
-        full = request.input_tokens // self._block_tokens
-        names = self._named(request.blocks[:full])
-        prompt = Prompt(root=_ROOT, names=names, tokens=self._units(request.input_tokens))
-        decision = self._placement.decide(prompt, now_ms)
-        assert decision is not None, "every worker reports in time"
+        decision, now_ms = self.decide(request), request.timestamp_ms
+        prompt = self._prompt(request)
         booking = self._bookings.book(
             decision.worker,
             prompt.root,
@@ -110,6 +105,13 @@ class Ours:
         )
         self._next_booking = booking.number
         return int(decision.worker)
+
+    def decide(self, request: TraceRequest) -> Decision:
+        """Return what production would decide now."""
+        self._hear(request.timestamp_ms)
+        decision = self._placement.decide(self._prompt(request), request.timestamp_ms)
+        assert decision is not None, "every worker reports in time"
+        return decision
 
     def sent(self, job: Job) -> None:
         """Remember the booking of a job."""
@@ -189,9 +191,9 @@ class Ours:
             return
         worker.idle, worker.heard_ms = not worker.jobs, came_ms
         jobs = [job for job in worker.jobs if job.sent_ms <= at_ms]
-        self._apply(worker, self._load(jobs, at_ms), came_ms)
+        self._apply(worker, self.load(jobs, at_ms), came_ms)
 
-    def _load(self, jobs: list[Job], at_ms: float) -> Loaded:
+    def load(self, jobs: list[Job], at_ms: float) -> Loaded:
         """Return what a worker with these jobs measures at `at_ms`."""
         rates, unit, size = self._rates, self._unit, self._block_tokens
         left = sum(job.service.computed_tokens * _share_left(job, at_ms) for job in jobs)
@@ -210,6 +212,11 @@ class Ours:
     def _apply(self, publisher: Publisher, event: Event, now_ms: float) -> None:
         resync = self._view.apply(publisher.name, event, now_ms)
         assert resync is None, (publisher.name, resync)
+
+    def _prompt(self, request: TraceRequest) -> Prompt:
+        full = request.input_tokens // self._block_tokens
+        names = self._named(request.blocks[:full])
+        return Prompt(root=_ROOT, names=names, tokens=self._units(request.input_tokens))
 
     def _units(self, tokens: int) -> int:
         return max(1, math.ceil(tokens / self._unit))

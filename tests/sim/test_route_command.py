@@ -12,6 +12,7 @@ from kvstore.simulate.route_routers import make_router, router_names
 from tests.sim.traces import sample
 
 TRACE = str(sample("lmcache_agent"))
+QUICK = ("--policy", "lru", "--limit", "400")
 
 
 def _rows(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> list[dict[str, object]]:
@@ -22,7 +23,7 @@ def _rows(capsys: pytest.CaptureFixture[str], arguments: Sequence[str]) -> list[
 
 
 def test_route_prints_a_row_per_router(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = _rows(capsys, [TRACE, "--workers", "4"])
+    rows = _rows(capsys, [TRACE, "--workers", "4", *QUICK])
     assert [row["router"] for row in rows] == router_names()
     assert list(rows[0]) == [
         "trace", "router", "workers", "pool", "token_hit", "imbalance",
@@ -42,7 +43,7 @@ def test_route_takes_several_sizes_and_pools(capsys: pytest.CaptureFixture[str])
     rows = _rows(
         capsys,
         [TRACE, "--router", "ours", "--workers", "2", "--workers", "3",
-         "--pool", "0", "--pool", "0.5"],
+         "--pool", "0", "--pool", "0.5", *QUICK],
     )  # fmt: skip
     assert [(row["workers"], row["pool"]) for row in rows] == [
         (2, 0.0), (2, 0.5), (3, 0.0), (3, 0.5)
@@ -53,13 +54,13 @@ def test_route_takes_several_sizes_and_pools(capsys: pytest.CaptureFixture[str])
 def test_a_utilisation_is_met_by_the_router_it_speaks_of(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["simulate", "route", TRACE, "--router", "sticky", "--at", "sticky"]
+    arguments = ["simulate", "route", TRACE, "--router", "sticky", "--at", "sticky", *QUICK]
     assert run([*arguments, "--utilisation", "0.5"]) == 0
     assert re.search(r"sticky .* 50 │", capsys.readouterr().out)
 
 
 def test_a_slowdown_says_the_rates(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [TRACE, "--router", "round_robin", "--workers", "1"]
+    arguments = [TRACE, "--router", "round_robin", "--workers", "1", *QUICK]
     (fast,) = _rows(capsys, [*arguments, "--slowdown", "0.001"])
     (slow,) = _rows(capsys, [*arguments, "--slowdown", "0.002"])
     # Nobody waits for anybody: twice as slow takes twice as long.
