@@ -17,6 +17,7 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 """Where `kvworkers` and `kvkernels` (and anyone else) add commands."""
 
 _OWN: Final = {
+    "bench": "kvstore.cli.bench:bench",
     "node": "kvstore.cli.node:node",
     "plan": "kvstore.cli.plan:plan",
     "record": "kvstore.cli.record:record",

@@ -28,6 +28,12 @@ from kvstore.service.keeper import run_keeper
     show_default=True,
     help="Memory for blocks.",
 )
+@click.option(
+    "--nvme",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory on a local disk for blocks that outlive the process; one node's own.",
+)
+@click.option("--nvme-bytes", type=BYTES, default=None, help="Bytes that --nvme may take.")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")
 @click.option(
@@ -78,7 +84,7 @@ def node(as_json: bool, **options: Any) -> None:
     Workers and clients of this host open sessions on RUN_DIR/keeper.sock. The node is restarted
     when it dies; blocks survive that. Ends on SIGTERM or Ctrl-C.
     """
-    config = KeeperConfig(**options)
+    config = KeeperConfig(**{**options, "nvme_bytes": options["nvme_bytes"] or 0})
 
     def ready(described: dict[str, Any]) -> None:
         if as_json:

@@ -12,6 +12,7 @@ from prometheus_client import start_http_server
 from kvstore.cli.values import ADDRESS, Address
 from kvstore.core.errors import BadInput
 from kvstore.router.members import Kind, Member, Members, parse_member
+from kvstore.router.router import RouterConfig
 from kvstore.router.server import RouterServer
 
 
@@ -23,6 +24,7 @@ class RouterOptions:
     listen: str
     metrics: Address | None
     json: bool
+    config: RouterConfig
 
 
 @click.command(short_help="Choose workers for prompts, by what they have cached.")
@@ -39,12 +41,27 @@ class RouterOptions:
     help="Where to serve gRPC; port 0 takes a free one.",
 )  # fmt: skip
 @click.option("--metrics", type=ADDRESS, help="Where to serve Prometheus metrics over HTTP.")
+@click.option(
+    "--hold-ms", default=5_000.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
+    help="Requests wait in the router while the best worker's queue is longer.",
+)  # fmt: skip
+@click.option(
+    "--max-waiting", default=1_024, show_default=True, type=click.IntRange(min=1),
+    help="Requests that may wait; beyond it the weakest claim is refused.",
+)  # fmt: skip
+@click.option(
+    "--weight", "weights", multiple=True, metavar="DOMAIN=WEIGHT",
+    help="A domain's share where requests wait; 1 where none is given.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def router(
     workers: tuple[str, ...],
     nodes: tuple[str, ...],
     listen_on: Address,
     metrics: Address | None,
+    hold_ms: float,
+    max_waiting: int,
+    weights: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Follow workers and cache nodes, and answer where a prompt should go.
@@ -55,7 +72,18 @@ def router(
     if not workers:
         raise click.UsageError("give at least one --worker")
     members = Members.of([*_members("worker", workers), *_members("node", nodes)])
-    asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json)))
+    config = RouterConfig(
+        hold_ms=hold_ms, max_waiting=max_waiting, domain_weights=dict(map(_weight, weights))
+    )
+    asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json, config)))
+
+
+def _weight(text: str) -> tuple[str, float]:
+    domain, _, number = text.partition("=")
+    try:
+        return domain, float(number)
+    except ValueError:
+        raise BadInput(f"--weight {text!r} is not DOMAIN=WEIGHT") from None
 
 
 def _members(kind: Kind, texts: tuple[str, ...]) -> list[Member]:
@@ -71,7 +99,7 @@ async def _serve(options: RouterOptions) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    server = RouterServer(options.members)
+    server = RouterServer(options.members, config=options.config)
     await server.start(options.listen)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop)

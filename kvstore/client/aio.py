@@ -161,14 +161,18 @@ class AsyncClient:
         *,
         reserve: int = 0,
         deadline_ms: int | None = None,
+        pending_ms: int | None = None,
         first_block: int = 0,
     ) -> Acquired:
         """Lease the longest prefix of `names` that is here, and reserve slots for what follows.
 
         At most `reserve` slots are reserved; each has to be committed or aborted by `settle`.
-        `first_block` is the position of `names[0]` in its prompt, in blocks.
+        `first_block` is the position of `names[0]` in its prompt, in blocks. The node starts moving
+        up what it holds below DRAM and predicts to arrive within `pending_ms` (the deadline where
+        none is given); `wait_ready` waits for that.
         """
         deadline = _deadline(deadline_ms, self.config.call_ms)
+        patience = _deadline(pending_ms, deadline)
         _bounded("reserve", reserve, MAX_NAMES_PER_CALL)
         _bounded("first_block", first_block, _MAX_POSITION)
         session = self._session
@@ -176,8 +180,7 @@ class AsyncClient:
             root=session.root,
             names=packed_names(names),
             reserve=reserve,
-            # The node may spend this on blocks that need a look first; the answer must get here.
-            deadline_ms=max(1, deadline // 2),
+            deadline_ms=patience,
             first_block=first_block,
         )
         if not reserve:
@@ -187,6 +190,19 @@ class AsyncClient:
         acquired = _read(acquired_from, reply, session.arena.number)
         self._link.hold(session, (item.slot for item in acquired.reserved))
         return acquired
+
+    async def prefetch(self, names: Names, *, deadline_ms: int | None = None) -> int:
+        """Start moving up blocks held below DRAM only; return how many. Nothing is leased.
+
+        Only what is predicted to arrive within the deadline is started, in prefix order.
+        """
+        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        session = self._session
+        request = cache_pb2.PrefetchRequest(
+            root=session.root, names=packed_names(names), deadline_ms=deadline
+        )
+        reply = await self._link.call(session, "Prefetch", request, self.config.call_ms)
+        return int(reply.started)
 
     async def settle(
         self,

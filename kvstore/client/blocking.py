@@ -167,13 +167,23 @@ class Client:
         *,
         reserve: int = 0,
         deadline_ms: int | None = None,
+        pending_ms: int | None = None,
         first_block: int = 0,
     ) -> Acquired:
         """Lease what is here and reserve for the rest; see `AsyncClient.acquire`."""
         work = self._inner.acquire(
-            names, reserve=reserve, deadline_ms=deadline_ms, first_block=first_block
+            names,
+            reserve=reserve,
+            deadline_ms=deadline_ms,
+            pending_ms=pending_ms,
+            first_block=first_block,
         )
         return self._run(work, self._limit(deadline_ms, self._inner.config.call_ms))
+
+    def prefetch(self, names: Names, *, deadline_ms: int | None = None) -> int:
+        """Start moving blocks up; see `AsyncClient.prefetch`."""
+        work = self._inner.prefetch(names, deadline_ms=deadline_ms)
+        return self._run(work, self._inner.config.call_ms)
 
     def settle(
         self,

@@ -25,7 +25,9 @@ async def get_copies(
 ) -> list[bytes]:
     """Return verified copies of the longest prefix; see `AsyncClient.get`."""
     arena = link.session.arena
-    acquired = await client.acquire(names, deadline_ms=min(deadline_ms, link.config.call_ms))
+    acquired = await client.acquire(
+        names, deadline_ms=min(deadline_ms, link.config.call_ms), pending_ms=deadline_ms
+    )
     try:
         refs = acquired.ready
         if acquired.pending:

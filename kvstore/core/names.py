@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import NamedTuple, NewType
+from typing import Any, NamedTuple, NewType
 
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES, NAME_BYTES
@@ -144,20 +144,20 @@ def chain(
     A partial last block has no name: it can still change. `root` may also be the name of a
     block, to go on from a known prefix. Cost: about 0.4 µs a block (one SHA-256 of 96 bytes).
     """
-    view = memoryview(tokens).cast("B")
-    if len(view) % 4:
-        raise BadInput(f"packed tokens have {len(view)} bytes, not a multiple of 4")
+    # Slices of bytes cost half of slices of a view, which counts in this loop.
+    data = tokens if type(tokens) is bytes else bytes(memoryview(tokens).cast("B"))
+    if len(data) % 4:
+        raise BadInput(f"packed tokens have {len(data)} bytes, not a multiple of 4")
     step = block_tokens * 4
     if extra_keys:
-        yield from _chain_with_extras(root, view, sorted(extra_keys), step)
+        yield from _chain_with_extras(root, memoryview(data), sorted(extra_keys), step)
         return
-    parent: bytes = root
+    parent: Any = root  # a BlockName without a call to say so: that, too, counts here
     sha256 = hashlib.sha256
-    for start in range(0, len(view) - step + 1, step):
-        state = sha256(parent)
-        state.update(view[start : start + step])
-        parent = state.digest()
-        yield BlockName(parent)
+    for start in range(0, len(data) - step + 1, step):
+        # One call on 96 joined bytes is cheaper than two on the parts.
+        parent = sha256(parent + data[start : start + step]).digest()
+        yield parent
 
 
 def _chain_with_extras(

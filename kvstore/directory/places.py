@@ -9,12 +9,17 @@ publisher of a million blocks that comes back never stops the process that keeps
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from struct import Struct
+from typing import Final, NamedTuple
 
+from kvstore.core.limits import NAME_BYTES
 from kvstore.directory.policy import BlockKey, block_key
 
 MAX_INTERNED: Final = 65_536
 """Distinct place sets kept for sharing; beyond it sharing starts anew, nothing else changes."""
+
+
+_FIRST_64_BITS: Final = Struct(f"<Q{NAME_BYTES - 8}x").iter_unpack
 
 
 @dataclass(slots=True)
@@ -46,6 +51,46 @@ def longest_prefix(has: Callable[[int], bool], length: int) -> int:
         else:
             limit = middle - 1
     return known
+
+
+def _keys(root: bytes, names: Sequence[bytes]) -> list[int]:
+    """Return `block_key` of every name. Unpacked together: a third of the cost of one by one."""
+    under = block_key(root, b"")
+    return [key ^ under for (key,) in _FIRST_64_BITS(b"".join(names))]
+
+
+class _Span(NamedTuple):
+    """Reaches that hold some block of `low` blocks' end and lack the one of `high`."""
+
+    low: int
+    high: int
+    at_low: int
+    at_high: int
+    """The places found there."""
+    group: list[int]
+
+
+def _halve(span: _Span, held_at: Callable[[int], int], answers: dict[int, int]) -> None:
+    """Find where each reach of a span ends; reaches part where one holds what another lacks."""
+    pending = [span]
+    while pending:
+        low, high, at_low, at_high, group = pending.pop()
+        while high - low > 1:
+            middle = (low + high) // 2
+            held = held_at(middle)
+            if held == at_low:
+                low = middle
+                continue
+            lacking = group if held == at_high else [reach for reach in group if not held & reach]
+            if len(lacking) == len(group):
+                high, at_high = middle, held
+                continue
+            if lacking:
+                pending.append(_Span(low, middle, at_low, held, lacking))
+                group = [reach for reach in group if held & reach]
+            low, at_low = middle, held
+        if low:
+            answers.update(dict.fromkeys(group, low))
 
 
 class BlockIndex:
@@ -87,21 +132,21 @@ class BlockIndex:
         bit, places, interned = place.bit, self._places, self._interned
         if len(interned) > MAX_INTERNED:
             interned.clear()
-        under, added, xor = block_key(root, b""), 0, 0
+        added, xor, alone = 0, 0, interned.setdefault(bit, bit)
         room = self._max_blocks - len(places)
-        for name in names:
-            key = int.from_bytes(name[:8], "little") ^ under
+        for key in _keys(root, names):
             held = places.get(key)
             if held is None:
                 if room <= 0:
                     place.partial = True
                     continue
                 room -= 1
-                held = 0
+                places[key] = alone
             elif held & bit:
                 continue
-            now = held | bit
-            places[key] = interned.setdefault(now, now)
+            else:
+                now = held | bit
+                places[key] = interned.setdefault(now, now)
             added += 1
             xor ^= key
         place.count += added
@@ -110,17 +155,16 @@ class BlockIndex:
     def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` no longer holds these blocks; unknown ones change nothing."""
         bit, places, interned = place.bit, self._places, self._interned
-        under, removed, xor = block_key(root, b""), 0, 0
-        for name in names:
-            key = int.from_bytes(name[:8], "little") ^ under
+        removed, xor = 0, 0
+        for key in _keys(root, names):
             held = places.get(key, 0)
-            if not held & bit:
-                continue
-            now = held & ~bit
-            if now:
+            if held == bit:
+                del places[key]
+            elif held & bit:
+                now = held & ~bit
                 places[key] = interned.setdefault(now, now)
             else:
-                del places[key]
+                continue
             removed += 1
             xor ^= key
         place.count -= removed
@@ -138,36 +182,25 @@ class BlockIndex:
         if not length:
             return [0] * len(reaches)
         under, places, live = block_key(root, b""), self._places, ~self._retired
+
+        def held_at(count: int) -> int:
+            """Return the live places of the last of `count` blocks."""
+            return places.get(int.from_bytes(names[count - 1][:8], "little") ^ under, 0) & live
+
         alive = [reach for reach in answers if reach]
-        pending: list[tuple[int, int, list[int]]] = []
-        known, step = 0, 1
+        known, step, before = 0, 1, -1
         while alive:
             at = min(known + step, length)
-            held = places.get(int.from_bytes(names[at - 1][:8], "little") ^ under, 0) & live
-            lacking = [reach for reach in alive if not held & reach]
-            if lacking:
-                pending.append((known, at, lacking))
-                alive = [reach for reach in alive if held & reach]
+            held = held_at(at)
+            if held != before:  # long runs of blocks lie in the same places
+                lacking = [reach for reach in alive if not held & reach]
+                if lacking:
+                    _halve(_Span(known, at, before, held, lacking), held_at, answers)
+                    alive = [reach for reach in alive if held & reach]
             if at == length:
                 answers.update(dict.fromkeys(alive, length))
                 break
-            known, step = at, step * 2
-        while pending:
-            low, high, group = pending.pop()  # all hold block `low - 1`, none `high - 1`
-            while high - low > 1:
-                middle = (low + high) // 2
-                name = names[middle - 1]
-                held = places.get(int.from_bytes(name[:8], "little") ^ under, 0) & live
-                holding = [reach for reach in group if held & reach]
-                if not holding:
-                    high = middle
-                    continue
-                if len(holding) < len(group):
-                    pending.append((low, middle, [reach for reach in group if not held & reach]))
-                    group = holding
-                low = middle
-            if low:
-                answers.update(dict.fromkeys(group, low))
+            known, step, before = at, step * 2, held
         return [answers[reach] for reach in reaches]
 
     def sweep(self, limit: int) -> int:

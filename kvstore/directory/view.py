@@ -104,7 +104,7 @@ class Reach:
     """Tiers of its host's nodes, fastest first: each with all places down to it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
     """Prefix lengths in blocks, as far as the view knows."""
 
@@ -155,7 +155,10 @@ class ClusterView:
 
     def health(self, name: str, now_ms: float) -> Health:
         """Say how a publisher fares; one that is not followed is lost."""
-        known = self._publishers.get(name)
+        return self.health_of(self._publishers.get(name), now_ms)
+
+    def health_of(self, known: PublisherView | None, now_ms: float) -> Health:
+        """Say the same of what `publisher` returned."""
         if known is None or known.lost:
             return Health.LOST
         if not known.joined:
@@ -171,7 +174,8 @@ class ClusterView:
 
     def reach(self, worker: str, nodes: Iterable[str], now_ms: float) -> Reach:
         """Return the places a worker reaches: its own, and those of its host's live nodes."""
-        return self.reach_over(worker, self.host_tiers(nodes, now_ms))
+        known = self._publishers.get(worker)
+        return reach_over(known, self.host_tiers(nodes, now_ms))
 
     def host_tiers(self, nodes: Iterable[str], now_ms: float) -> list[tuple[TierKind, int]]:
         """Return the places of a host's live nodes by tier, fastest first; empty tiers left out."""
@@ -181,16 +185,6 @@ class ClusterView:
                 for tier, places in self._publishers[node].tier_bits.items():
                     bits[tier] = bits.get(tier, 0) | places
         return [(tier, bits[tier]) for tier in HOST_TIERS if tier in bits]
-
-    def reach_over(self, worker: str, tiers: Sequence[tuple[TierKind, int]]) -> Reach:
-        """Return what a worker reaches whose host has these places (`host_tiers`)."""
-        known = self._publishers.get(worker)
-        own = union = known.tier_bits.get(TierKind.HBM, 0) if known is not None else 0
-        levels: list[tuple[TierKind, int]] = []
-        for tier, places in tiers:
-            union |= places
-            levels.append((tier, union))
-        return Reach(own, tuple(levels))
 
     def match(self, root: Root, names: Sequence[BlockName], reaches: Sequence[Reach]) -> list[Held]:
         """Return the prefix that each reach holds, in blocks of `names`; a hint."""
@@ -289,6 +283,16 @@ class ClusterView:
     def _retire(self, places: dict[TierKind, Place]) -> None:
         for place in places.values():
             self._index.retire(place)
+
+
+def reach_over(known: PublisherView | None, tiers: Sequence[tuple[TierKind, int]]) -> Reach:
+    """Return what a worker reaches whose host has these places (`ClusterView.host_tiers`)."""
+    own = union = known.tier_bits.get(TierKind.HBM, 0) if known is not None else 0
+    levels: list[tuple[TierKind, int]] = []
+    for tier, places in tiers:
+        union |= places
+        levels.append((tier, union))
+    return Reach(own, tuple(levels))
 
 
 def _held(reach: Reach, found: dict[int, int]) -> Held:

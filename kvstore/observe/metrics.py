@@ -57,6 +57,12 @@ class NodeMetrics:
             "Accesses that a slow recording missed",
             registry=registry,
         )
+        self.unwritten = Counter(
+            "kvstore_node_unwritten_blocks",
+            "Blocks that were not copied to a tier below",
+            ["tier", "reason"],
+            registry=registry,
+        )
         self._add_calls(registry)
         self._add_gauges(registry)
 
@@ -80,9 +86,11 @@ class NodeMetrics:
         self.leases = Gauge("kvstore_node_leases", "Leases held", registry=registry)
         self.slots = Gauge("kvstore_node_slots", "Slots by state", ["state"], registry=registry)
         self.queued = Gauge(
-            "kvstore_node_queued", "Blocks to seal, blocks to verify, watchers", ["queue"],
+            "kvstore_node_queued",
+            "Blocks to seal, blocks to verify, watchers, moves by lane",
+            ["queue"],
             registry=registry,
-        )  # fmt: skip
+        )
         self.used_bytes = Gauge(
             "kvstore_tier_used_bytes", "Bytes held", ["tier"], registry=registry
         )
@@ -137,6 +145,31 @@ class RouterMetrics:
 
     def _add_predictions(self, registry: CollectorRegistry) -> None:
         """Add what predictions are held against."""
+        self.waiting = Gauge(
+            "kvstore_router_waiting", "Requests that wait for a worker to have room or to be alive",
+            registry=registry,
+        )  # fmt: skip
+        self.wait_seconds = Histogram(
+            "kvstore_router_wait_seconds", "How long those waited that went on to a worker",
+            buckets=_LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.refusals = Counter(
+            "kvstore_router_refusals", "Requests turned away: the queue is full, the answer would"
+            " come later than asked, the deadline passed waiting, or no worker is alive",
+            ["reason"], registry=registry,
+        )  # fmt: skip
+        self.replications = Counter(
+            "kvstore_hot_prefix_copies", "Requests that made another copy of a hot prefix",
+            registry=registry,
+        )  # fmt: skip
+        self.named_tokens = Gauge(
+            "kvstore_named_tokens", "Prompt tokens named by hashing, since the start",
+            registry=registry,
+        )  # fmt: skip
+        self.known_name_tokens = Gauge(
+            "kvstore_known_name_tokens", "Prompt tokens whose names were remembered instead",
+            registry=registry,
+        )  # fmt: skip
         self.predicted_hit_error_tokens = Histogram(
             "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
             buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,
@@ -254,3 +287,45 @@ class ClusterMetrics:
 def exposition(registry: CollectorRegistry) -> Callable[[], bytes]:
     """Return a function that renders the registry in Prometheus' text format."""
     return lambda: generate_latest(registry)
+
+
+class TierMetrics:
+    """What a tier below DRAM counts; one bundle for all tiers of a node, told apart by label."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.operations = Counter(
+            "kvstore_tier_operations",
+            "Blocks read or written, by how it ended",
+            ["tier", "operation", "outcome"],
+            registry=registry,
+        )
+        self.moved_bytes = Counter(
+            "kvstore_tier_moved_bytes",
+            "Bytes read from or written to a tier",
+            ["tier", "operation"],
+            registry=registry,
+        )
+        self.device_errors = Counter(
+            "kvstore_tier_device_errors",
+            "Operations that the device failed",
+            ["tier", "operation", "error"],
+            registry=registry,
+        )
+        self.dropped = Counter(
+            "kvstore_tier_dropped_blocks",
+            "Blocks that a tier forgot",
+            ["tier", "reason"],
+            registry=registry,
+        )
+        self.breaker = Gauge(
+            "kvstore_tier_breaker",
+            "0 closed, 1 half open, 2 open",
+            ["tier", "operation"],
+            registry=registry,
+        )
+        self.in_device = Gauge(
+            "kvstore_tier_in_device", "Operations inside the device", ["tier"], registry=registry
+        )
+        self.queued = Gauge(
+            "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
+        )

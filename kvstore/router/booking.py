@@ -24,8 +24,9 @@ MAX_BOOKINGS: Final = 8_192
 MAX_NAMES_PER_WORKER: Final = 262_144
 """Names remembered per worker as hits-to-be: 128 prompts of 32 k tokens, about 20 MB at most."""
 
-REPORT_DELAY_MS: Final = 100.0
-"""How long a request takes to reach a worker's load report, so that it is not counted twice."""
+REPORT_DELAY_MS: Final = 25.0
+"""How long a request takes to reach a worker's load report and that to come back. Longer, and it
+is counted twice; shorter, and not at all for a moment."""
 
 
 @dataclass(slots=True)

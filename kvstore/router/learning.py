@@ -71,6 +71,8 @@ class Learned:
         self._corrections: dict[tuple[str, bool], float] = {}
         self._loads: dict[tuple[str, TierKind], float] = {}
         self._trust: dict[str, _Trust] = {}
+        self.version = 0
+        """Changes with every correction."""
 
     def correction(self, worker: str, *, measured: bool) -> float:
         """Return what a worker's prefill took over what it should; 0 when nothing is known.
@@ -109,6 +111,7 @@ class Learned:
         for measured in (False, True):
             self._corrections.pop((name, measured), None)
         self._trust.pop(name, None)
+        self.version += 1
         for key in [key for key in self._loads if key[0] == name]:
             del self._loads[key]
 
@@ -157,6 +160,7 @@ class Learned:
         if should_s < MIN_LEARNT_S or took_s <= 0:
             return
         # `pace` holds the correction of its time already: what is learnt is on top of that.
+        self.version += 1
         limit = math.log(MAX_CORRECTION)
         old = self._corrections.get((worker, expected.pace.measured))
         told = math.log(took_s / should_s) + math.log(expected.pace.correction)

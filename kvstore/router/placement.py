@@ -2,17 +2,19 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS, MAX_PROMPT_TOKENS
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import TierKind
-from kvstore.directory.view import ClusterView, Health, Held, PublisherView
+from kvstore.directory.view import ClusterView, Health, Held
 from kvstore.router.booking import Bookings
+from kvstore.router.heat import Heat
 from kvstore.router.learning import Expected, Learned, Promise
-from kvstore.router.members import Member, Members
+from kvstore.router.members import Members
 from kvstore.router.score import LOAD_COST, Candidate, Score, Source, Work, rank
+from kvstore.router.seats import Seat, Seats
 
 DISTRUST_MS: Final = 1_000.0
 """How long a worker that failed a request is passed over: by then its stream has spoken."""
@@ -41,6 +43,12 @@ class Prompt:
     """Workers that serve the model at all; None: every one."""
     keeps: bool = True
     """Whether its blocks stay where they are computed, so that others may follow it there."""
+    domain: str = ""
+    """Who shares fairly with whom."""
+    priority: int = 0
+    """Higher goes first where requests wait."""
+    ttft_slo_ms: float = 0.0
+    """Refuse it at once when no worker can answer so soon; 0: none."""
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= MAX_PROMPT_TOKENS:
@@ -77,6 +85,8 @@ class Decision:
     """Every other worker, and why it was not."""
     doubts: dict[str, float] = field(default_factory=dict)
     """Publishers that are believed in part only, and how far."""
+    hot_tokens: int = 0
+    """Leading tokens that deserve another copy."""
     booking: int = 0
 
     @property
@@ -107,6 +117,8 @@ class Decision:
         unknown = most - max(score.known_tokens for score in self.scores)
         if unknown > 0:
             reasons.append(f"{unknown} tokens are cached nowhere in sight")
+        if self.hot_tokens > chosen.own_tokens:
+            reasons.append(f"the first {self.hot_tokens} are hot and get another copy")
         for publisher, trust in self.doubts.items():
             reasons.append(f"{publisher} is believed {trust:.0%}")
         reasons.append(f"the last {self.prompt_tokens - most} are always computed")
@@ -120,14 +132,6 @@ class Decision:
         return "\n".join([*lines, f"not cached: {self.missed}"])
 
 
-class _Seat(NamedTuple):
-    """A worker of the member list with what the view knows of it."""
-
-    member: Member
-    known: PublisherView | None
-    host: str
-
-
 class Placement:
     """Decides from three things that others keep up to date."""
 
@@ -135,11 +139,10 @@ class Placement:
         self._view = view
         self._bookings = bookings
         self.learned = Learned()
+        self.heat = Heat()
         self.members = Members()
         self._distrusted: dict[str, float] = {}
-        self._seated: tuple[Members, int] | None = None
-        self._seats: list[_Seat] = []
-        self._nodes: dict[str, list[str]] = {}
+        self._seats = Seats(view, self.learned)
 
     def distrust(self, worker: str, now_ms: float) -> None:
         """Pass a worker over for a moment: it failed a request."""
@@ -151,13 +154,12 @@ class Placement:
 
     def decide(self, prompt: Prompt, now_ms: float) -> Decision | None:
         """Score every worker that may be chosen; None when there is none."""
-        self._seat()
-        allowed: list[_Seat] = []
+        allowed: list[Seat] = []
         excluded: dict[str, str] = {}
-        for seat in self._seats:
+        for seat in self._seats.update(self.members):
             why = self._why_not(seat, prompt, now_ms)
             if why:
-                excluded[seat.member.name] = why
+                excluded[seat.name] = why
             else:
                 allowed.append(seat)
         if not allowed:
@@ -168,62 +170,52 @@ class Placement:
         # One prompt token at least is computed, for the logits to sample from.
         most = (prompt.tokens - 1) // BLOCK_TOKENS
         candidates = [
-            self._candidate(seat, found, coming.get(seat.member.name, 0), most, trusts)
+            self._candidate(seat, found, coming.get(seat.name, 0) if coming else 0, most, trusts)
             for seat, found in zip(allowed, held, strict=True)
         ]
-        scores = rank(candidates, prompt.tokens)
-        at = next(i for i, one in enumerate(candidates) if one.name == scores[0].name)
+        own_blocks = [one.own_tokens // BLOCK_TOKENS for one in candidates]
+        hot_blocks = self.heat.hot_blocks(prompt.names, own_blocks, now_ms)
+        scores = rank(candidates, prompt.tokens, min(hot_blocks, most) * BLOCK_TOKENS)
+        best = scores[0].name
+        at = next(i for i, one in enumerate(candidates) if one.name == best)
         return self._decision(
-            prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts
+            prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts, hot_blocks
         )
 
-    def _seat(self) -> None:
-        """Bring the list of workers and of nodes by host up to date."""
-        state = (self.members, self._view.version)
-        if self._seated is not None and self._seated[0] is state[0] and self._seated[1] == state[1]:
-            return
-        self._seated = state
-        self._nodes = {}
-        for node in self.members.nodes():
-            known = self._view.publisher(node.name)
-            self._nodes.setdefault(_host(node, known), []).append(node.name)
-        self._seats = []
-        for worker in self.members.workers():
-            known = self._view.publisher(worker.name)
-            self._seats.append(_Seat(worker, known, _host(worker, known)))
+    def warm(self, decision: Decision, prompt: Prompt, now_ms: float) -> None:
+        """Note that a decision is carried out: its prefixes are asked for."""
+        if prompt.keeps and prompt.names:
+            plan = decision.scores[0].plan
+            self.heat.add(prompt.names, plan.compute_s + plan.load_s, now_ms)
 
-    def _why_not(self, seat: _Seat, prompt: Prompt, now_ms: float) -> str:
+    def _why_not(self, seat: Seat, prompt: Prompt, now_ms: float) -> str:
         """Return why a worker must not be chosen; empty when it may."""
-        worker, known = seat.member.name, seat.known
-        if worker in prompt.exclude:
+        if prompt.exclude and seat.name in prompt.exclude:
             return "excluded by the caller"
-        if prompt.among is not None and worker not in prompt.among:
+        if prompt.among is not None and seat.name not in prompt.among:
             return "does not serve this model"
-        health = self._view.health(worker, now_ms)
+        health = self._view.health_of(seat.known, now_ms)
         if health is not Health.LIVE:
             return str(health)
-        if self._distrusted and self._distrusted.get(worker, 0.0) > now_ms:
+        if self._distrusted and self._distrusted.get(seat.name, 0.0) > now_ms:
             return "failed a request a moment ago"
-        return "draining" if known and known.load and known.load.draining else ""
+        return "draining" if seat.load.draining else ""
 
-    def _held(self, seats: Sequence[_Seat], prompt: Prompt, now_ms: float) -> list[Held]:
+    def _held(self, seats: Sequence[Seat], prompt: Prompt, now_ms: float) -> list[Held]:
         """Return what each worker reaches of the prompt, as far as the view knows."""
-        view = self._view
         tiers: dict[str, list[tuple[TierKind, int]]] = {}
-        for seat in seats:
-            if seat.host not in tiers:
-                tiers[seat.host] = view.host_tiers(self._nodes.get(seat.host, ()), now_ms)
-        reaches = [view.reach_over(seat.member.name, tiers[seat.host]) for seat in seats]
-        return view.match(prompt.root, prompt.names, reaches)
+        for host in {seat.host for seat in seats}:
+            tiers[host] = self._view.host_tiers(self._seats.nodes.get(host, ()), now_ms)
+        reaches = [seat.reach_with(tiers[seat.host]) for seat in seats]
+        return self._view.match(prompt.root, prompt.names, reaches)
 
     def _candidate(
-        self, seat: _Seat, held: Held, coming: int, most: int, trusts: Mapping[str, float]
+        self, seat: Seat, held: Held, coming: int, most: int, trusts: Mapping[str, float]
     ) -> Candidate:
-        worker, known = seat.member.name, seat.known
         own, levels = held.own_blocks, held.levels
         if trusts:
-            own = int(own * trusts.get(worker, 1.0))
-            trust = trusts.get(self._publisher(seat.host), 1.0)
+            own = int(own * trusts.get(seat.name, 1.0))
+            trust = trusts.get(seat.publisher, 1.0)
             levels = tuple((tier, int(blocks * trust)) for tier, blocks in levels)
         own = min(max(own, coming), most)
         sources = [
@@ -231,46 +223,32 @@ class Placement:
             for tier, blocks in levels
             if min(blocks, most) > own
         ]
-        load = known.load if known is not None else None
-        queued = self._bookings.queued(worker, load_ms=known.load_ms if known is not None else 0.0)
-        if load is None:
-            correction = self.learned.correction(worker, measured=False)
-            return Candidate(worker, own * BLOCK_TOKENS, sources, queued, correction=correction)
-        if load.queued_tokens:
-            reported = Work.of(load.queued_tokens, 0, max(1, load.waiting))
-            queued = Work(queued.tokens + reported.tokens, queued.token_depths + reported[1])
-        measured = load.prefill_linear_s > 0 or load.prefill_tokens_per_s > 0
+        load_ms = seat.known.load_ms if seat.known is not None else 0.0
+        queued = self._bookings.queued(seat.name, load_ms=load_ms)
+        if reported := seat.reported.tokens:
+            depths = queued.token_depths + seat.reported.token_depths
+            queued = Work(queued.tokens + reported, depths)
         return Candidate(
-            worker,
-            own * BLOCK_TOKENS,
-            sources,
-            queued,
-            load.running + load.waiting,
-            load.kv_used_bytes / max(1, load.kv_capacity_bytes),
-            load.prefill_tokens_per_s,
-            load.prefill_linear_s,
-            load.prefill_quadratic_s,
-            self.learned.correction(worker, measured=measured),
+            seat.name, own * BLOCK_TOKENS, sources, seat.pace, queued, seat.running, seat.kv_used
         )
 
-    def _source(self, seat: _Seat, tier: TierKind, blocks: int) -> Source:
-        worker = seat.member.name
+    def _source(self, seat: Seat, tier: TierKind, blocks: int) -> Source:
         return Source(
             tier.name.lower(),
             blocks * BLOCK_TOKENS,
-            self.learned.load_s_per_token(worker, tier),
-            self._bookings.loading(_device(seat, tier)),
+            self.learned.load_s_per_token(seat.name, tier),
+            self._bookings.loading(seat.device(tier)),
             ASSUMED_SHARES[tier],
         )
 
     def _decision(
-        self, prompt: Prompt, scores: list[Score], seat: _Seat, held: Held, chosen: Candidate,
-        excluded: dict[str, str], trusts: Mapping[str, float],
+        self, prompt: Prompt, scores: list[Score], seat: Seat, held: Held, chosen: Candidate,
+        excluded: dict[str, str], trusts: Mapping[str, float], hot_blocks: int,
     ) -> Decision:  # fmt: skip
         """Say where the chosen worker is expected to take the prefix from."""
         best = scores[0]
         first, promised = chosen.own_tokens // BLOCK_TOKENS, held.own_blocks * BLOCK_TOKENS
-        worker, publisher = seat.member.name, self._publisher(seat.host)
+        worker, publisher = seat.name, seat.publisher
         steps = [Step(0, first, TierKind.HBM, worker)] if first else []
         # What is only coming was promised by nobody.
         promises = [Promise(worker if promised >= chosen.own_tokens else "", chosen.own_tokens)]
@@ -283,7 +261,7 @@ class Placement:
             )
             if last > first:
                 steps.append(Step(first, last - first, tier, seat.host))
-                loading[_device(seat, tier)] = (last - first) * BLOCK_TOKENS
+                loading[seat.device(tier)] = (last - first) * BLOCK_TOKENS
                 first = last
         if best.hit_tokens > chosen.own_tokens:
             promises.append(Promise(publisher, best.hit_tokens))
@@ -300,19 +278,6 @@ class Placement:
             ),
             loading=loading,
             excluded=excluded,
+            hot_tokens=hot_blocks * BLOCK_TOKENS,
             doubts={name: trusts[name] for name in (worker, publisher) if name in trusts},
         )  # fmt: skip
-
-    def _publisher(self, host: str) -> str:
-        """Return who answers for the tiers of a host: its node; where it has several, the host."""
-        nodes = self._nodes.get(host, ())
-        return nodes[0] if len(nodes) == 1 else host
-
-
-def _host(member: Member, known: PublisherView | None) -> str:
-    return member.host or (known.host if known is not None else "")
-
-
-def _device(seat: _Seat, tier: TierKind) -> str:
-    """Return what a load occupies: a worker's own wire, or what the workers of a host share."""
-    return f"{seat.member.name if tier is TierKind.DRAM else seat.host}/{tier.name.lower()}"

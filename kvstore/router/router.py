@@ -6,28 +6,28 @@ decisions are pure functions of the view, and nothing leaves the process on the 
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
 
-from kvstore.core.errors import BadInput, Refused
+from kvstore.core.errors import BadInput
 from kvstore.core.limits import SUSPECT_AFTER_MS
-from kvstore.directory.events import Lost
+from kvstore.core.names import BlockName, Root
+from kvstore.directory.events import Changed, Lost
 from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
+from kvstore.router.naming import NameCache
 from kvstore.router.placement import Decision, Placement, Prompt
+from kvstore.router.queue import DecisionQueue, nobody_alive
 from kvstore.router.source import EventSource
 from kvstore.router.watch_source import WatchSource
 
 _log = logging.getLogger(__name__)
-
-RETRY_AFTER_MS: Final = 1_000
-"""What a caller is told when no worker is alive: a restart takes at least that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,14 @@ class RouterConfig:
     """How long a request waits for a worker to be alive before it is refused."""
     booking_lifetime_ms: float = 120_000
     max_blocks: int = DEFAULT_MAX_BLOCKS
+    hold_ms: float = 5_000
+    """Requests wait here while the best worker's queue is longer: there, nobody can overtake."""
+    queue_wait_ms: float = 60_000
+    """How long a request without a deadline of its own waits for that."""
+    max_waiting: int = 1_024
+    """Requests that may wait for one set of workers; beyond it the weakest claim is refused."""
+    domain_weights: Mapping[str, float] = field(default_factory=dict)
+    """Shares of domains where requests wait; 1 where none is given."""
     tick_ms: float = 250
     sweep_blocks: int = 20_000
     """Entries cleaned per step after a snapshot: about 2 ms of the loop."""
@@ -47,11 +55,15 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         for name in ("suspect_after_ms", "booking_lifetime_ms", "max_blocks", "tick_ms",
-                     "sweep_blocks", "resync_pause_ms"):  # fmt: skip
+                     "sweep_blocks", "resync_pause_ms", "hold_ms", "max_waiting",
+                     "queue_wait_ms"):  # fmt: skip
             if getattr(self, name) <= 0:
                 raise BadInput(f"router {name} must be positive, got {getattr(self, name)}")
         if self.wait_ms < 0:
             raise BadInput(f"router wait_ms must not be negative, got {self.wait_ms}")
+        for domain, weight in self.domain_weights.items():
+            if not 0 < weight < math.inf:
+                raise BadInput(f"the weight of domain {domain} is {weight}, not above 0")
 
 
 class Router:
@@ -74,8 +86,18 @@ class Router:
         )
         self._bookings = Bookings(lifetime_ms=self._config.booking_lifetime_ms)
         self._placement = Placement(self._view, self._bookings)
+        self._naming = NameCache()
         self._followers: dict[str, asyncio.Task[None]] = {}
-        self._news = asyncio.Event()
+        self._queue = DecisionQueue(
+            decide=lambda prompt: self._placement.decide(prompt, self._now_ms()),
+            book=self._book,
+            unbook=self._bookings.complete,
+            hold_ms=self._config.hold_ms,
+            max_waiting=self._config.max_waiting,
+            weights=self._config.domain_weights,
+            metrics=metrics,
+            now_ms=now_ms,
+        )
         self._ticker: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -89,6 +111,10 @@ class Router:
     def members(self) -> Members:
         """The list set last."""
         return self._placement.members
+
+    def names(self, root: Root, tokens: bytes) -> list[BlockName]:
+        """Name a prompt of packed u32 tokens; a beginning that was named before is not again."""
+        return self._naming.names(root, tokens)
 
     def set_members(self, members: Members) -> None:
         """Follow these publishers and no others. Those that did not change are left alone."""
@@ -113,7 +139,7 @@ class Router:
     async def close(self) -> None:
         """Stop following. Waiting `route` calls end with `Refused`."""
         self._closed = True
-        self._tell()
+        self._queue.close()
         tasks = [*self._followers.values(), *([self._ticker] if self._ticker else [])]
         for task in tasks:
             task.cancel()
@@ -130,31 +156,25 @@ class Router:
             return 0.0
         return self._view.silence_ms(worker, self._now_ms())
 
-    async def route(self, prompt: Prompt, *, wait_ms: float | None = None) -> Decision:
+    async def route(
+        self, prompt: Prompt, *, wait_ms: float | None = None, deadline_ms: float | None = None
+    ) -> Decision:
         """Choose a worker and book the load there until `complete`.
 
-        Waits at most `wait_ms` for a live one and then raises `Refused`.
+        Waits at most `wait_ms` for a live one, and `deadline_ms` for one with a queue that is
+        short enough; both end in `Refused` with the time after which to try again.
         """
-        patience = self._config.wait_ms if wait_ms is None else wait_ms
-        give_up_ms = self._now_ms() + patience
-        while not self._closed:
-            started = time.perf_counter()
-            decision = self._placement.decide(prompt, self._now_ms())
-            if decision is not None:
-                decision = self._book(decision, prompt)
-                self._metrics.decisions_seconds.observe(time.perf_counter() - started)
-                return decision
-            left_ms = give_up_ms - self._now_ms()
-            if left_ms <= 0:
-                break
-            await self._wait_for_news(left_ms)
-        raise Refused("no worker is alive that could take the request", RETRY_AFTER_MS)
+        return await self._queue.place(
+            prompt,
+            alive_ms=self._config.wait_ms if wait_ms is None else wait_ms,
+            patience_ms=self._config.queue_wait_ms if deadline_ms is None else deadline_ms,
+        )
 
     def explain(self, prompt: Prompt) -> Decision:
         """Say what `route` would answer, without booking. Raises `Refused` like it, at once."""
         decision = self._placement.decide(prompt, self._now_ms())
         if decision is None:
-            raise Refused("no worker is alive that could take the request", RETRY_AFTER_MS)
+            raise nobody_alive()
         return decision
 
     def first_token(self, booking: int, actual: Actual) -> bool:
@@ -167,6 +187,7 @@ class Router:
             return False
         self._bookings.prefilled(made)
         self._learn(made, actual)
+        self._queue.kick()
         return True
 
     def complete(self, booking: int, *, actual: Actual | None = None, failed: bool = False) -> bool:
@@ -182,6 +203,7 @@ class Router:
             self._placement.distrust(made.worker, self._now_ms())
         elif actual is not None:
             self._learn(made, actual)
+        self._queue.kick()
         return True
 
     def _learn(self, made: Booking, actual: Actual) -> None:
@@ -201,6 +223,9 @@ class Router:
         self._placement.learned.observe(made.worker, expected, actual, now_ms)
 
     def _book(self, decision: Decision, prompt: Prompt) -> Decision:
+        self._placement.warm(decision, prompt, self._now_ms())
+        if decision.hot_tokens > decision.scores[0].own_tokens:
+            self._metrics.replications.inc()
         booking = self._bookings.book(
             decision.worker,
             prompt.root,
@@ -229,34 +254,26 @@ class Router:
         async with aclosing(self._source(member).events()) as events:
             async for event in events:
                 reason = self._view.apply(member.name, event, self._now_ms())
-                self._tell()
+                if not isinstance(event, Changed):  # blocks free nobody
+                    self._queue.kick()
                 if reason is not None:
                     return str(reason)
         return "ended"
-
-    def _tell(self) -> None:
-        """Wake those who wait for a worker to come alive."""
-        self._news.set()
-        self._news = asyncio.Event()
-
-    async def _wait_for_news(self, patience_ms: float) -> None:
-        try:
-            async with asyncio.timeout(patience_ms / 1_000):
-                await self._news.wait()
-        except TimeoutError:
-            return
 
     async def _tick(self) -> None:
         """Expire, sweep and count, a bounded piece at a time."""
         while True:
             now_ms = self._now_ms()
             self._bookings.expire(now_ms)
+            self._queue.kick()
             states = dict.fromkeys(Health, 0)
             for worker in self.members.workers():
                 states[self._view.health(worker.name, now_ms)] += 1
             for state, count in states.items():
                 self._metrics.workers.labels(state=state.value).set(count)
             self._metrics.view_blocks.set(len(self._view))
+            self._metrics.named_tokens.set(self._naming.named_tokens)
+            self._metrics.known_name_tokens.set(self._naming.known_tokens)
             doubt = self._placement.learned.lowest_trust(now_ms)
             self._metrics.lowest_trust.set(doubt)
             swept = self._view.sweep(self._config.sweep_blocks)

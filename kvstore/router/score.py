@@ -7,7 +7,11 @@ the split that makes both sides equal: blocks before it are computed although a 
 because loading them would take longer. `hit` is chosen among the ends of the tiers, so a tier that
 is slower than computing is left out. What a request costs others is added for the ranking only:
 
-    cost = ttft + DECODE * running * seconds(computed) + MOVE * seconds(own .. longest own prefix)
+    cost = ttft + DECODE * running * computed + MOVE * (computed + loaded - needed)
+
+in seconds, where `needed` is what it would compute with the longest prefix that any worker has in
+its own pages. What is more than that is work that a move makes: everybody behind it waits for it,
+and the copy evicts what somebody else then computes again.
 
 Seconds come from the rates each worker measures of itself, corrected by what its requests took. A
 worker that has measured nothing is assumed to be as fast as the known ones on average, and where
@@ -32,9 +36,13 @@ DECODE: Final = 0.02
 """Weight of a second by which a prefill delays one running answer, against a second of waiting for
 a first token: an answer of some fifty such seconds is late by one."""
 
-MOVE: Final = 0.05
-"""Weight of computing again what another worker keeps in its pages: the copy evicts something
-else, which is missed later with a chance far below 1."""
+MOVE: Final = 2.0
+"""Weight of a second of work that a move makes. Chosen by simulation on the shared traces: below
+it sessions of agents chase each other from worker to worker (docs/router.md has the sweep)."""
+
+COPY: Final = 1.1
+"""Worth of a second of work that makes a wanted copy. Above 1: where nobody queues yet, holder and
+newcomer would tie."""
 
 BLOCK: Final = 16
 """Tokens by which a split moves."""
@@ -69,30 +77,15 @@ class Source(NamedTuple):
     share: float = LOAD_COST
 
 
-@dataclass(slots=True)
-class Candidate:
-    """A worker that may be chosen, with everything the choice depends on."""
+class Rates(NamedTuple):
+    """How fast a worker computes, as far as anybody knows; zeros until then."""
 
-    name: str
-    own_tokens: int = 0
-    """Leading prompt tokens in its own pages, or being computed there now."""
-    sources: Sequence[Source] = ()
-    queued: Work = NO_WORK
-    """What it still has to compute before this prompt."""
-    running: int = 0
-    kv_used: float = 0.0
-    """Share of its page pool in use, 0 to 1; breaks ties towards the emptier pool."""
-    prefill_tokens_per_s: float = 0.0
-    """0: not measured."""
-    prefill_linear_s: float = 0.0
-    prefill_quadratic_s: float = 0.0
+    tokens_per_s: float = 0.0
+    """What it says of itself: prompt tokens a second, and the coefficients of `Pace`."""
+    linear_s: float = 0.0
+    quadratic_s: float = 0.0
     correction: float = 0.0
-    """What its requests took over what was predicted; 0: not known, as the others on average."""
-
-    @property
-    def known_tokens(self) -> int:
-        """Leading prompt tokens in anything it reaches."""
-        return self.sources[-1].until_tokens if self.sources else self.own_tokens
+    """What its requests took over what was predicted."""
 
 
 class Pace(NamedTuple):
@@ -111,8 +104,31 @@ class Pace(NamedTuple):
 
     def between(self, first: int, last: int) -> float:
         """Return the seconds to compute tokens `[first, last)` of a prompt."""
-        tokens = last - first
-        return tokens * (self.linear_s + self.quadratic_s * (first + last) / 2)
+        return (last - first) * (self.linear_s + self.quadratic_s * (first + last) / 2)
+
+
+ASSUMED_PACE: Final = Pace(1 / ASSUMED_PREFILL_TOKENS_PER_S)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A worker that may be chosen, with everything the choice depends on."""
+
+    name: str
+    own_tokens: int = 0
+    """Leading prompt tokens in its own pages, or being computed there now."""
+    sources: Sequence[Source] = ()
+    pace: Pace = ASSUMED_PACE
+    queued: Work = NO_WORK
+    """What it still has to compute before this prompt."""
+    running: int = 0
+    kv_used: float = 0.0
+    """Share of its page pool in use, 0 to 1; breaks ties towards the emptier pool."""
+
+    @property
+    def known_tokens(self) -> int:
+        """Leading prompt tokens in anything it reaches."""
+        return self.sources[-1].until_tokens if self.sources else self.own_tokens
 
 
 class Plan(NamedTuple):
@@ -171,22 +187,21 @@ class Score:
         )
 
 
-def pace_of(candidate: Candidate, fallback: float, correction: float = 1.0) -> Pace:
-    """Return how fast a worker computes.
-
-    `fallback`: tokens per second where nothing is measured; `correction`: where none is known.
-    """
-    factor = candidate.correction or correction
-    if candidate.prefill_linear_s > 0:
-        quadratic_s = max(0.0, candidate.prefill_quadratic_s)
-        return Pace(candidate.prefill_linear_s * factor, quadratic_s * factor, factor, True)
-    per_s = candidate.prefill_tokens_per_s
-    return Pace(factor / (per_s or fallback), 0.0, factor, per_s > 0)
+def paces(rates: Sequence[Rates]) -> list[Pace]:
+    """Return how fast each worker computes; the median of the others stands in for the unknown."""
+    speeds = [one.tokens_per_s for one in rates if one.tokens_per_s > 0]
+    speed = median(speeds) if speeds else ASSUMED_PREFILL_TOKENS_PER_S
+    corrections = [one.correction for one in rates if one.correction > 0]
+    correction = median(corrections) if corrections else 1.0
+    return [_pace(one, speed, correction) for one in rates]
 
 
-def prefill_seconds(candidate: Candidate, tokens: int, position: int, fallback: float) -> float:
-    """Return the seconds to compute `tokens` that start at `position`; see `Pace`."""
-    return pace_of(candidate, fallback).between(position, position + tokens)
+def _pace(rates: Rates, speed: float, correction: float) -> Pace:
+    factor = rates.correction or correction
+    if rates.linear_s > 0:
+        quadratic_s = max(0.0, rates.quadratic_s)
+        return Pace(rates.linear_s * factor, quadratic_s * factor, factor, True)
+    return Pace(factor / (rates.tokens_per_s or speed), 0.0, factor, rates.tokens_per_s > 0)
 
 
 def _load_s(sources: Sequence[Source], first: int, last: int, pace: Pace) -> float:
@@ -201,16 +216,16 @@ def _load_s(sources: Sequence[Source], first: int, last: int, pace: Pace) -> flo
     return total
 
 
-def plan_sources(candidate: Candidate, prompt_tokens: int, queue_s: float, pace: Pace) -> Plan:
+def plan_sources(candidate: Candidate, prompt_tokens: int, queue_s: float) -> Plan:
     """Choose the tiers to load from and the split that answer soonest."""
-    own = candidate.own_tokens
+    own, pace = candidate.own_tokens, candidate.pace
     compute_s = pace.between(own, prompt_tokens)
     best = Plan(queue_s + compute_s, own, own, 0.0, compute_s)
     for source in candidate.sources:
         hit = source.until_tokens
         if hit <= best.hit_tokens:
             continue
-        split = _split(candidate, hit, queue_s, pace)
+        split = _split(candidate, hit, queue_s)
         load_s = _load_s(candidate.sources, split, hit, pace)
         before_s, after_s = pace.between(own, split), pace.between(hit, prompt_tokens)
         ttft_s = max(queue_s + before_s, load_s) + after_s
@@ -219,9 +234,9 @@ def plan_sources(candidate: Candidate, prompt_tokens: int, queue_s: float, pace:
     return best
 
 
-def _split(candidate: Candidate, hit: int, queue_s: float, pace: Pace) -> int:
+def _split(candidate: Candidate, hit: int, queue_s: float) -> int:
     """Return the split, in whole blocks, with the earliest end of both loading and computing."""
-    own, sources = candidate.own_tokens, candidate.sources
+    own, sources, pace = candidate.own_tokens, candidate.sources, candidate.pace
     if _load_s(sources, own, hit, pace) <= queue_s:
         return own
     low, high = 0, (hit - own) // BLOCK  # blocks computed; at `high` nothing is loaded
@@ -240,33 +255,38 @@ def _split(candidate: Candidate, hit: int, queue_s: float, pace: Pace) -> int:
     return split
 
 
-def score(candidate: Candidate, prompt_tokens: int, pace: Pace, most_own_tokens: int = 0) -> Score:
+def score(
+    candidate: Candidate, prompt_tokens: int, most_own_tokens: int = 0, hot_tokens: int = 0
+) -> Score:
     """Predict one worker's time to first token, and what that costs others.
 
-    `most_own_tokens` is the longest prefix that any worker has in its own pages.
+    `most_own_tokens` is the longest prefix that any worker has in its own pages. A copy of the
+    first `hot_tokens` is wanted: work that makes one is no cost.
     """
-    own = candidate.own_tokens
-    assert 0 <= own <= candidate.known_tokens <= prompt_tokens, (candidate, prompt_tokens)
-    queue_s = pace.seconds(candidate.queued)
-    plan = plan_sources(candidate, prompt_tokens, queue_s, pace)
+    own, queued, pace = candidate.own_tokens, candidate.queued, candidate.pace
+    known = candidate.known_tokens
+    assert 0 <= own <= known <= prompt_tokens, (candidate, prompt_tokens)
+    queue_s = pace.seconds(queued) if queued.tokens else 0.0
+    plan = plan_sources(candidate, prompt_tokens, queue_s)
     others_s = DECODE * candidate.running * plan.compute_s
-    if most_own_tokens > own:
-        others_s += MOVE * pace.between(own, most_own_tokens)
-    return Score(
-        candidate.name, own, candidate.known_tokens, int(candidate.queued.tokens), queue_s, pace,
-        plan, others_s,
-    )  # fmt: skip
+    moved_s = plan.compute_s + plan.load_s - pace.between(max(own, most_own_tokens), prompt_tokens)
+    if hot_tokens > own:
+        wanted_s = min(moved_s, pace.between(own, hot_tokens))
+        moved_s -= wanted_s
+        others_s -= COPY * wanted_s
+    if moved_s > 0:
+        others_s += MOVE * moved_s
+    return Score(candidate.name, own, known, int(queued.tokens), queue_s, pace, plan, others_s)
 
 
-def rank(candidates: Sequence[Candidate], prompt_tokens: int) -> list[Score]:
+def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 0) -> list[Score]:
     """Return the scores, best first. Ties: emptier pool, fewer running, then the name."""
-    measured = [c.prefill_tokens_per_s for c in candidates if c.prefill_tokens_per_s > 0]
-    fallback = median(measured) if measured else ASSUMED_PREFILL_TOKENS_PER_S
-    corrections = [c.correction for c in candidates if c.correction > 0]
-    correction = median(corrections) if corrections else 1.0
-    most = max((c.own_tokens for c in candidates), default=0)
-    scored = [
-        (score(c, prompt_tokens, pace_of(c, fallback, correction), most), c) for c in candidates
-    ]
-    scored.sort(key=lambda pair: (pair[0].cost_s, pair[1].kv_used, pair[1].running, pair[1].name))
-    return [entry for entry, _ in scored]
+    most = max([candidate.own_tokens for candidate in candidates], default=0)
+    scored = []
+    for one in candidates:
+        entry = score(one, prompt_tokens, most, hot_tokens)
+        scored.append(
+            (entry.plan.ttft_s + entry.others_s, one.kv_used, one.running, one.name, entry)
+        )
+    scored.sort()  # names differ, so scores themselves are never compared
+    return [entry for *_, entry in scored]

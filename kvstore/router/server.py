@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import BadInput, NotFound
 from kvstore.core.limits import MAX_DEADLINE_MS
-from kvstore.core.names import BlockName, chain, split_names
+from kvstore.core.names import BlockName, split_names
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.learning import Actual
@@ -21,7 +21,7 @@ MAX_EXCLUDED = 256
 """Workers one request may exclude: more is a mistake."""
 
 
-def prompt_of(request: router_pb2.RouteRequest) -> Prompt:
+def prompt_of(request: router_pb2.RouteRequest, router: Router) -> Prompt:
     """Return what a caller wants placed; raises `BadInput` naming the field at fault."""
     root = root_from_wire(request.root)
     if len(request.exclude) > MAX_EXCLUDED:
@@ -31,11 +31,18 @@ def prompt_of(request: router_pb2.RouteRequest) -> Prompt:
     if request.tokens and request.names:
         raise BadInput("tokens and names exclude each other")
     if request.tokens:
-        names, tokens = list(chain(root, request.tokens)), len(request.tokens) // 4
+        names, tokens = router.names(root, request.tokens), len(request.tokens) // 4
     else:
         check_names(request.names)
         names, tokens = split_names(request.names), request.prompt_tokens
-    return Prompt(root, names, tokens, exclude)
+    if request.domain:
+        check_id(request.domain, "domain")
+    if request.ttft_slo_ms > MAX_DEADLINE_MS:
+        raise BadInput(f"ttft_slo_ms {request.ttft_slo_ms} is over {MAX_DEADLINE_MS}")
+    return Prompt(
+        root, names, tokens, exclude, domain=request.domain, priority=request.priority,
+        ttft_slo_ms=request.ttft_slo_ms,
+    )  # fmt: skip
 
 
 def reply_of(decision: Decision) -> router_pb2.RouteReply:
@@ -89,7 +96,9 @@ class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
         if request.deadline_ms > MAX_DEADLINE_MS:
             raise BadInput(f"deadline_ms {request.deadline_ms} is over {MAX_DEADLINE_MS}")
         wait_ms = float(request.deadline_ms) if request.deadline_ms else None
-        return reply_of(await self._router.route(prompt_of(request), wait_ms=wait_ms))
+        prompt = prompt_of(request, self._router)
+        decision = await self._router.route(prompt, wait_ms=wait_ms, deadline_ms=wait_ms)
+        return reply_of(decision)
 
     async def Complete(
         self, request: router_pb2.CompleteRequest, context: Context
@@ -110,7 +119,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
         self, request: router_pb2.RouteRequest, context: Context
     ) -> router_pb2.ExplainReply:
         """Say what Route would answer, for every worker."""
-        decision = self._router.explain(prompt_of(request))
+        decision = self._router.explain(prompt_of(request, self._router))
         reply = router_pb2.ExplainReply(chosen=reply_of(decision), explanation=decision.explanation)
         for score in decision.scores:
             reply.workers.add(

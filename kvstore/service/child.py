@@ -120,6 +120,8 @@ class NodeChild:
             "--lease-ms": config.lease_ms,
             "--claim-ms": config.claim_ms,
             "--policy": config.policy,
+            "--nvme": config.nvme or "",
+            "--nvme-bytes": config.nvme_bytes,
         }
         return await asyncio.create_subprocess_exec(
             sys.executable,

@@ -8,6 +8,7 @@ from typing import Final
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.service.below import BelowConfig
 from kvstore.transport.arena import ArenaSize
 
 SOCKET_PATH_BYTES: Final = 107
@@ -37,6 +38,10 @@ class KeeperConfig:
     claim_ms: int = 5_000
     policy: str = DEFAULT_POLICY
     """What is evicted and admitted, by the name in `kvstore.directory.policies`."""
+    nvme: Path | None = None
+    """Directory of the NVMe tier; None: there is none."""
+    nvme_bytes: int = 0
+    """Bytes that it may take on its disk."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -56,6 +61,7 @@ class KeeperConfig:
         for flag, address in (("--listen", self.listen), ("--metrics", self.metrics)):
             check_loopback(flag, address)
         make_policy(self.policy)
+        BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

@@ -8,7 +8,7 @@ pinned: nothing is sealed or dropped on old evidence.
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -48,6 +48,8 @@ class Hasher:
         self.corrupt_blocks = 0
         self.corrupt: dict[int, None] = {}
         """Keys of blocks that failed their sums, latest last; bounded. Why an Acquire ended."""
+        self.on_sealed: Callable[[int], None] | None = None
+        """Told of every slot whose block now has a sum and may be copied to tiers below."""
 
     def wake(self) -> None:
         """Say that `store.to_seal` has work."""
@@ -107,7 +109,7 @@ class Hasher:
         size = 0
         while size < JOB_BYTES and (found := self._next_slot(size == 0)) is not None:
             slot, generation = found
-            table.pins[slot] += 1
+            table.pin([slot])
             job.append((slot, generation))
             size += table.root_of(slot).shape.payload_bytes
         return job
@@ -144,10 +146,11 @@ class Hasher:
     def _apply(self, job: list[tuple[int, int]], sums: list[bytes]) -> None:
         table = self._store.table
         for (slot, generation), found in zip(job, sums, strict=True):
-            table.pins[slot] -= 1
+            table.unpin([slot])
             assert table.generation[slot] == generation, "a pinned slot was given away"
             if table.state[slot] == SlotState.COMMITTED:
                 table.seal(slot, found)
+                self._tell_sealed(slot)
                 self._metrics.sealed_bytes.inc(table.root_of(slot).shape.payload_bytes)
             elif not table.servable[slot]:
                 self._judge(slot, found)
@@ -158,13 +161,22 @@ class Hasher:
         table = self._store.table
         if table.arena.record(slot).sum == found:
             table.servable[slot] = 1
+            self._tell_sealed(slot)
             return
-        self._metrics.corrupt.labels("dram").inc()
-        self.corrupt_blocks += 1
-        self.corrupt[table.key[slot]] = None
+        self.note_corrupt("dram", table.key[slot])
+        table.evict([slot], reason="corrupt")
+
+    def note_corrupt(self, tier: str, key: int) -> None:
+        """Count a block that failed its sum, and remember it for the Acquire that misses it."""
+        self._metrics.corrupt.labels(tier).inc()
+        self.corrupt_blocks += tier == "dram"
+        self.corrupt[key] = None
         if len(self.corrupt) > 1_024:
             del self.corrupt[next(iter(self.corrupt))]
-        table.evict([slot], reason="corrupt")
+
+    def _tell_sealed(self, slot: int) -> None:
+        if self.on_sealed is not None:
+            self.on_sealed(slot)
 
 
 def _hash_all(arena: ArenaMapping, slots: list[int]) -> list[bytes]:

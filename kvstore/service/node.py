@@ -27,6 +27,7 @@ from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
 from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
+from kvstore.service.below import BelowConfig, BelowDram
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
 from kvstore.service.metrics_http import MetricsServer
@@ -52,12 +53,18 @@ class Node:
         arena.incarnation += 1
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
+        self._below_config = BelowConfig(
+            nvme=Path(options.nvme) if options.nvme else None,
+            nvme_bytes=options.nvme_bytes,
+            policy=options.policy,
+        )
         table = SlotTable(
             arena,
             make_policy(options.policy),
             self._metrics,
             node=options.name,
             host=options.name,
+            tiers=self._below_config.kinds,
         )
         limits = StoreLimits(
             lease_ms=options.lease_ms,
@@ -69,6 +76,7 @@ class Node:
         self._hasher = Hasher(self._store, self._metrics)
         self._identity = LocalIdentity()
         self._recorders = Recorders(self._metrics)
+        self._below: BelowDram | None = None
         self._adopted = False
         self._ended = asyncio.Event()
         self._started_s = time.monotonic()
@@ -81,6 +89,9 @@ class Node:
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         await asyncio.wait_for(self._until_start(), _START_DEADLINE_S)
         self._adopt()
+        below = self._below = await BelowDram.start(
+            self._below_config, self._store, self._hasher, self._metrics, self._registry
+        )
         loop.add_reader(self._control.fileno(), self._hear)
         tasks = [
             asyncio.create_task(self._hasher.run(), name="hash"),
@@ -90,7 +101,7 @@ class Node:
         server, health = make_server()
         metrics = MetricsServer(exposition(self._registry))
         try:
-            cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(), server)
+            cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
             listen(server, self._options.rpc)
             record_pb2_grpc.add_RecorderServicer_to_server(
                 RecorderService(self._recorders, self._identity), server
@@ -107,17 +118,19 @@ class Node:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await server.stop(0.2)
+            await below.close()
             await metrics.stop()
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
 
-    def _service(self) -> CacheNodeService:
+    def _service(self, below: BelowDram) -> CacheNodeService:
         return CacheNodeService(
             ServiceParts(
                 name=self._options.name,
                 cluster_key=Path(self._options.cluster_key_file).read_bytes(),
                 store=self._store,
                 hasher=self._hasher,
+                below=below,
                 metrics=self._metrics,
                 identity=self._identity,
                 recorders=self._recorders,
@@ -240,6 +253,8 @@ class Node:
         metrics.queued.labels("seal").set(len(self._store.to_seal))
         metrics.queued.labels("verify").set(self._hasher.unverified)
         metrics.queued.labels("watch").set(table.publisher.subscribers)
+        if self._below is not None:
+            self._below.measure()
         for state in SlotState:
             if state is not SlotState.FREE:
                 metrics.slots.labels(state.name.lower()).set(table.counts[state])
@@ -257,6 +272,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lease-ms", type=int, required=True)
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
+    parser.add_argument("--nvme", default="")
+    parser.add_argument("--nvme-bytes", type=int, default=0)
     return parser.parse_args(arguments)
 
 

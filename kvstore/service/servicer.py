@@ -19,21 +19,24 @@ from kvstore.core.errors import (
     Unsupported,
 )
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_NAMES_PER_CALL, NAME_BYTES
-from kvstore.core.names import derive_root
+from kvstore.core.names import BlockName, derive_root
 from kvstore.core.outcomes import MissReason, Outcome
-from kvstore.core.slots import SlotState
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.convert import check_id, check_names, namespace_from_proto, root_from_wire
 from kvstore.rpc.identity import Identity, Principal, Role
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
 from kvstore.rpc.watch_server import serve_watch
+from kvstore.service.below import BelowDram
 from kvstore.service.hashing import Hasher
 from kvstore.service.recorder import Recorders
+from kvstore.service.reserver import Wanted
 from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import keys_of
+from kvstore.service.statistics import stats_reply
 from kvstore.service.store import Acquired, ArenaStore
+from kvstore.transfer.lanes import Lane
 
 SESSION_KEY: Final = "kvstore-session-bin"
 MAX_WAITERS: Final = 1_024
@@ -54,6 +57,7 @@ class ServiceParts:
     cluster_key: bytes
     store: ArenaStore
     hasher: Hasher
+    below: BelowDram
     metrics: NodeMetrics
     identity: Identity
     recorders: Recorders
@@ -65,7 +69,7 @@ class ServiceParts:
 class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
     """Answers `CacheNode` calls; one instance per node, on one event loop.
 
-    Calls that are not here (`Pin`, `Prefetch`, `Clear`, `Ticket`, `Get`, `Put`) answer
+    Calls that are not here (`Pin`, `Clear`, `Ticket`, `Get`, `Put`) answer
     UNIMPLEMENTED: that is what the interceptor makes of the generated base.
     """
 
@@ -73,6 +77,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         self._parts = parts
         self._store = parts.store
         self._hasher = parts.hasher
+        self._below = parts.below
         self._waiters = 0
 
     # -- sessions --------------------------------------------------------------------------
@@ -136,7 +141,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             self._parts.recorders.note(request.first_block, request.names)
             if self._hasher.unverified:
                 unverified = self._store.unverified(info, request.names)
-                await self._hasher.verify(unverified, deadline_s=deadline_ms / 1_000)
+                await self._hasher.verify(unverified, deadline_s=_patience_s(context, deadline_ms))
                 if session.closed:
                     raise SessionLost("the session ended during the call")
             answer = self._store.acquire(
@@ -146,7 +151,9 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
                 reserve=request.reserve,
                 first_block=request.first_block,
                 now_ms=_now_ms(),
+                pending_ms=deadline_ms,
             )
+            self._below.movement.load(answer.loads)
             self._explain_corruption(info, request.names, answer)
             asyncio.get_running_loop().call_soon(self._store.flush_requests)
             return self._acquire_reply(answer)
@@ -210,11 +217,26 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             check_names(request.names)
             names = _split(request.names)
             found = bytes(
-                _DRAM_BIT if self._store.outcome(info, key, name) is Outcome.HIT else 0
+                (_DRAM_BIT if self._store.outcome(info, key, name) is Outcome.HIT else 0)
+                | self._below.bits(info.root, BlockName(name))
                 for key, name in zip(keys_of(info, request.names), names, strict=True)
             )
             hole = found.find(b"\0")
             return cache_pb2.LookupReply(prefix=len(found) if hole < 0 else hole, tiers=found)
+
+    async def Prefetch(
+        self, request: cache_pb2.PrefetchRequest, context: Context
+    ) -> cache_pb2.PrefetchReply:
+        """Start moving blocks up that are held below only."""
+        with self._measured("Prefetch"):
+            _, info = self._rooted(context, request.root)
+            check_names(request.names)
+            deadline_ms = _deadline(request.deadline_ms)
+            keys = keys_of(info, request.names)
+            wanted = Wanted(info, request.names, keys, 0, _now_ms())
+            movement = self._below.movement
+            loads = movement.promoter.prefetch(wanted, deadline_ms)
+            return cache_pb2.PrefetchReply(started=movement.load(loads, Lane.PREFETCH))
 
     # -- the node --------------------------------------------------------------------------
 
@@ -224,29 +246,13 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         """Count what is held."""
         with self._measured("Stats"):
             self._principal(context)
-            store, table = self._store, self._store.table
-            reply = cache_pb2.StatsReply(
-                node=self._parts.name,
-                incarnation=self._incarnation,
-                uptime_ms=int((time.monotonic() - self._parts.started_s) * 1_000),
-                sessions=len(store.sessions),
-                leases=len(store.leases),
-                reserved_bytes=table.reserved_bytes,
-            )
-            reply.tiers.add(
-                tier=types_pb2.TIER_DRAM,
-                capacity_bytes=table.space.data_bytes,
-                used_bytes=table.used_bytes,
-                blocks=len(table.policy),
-                hits=store.hit_blocks,
-                misses=store.misses,
-                evictions=table.evicted_blocks,
+            return stats_reply(
+                self._parts.name,
+                self._store,
+                self._below.nvme,
                 corrupt=self._hasher.corrupt_blocks,
+                uptime_s=time.monotonic() - self._parts.started_s,
             )
-            for state in SlotState:
-                if state is not SlotState.FREE:
-                    reply.slots[state.name.lower()] = table.counts[state]
-            return reply
 
     async def Watch(
         self, request: watch_pb2.WatchRequest, context: Context
@@ -319,11 +325,12 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             incarnation=self._incarnation,
             lease=answer.lease,
             lease_ms=self._store.limits.lease_ms if answer.lease else 0,
-            ready=len(slots),
+            ready=answer.ready,
+            pending=len(slots) - answer.ready,
             slots=slots,
             offsets=list(map(granules, slots)),
             generations=list(map(generation, slots)),
-            tiers=[types_pb2.TIER_DRAM] * len(slots),
+            tiers=list(map(int, answer.tiers)),  # type: ignore[arg-type]
             reserved_names=answer.reserved_names,
             reserved_slots=reserved,
             reserved_offsets=list(map(granules, reserved)),
@@ -355,6 +362,13 @@ def _metadata(context: Context) -> dict[str, str | bytes]:
     return {
         key: value for key, value in context.invocation_metadata() or () if len(key) <= MAX_ID_BYTES
     }
+
+
+def _patience_s(context: Context, deadline_ms: int) -> float:
+    """Return how long a call may look at blocks first; its answer has to get back in time too."""
+    left = context.time_remaining()
+    patience_s = deadline_ms / 1_000
+    return patience_s if left is None else min(patience_s, left / 2)
 
 
 def _deadline(deadline_ms: int) -> int:

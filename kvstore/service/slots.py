@@ -37,7 +37,9 @@ class SlotTable:
         *,
         node: str,
         host: str = "",
+        tiers: Sequence[TierKind] = (TierKind.DRAM,),
     ) -> None:
+        """`tiers` are what the node publishes: DRAM, and what lies below it."""
         slots = arena.size.max_slots
         self.arena = arena
         self.policy = policy
@@ -63,7 +65,7 @@ class SlotTable:
         self.used_bytes = 0
         self.reserved_bytes = 0
         self.evicted_blocks = 0
-        self.publisher = Publisher(node, arena.incarnation, (TierKind.DRAM,), self, host=host)
+        self.publisher = Publisher(node, arena.incarnation, tiers, self, host=host)
 
     # -- looking ---------------------------------------------------------------------------
 
@@ -204,6 +206,34 @@ class SlotTable:
         self.servable[slot] = 0
         self._turn(slot, SlotState.FREE)
         self.space.give(slot)
+
+    def pin(self, slots: Iterable[int]) -> None:
+        """Keep the bytes of slots until as many `unpin`s."""
+        pins = self.pins
+        for slot in slots:
+            pins[slot] += 1
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        """End pins; a slot that was only waiting for that is free now."""
+        pins = self.pins
+        for slot in slots:
+            pins[slot] -= 1
+            if not pins[slot] and self.state[slot] == SlotState.DRAINING:
+                self.free(slot)
+
+    def give_up(self, slot: int) -> None:
+        """End a reservation whose block will not come; while somebody needs the bytes it drains.
+
+        Readers that wait for the slot see the state and stop; a device may still write into it.
+        """
+        assert self.state[slot] == SlotState.RESERVED
+        if not self.pins[slot]:
+            self.free(slot)
+            return
+        if self.index.get(self.key[slot]) == slot:
+            del self.index[self.key[slot]]
+        self.reserved_bytes -= self.root_of(slot).shape.block_bytes
+        self._turn(slot, SlotState.DRAINING)
 
     def adopt(self, slot: int, word: SlotWord, info: RootInfo, key: int, now_ms: float) -> None:
         """Take over a sealed or reserved slot that an earlier incarnation left.

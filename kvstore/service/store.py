@@ -5,15 +5,18 @@ waiting happen elsewhere. One instance is used from one thread.
 """
 
 from array import array
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
+from kvstore.directory.events import TierKind
 from kvstore.directory.policy import Prompt
+from kvstore.service.promotion import Load, Promoter
+from kvstore.service.reserver import Reserver, Wanted
 from kvstore.service.roots import RootInfo
 from kvstore.service.sessions import MAX_LEASES_PER_SESSION, Leases, Session, Sessions
 from kvstore.service.slots import SlotTable, keys_of
@@ -38,6 +41,12 @@ class Acquired:
 
     lease: int = 0
     slots: list[int] = field(default_factory=list)
+    """Leased: the first `ready` may be read now, the rest once they turn readable."""
+    ready: int = 0
+    tiers: list[TierKind] = field(default_factory=list)
+    """Where each of `slots` comes from."""
+    loads: list[Load] = field(default_factory=list)
+    """Pending slots that nobody fills yet: the caller's to start."""
     reason: MissReason = MissReason.NONE
     reserved_names: list[int] = field(default_factory=list)
     reserved_slots: list[int] = field(default_factory=list)
@@ -54,6 +63,13 @@ class ArenaStore:
         self.leases = Leases(first_lease)
         self.to_seal: deque[tuple[int, int]] = deque()
         """(slot, generation) of committed slots whose bytes have to be hashed."""
+        self.reserver = Reserver(
+            table, limits.reserve_quota_bytes, limits.claim_ms, self.flush_requests
+        )
+        self.promoter: Promoter | None = None
+        """Set where tiers below DRAM exist."""
+        self.on_request: Callable[[Prompt], None] | None = None
+        """Told of every request, after the table's own policy: evidence for the tiers below."""
         self._requests: list[Prompt] = []
         """What was asked for and not told to the policy yet: Acquire defers it past its answer."""
         self.hit_blocks = 0
@@ -70,26 +86,45 @@ class ArenaStore:
         reserve: int,
         first_block: int,
         now_ms: float,
+        pending_ms: float = 0.0,
     ) -> Acquired:
-        """Lease the longest prefix of `packed` names and reserve slots for what follows."""
+        """Lease the longest prefix of `packed` names and reserve slots for what follows.
+
+        `pending_ms` is how long the caller would wait for blocks that have to be moved up first.
+        """
         keys = keys_of(info, packed)
-        answer = Acquired()
-        answer.slots = self.prefix(info, packed, keys)
-        found = len(answer.slots)
-        if found < len(keys):
-            answer.reason = self._why(info, packed, keys[found], found, now_ms)
-        if found and len(session.leases) >= MAX_LEASES_PER_SESSION:
-            answer.slots, found, answer.reason = [], 0, MissReason.REFUSED
-        elif found:
-            pins = self.table.pins
-            for slot in answer.slots:
-                pins[slot] += 1
-            answer.lease = self.leases.grant(session, answer.slots, now_ms + self.limits.lease_ms)
+        wanted = Wanted(info, packed, keys, first_block, now_ms)
+        answer = Acquired(slots=self.prefix(info, packed, keys))
+        answer.ready = len(answer.slots)
         self._remember(info, keys, first_block, now_ms)
+        if len(session.leases) < MAX_LEASES_PER_SESSION:
+            self._lease(session, wanted, pending_ms, answer)
+        elif answer.slots:
+            answer.slots, answer.ready, answer.reason = [], 0, MissReason.REFUSED
+        found = len(answer.slots)
+        if found < len(keys) and answer.reason is MissReason.NONE:
+            answer.reason = self._why(wanted, found)
         if reserve:
-            self._reserve(session, info, packed, keys, found, reserve, first_block, now_ms, answer)
+            held = self.reserver.reserve(session, wanted, found, reserve)
+            answer.reserved_names, answer.reserved_slots, answer.reserve_reason = held
         self._count(info, answer)
         return answer
+
+    def _lease(self, session: Session, wanted: Wanted, pending_ms: float, answer: Acquired) -> None:
+        """Lease what is ready and what follows it from below within `pending_ms`."""
+        # Pinned first: making room for what comes must not drop what is here.
+        self.table.pin(answer.slots)
+        answer.tiers = [TierKind.DRAM] * answer.ready
+        if self.promoter is not None and answer.ready < len(wanted.keys):
+            pending = self.promoter.pending(wanted, answer.ready, pending_ms)
+            answer.slots += pending.slots
+            answer.tiers += pending.tiers
+            answer.loads = pending.loads
+            if len(answer.slots) < len(wanted.keys):
+                answer.reason = pending.reason
+        if answer.slots:
+            expires_ms = wanted.now_ms + self.limits.lease_ms
+            answer.lease = self.leases.grant(session, answer.slots, expires_ms)
 
     def prefix(self, info: RootInfo, packed: bytes, keys: list[int]) -> list[int]:
         """Return the slots of the longest prefix that may be leased now."""
@@ -120,109 +155,15 @@ class ArenaStore:
             if not table.servable[slot]:
                 yield slot
 
-    def _why(
-        self, info: RootInfo, packed: bytes, key: int, index: int, now_ms: float
-    ) -> MissReason:
+    def _why(self, wanted: Wanted, index: int) -> MissReason:
         """Return why the prefix ends before name `index`."""
-        slot = self.table.find(info, key, packed[index * NAME_BYTES : (index + 1) * NAME_BYTES])
+        slot = self.table.find(wanted.info, wanted.keys[index], wanted.name(index))
         if slot is None:
             return MissReason.ABSENT
         if self.table.state[slot] == SlotState.RESERVED:
-            return MissReason.COMPUTING if self._claimed(slot, now_ms) else MissReason.ABSENT
+            claimed = self.reserver.claimed(slot, wanted.now_ms)
+            return MissReason.COMPUTING if claimed else MissReason.ABSENT
         return MissReason.LATE
-
-    def _claimed(self, slot: int, now_ms: float) -> bool:
-        return now_ms - self.table.claimed_ms[slot] < self.limits.claim_ms
-
-    def _reserve(
-        self,
-        session: Session,
-        info: RootInfo,
-        packed: bytes,
-        keys: list[int],
-        found: int,
-        wanted: int,
-        first_block: int,
-        now_ms: float,
-        answer: Acquired,
-    ) -> None:
-        """Reserve slots for names after the prefix that nobody holds or computes."""
-        table = self.table
-        block_bytes = info.shape.block_bytes
-        for index in range(found, len(keys)):
-            missing = wanted - len(answer.reserved_slots)
-            name = packed[index * NAME_BYTES : (index + 1) * NAME_BYTES]
-            holder = table.index.get(keys[index])
-            if holder is not None and not self._may_take_over(holder, info, name, now_ms):
-                if table.state[holder] == SlotState.RESERVED:
-                    answer.reserve_reason = MissReason.COMPUTING
-                continue
-            if session.reserved_bytes + block_bytes > self.limits.reserve_quota_bytes:
-                answer.reserve_reason = MissReason.REFUSED
-                return
-            slot = self._reserve_one(session, info, name, keys, index, first_block, missing, now_ms)
-            if slot is None:
-                answer.reserve_reason = MissReason.REFUSED
-                return
-            answer.reserved_names.append(index)
-            answer.reserved_slots.append(slot)
-            if len(answer.reserved_slots) == wanted:
-                answer.reserve_reason = MissReason.NONE  # whatever was skipped on the way
-                return
-
-    def _may_take_over(self, holder: int, info: RootInfo, name: bytes, now_ms: float) -> bool:
-        """Say whether a block that somebody claimed may be computed by another now.
-
-        Never when the holder has another full name: two blocks of one key cannot both be indexed.
-        """
-        return (
-            self.table.state[holder] == SlotState.RESERVED
-            and not self._claimed(holder, now_ms)
-            and self.table.holds(holder, info, name)
-        )
-
-    def _reserve_one(
-        self,
-        session: Session,
-        info: RootInfo,
-        name: bytes,
-        keys: list[int],
-        index: int,
-        first_block: int,
-        missing: int,
-        now_ms: float,
-    ) -> int | None:
-        """Reserve a slot for `keys[index]`; later ones may want one in this call too."""
-        table = self.table
-        for _ in range(2):
-            slot = table.reserve(
-                info,
-                name,
-                keys[index],
-                parent=keys[index - 1] if index else 0,
-                position=first_block + index,
-                session=session.number,
-                now_ms=now_ms,
-            )
-            if slot is not None:
-                session.reserved.add(slot)
-                session.reserved_bytes += info.shape.block_bytes
-                return slot
-            # The policy has to know of this request: what it asks for must not go first.
-            self.flush_requests()
-            newcomers = self._reservable(session, info, keys[index:])[:missing]
-            if not table.make_room(info.shape.block_bytes, newcomers, now_ms):
-                return None
-        return None
-
-    def _reservable(self, session: Session, info: RootInfo, keys: list[int]) -> list[int]:
-        """Return those of `keys` that this call can reserve: room for more would cost blocks.
-
-        What is asked for can be far more than the quota allows or than names that nobody holds.
-        """
-        quota = self.limits.reserve_quota_bytes - session.reserved_bytes
-        unheld = [key for key in keys if key not in self.table.index]
-        return unheld[: quota // info.shape.block_bytes] or keys[:1]
 
     # -- Settle ----------------------------------------------------------------------------
 
@@ -235,7 +176,7 @@ class ArenaStore:
         for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
             if outcome is SettleOutcome.DONE:
-                self._unreserve(session, slot)
+                self.reserver.unreserve(session, slot)
                 if self.table.commit(slot):
                     committed.append(slot)
                     self.to_seal.append((slot, generation))
@@ -255,7 +196,7 @@ class ArenaStore:
         for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
             if outcome is SettleOutcome.DONE:
-                self._unreserve(session, slot)
+                self.reserver.unreserve(session, slot)
                 self.table.free(slot)
             elif outcome is SettleOutcome.ALREADY and self.table.state[slot] in READABLE:
                 outcome = SettleOutcome.STALE  # committed before: too late to abort
@@ -299,14 +240,8 @@ class ArenaStore:
             else SettleOutcome.NOT_YOURS
         )
 
-    def _unreserve(self, session: Session, slot: int) -> None:
-        session.reserved.remove(slot)
-        session.reserved_bytes -= self.table.root_of(slot).shape.block_bytes
-
     def _drop_lease(self, session: Session, lease: int) -> None:
-        pins = self.table.pins
-        for slot in self.leases.drop(lease, session):
-            pins[slot] -= 1
+        self.table.unpin(self.leases.drop(lease, session))
 
     # -- ends ------------------------------------------------------------------------------
 
@@ -324,7 +259,7 @@ class ArenaStore:
             return len(leases), 0
         reserved = list(session.reserved)
         for slot in reserved:
-            self._unreserve(session, slot)
+            self.reserver.unreserve(session, slot)
             self.table.free(slot)
         return len(leases), len(reserved)
 
@@ -351,6 +286,8 @@ class ArenaStore:
         prompts, self._requests = self._requests, []
         for prompt in prompts:
             self.table.policy.request(prompt)
+            if self.on_request is not None:
+                self.on_request(prompt)
 
     def _remember(self, info: RootInfo, keys: list[int], first_block: int, now_ms: float) -> None:
         self._requests.append(
@@ -368,8 +305,9 @@ class ArenaStore:
     def _count(self, info: RootInfo, answer: Acquired) -> None:
         metrics = self.table.metrics
         self.hit_blocks += len(answer.slots)
-        metrics.hit_blocks.labels("dram").inc(len(answer.slots))
-        metrics.hit_bytes.labels("dram").inc(len(answer.slots) * info.shape.block_bytes)
+        for tier, blocks in Counter(answer.tiers).items():
+            metrics.hit_blocks.labels(tier.name.lower()).inc(blocks)
+            metrics.hit_bytes.labels(tier.name.lower()).inc(blocks * info.shape.block_bytes)
         if answer.reason is not MissReason.NONE:
             self.misses += 1
             metrics.misses.labels(answer.reason.name.lower()).inc()

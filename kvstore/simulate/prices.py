@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstore.core.errors import BadInput
-from kvstore.router.score import Candidate, prefill_seconds
+from kvstore.router.score import Pace
 from kvstore.simulate.replay import BYTES_PER_TOKEN
 
 HBM, DRAM, NVME, PEER, POOL = "hbm", "dram", "nvme", "peer", "pool"
@@ -42,12 +42,8 @@ class Prices:
         Asks the router's own model, so that simulation and routing price alike.
         """
         linear = 1 / self.prefill_tokens_per_s
-        worker = Candidate(
-            name="simulated",
-            prefill_linear_s=linear,
-            prefill_quadratic_s=linear / self.doubling_tokens,
-        )
-        return prefill_seconds(worker, tokens, position_tokens, self.prefill_tokens_per_s)
+        pace = Pace(linear, linear / self.doubling_tokens)
+        return pace.between(position_tokens, position_tokens + tokens)
 
     def load_s(self, tier: str, size: int) -> float:
         """Return the seconds to bring `size` bytes from a tier into a worker's pages."""

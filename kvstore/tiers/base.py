@@ -35,6 +35,9 @@ class BlockHeader:
     position: int = 0
     """Index of the block in its prompt (keys are stored after RoPE)."""
     group: str = "full"
+    parent: int = 0
+    """Key of the block before it in its prompt (`kvstore.directory.policy.block_key`); 0 at the
+    start of a prompt or where it is not known. A hint for the tier's policy, never an identity."""
 
 
 @dataclass(frozen=True, slots=True)

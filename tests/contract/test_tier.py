@@ -1,10 +1,11 @@
 """The tier contract over an honest tier, its faulty twin, and liars to see that it bites.
 
-The tiers of the store (NVMe, peers, shared files) join here as they come; the arena is not
-behind `Tier`, because its slots are read in place.
+Peers and shared files join here as they come; the arena is not behind `Tier`, because its slots
+are read in place.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from kvstore.testing.contracts import DEADLINE_MS, TierContract, block, wanted
 from kvstore.testing.faults import FaultyTier
 from kvstore.tiers.base import BlockHeader, ReadItem, Tier, WriteItem
 from kvstore.tiers.sums import block_sum
+from tests import nvme_fixture
 
 
 class DictTier:
@@ -62,6 +64,34 @@ class DictTier:
 class TestDict(TierContract):
     async def open(self) -> Tier:
         return DictTier()
+
+
+class TestNvme(TierContract):
+    @pytest.fixture(autouse=True)
+    def _directory(self, tmp_path: Path) -> None:
+        self.directory = tmp_path
+        self.opened = 0
+
+    async def open(self) -> Tier:
+        self.opened += 1
+        return await nvme_fixture.start(self.directory / str(self.opened))
+
+
+@pytest.mark.parametrize("seed", range(2))
+class TestFaultyNvme:
+    """The suite over the NVMe tier behind a seeded faulty twin."""
+
+    @pytest.mark.parametrize("name", [n for n in dir(TierContract) if n.startswith("test_")])
+    async def test_never_lies(self, seed: int, name: str, tmp_path: Path) -> None:
+        class Suite(TierContract):
+            reliable = False
+            opened = 0
+
+            async def open(self) -> Tier:
+                self.opened += 1
+                return FaultyTier(await nvme_fixture.start(tmp_path / str(self.opened)), seed)
+
+        await getattr(Suite(), name)()
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -302,7 +302,6 @@ async def test_a_closed_session_is_closed(raw: Raw) -> None:
     ("method", "request_of"),
     [
         ("Pin", cache_pb2.PinRequest),
-        ("Prefetch", cache_pb2.PrefetchRequest),
         ("Clear", cache_pb2.ClearRequest),
         ("Ticket", cache_pb2.TicketRequest),
     ],

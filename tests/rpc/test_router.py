@@ -26,6 +26,8 @@ NAMES = list(chain(ROOT, pack_tokens(range(TOKENS))))
 PROMPT = Prompt(ROOT, NAMES, TOKENS)
 Start = Callable[..., Awaitable[ScriptedWorker]]
 CONFIG = RouterConfig(wait_ms=5_000, resync_pause_ms=20)
+CONFIG_HOLD_TOKENS = 6_000
+"""Six seconds of work at 1,000 tokens a second: more than `hold_ms`."""
 
 
 @pytest.fixture
@@ -289,3 +291,109 @@ async def test_a_decision_says_why_the_rest_has_to_be_computed(
     assert "far has 80 more and costs" in missed
     assert "176 tokens are cached nowhere in sight" in missed
     assert "the last 5 are always computed" in missed
+
+
+async def busy(router: Router, cluster: Start, *, queued_tokens: int) -> ScriptedWorker:
+    """One worker that computes 1,000 tokens a second and has so many to go."""
+    worker = await cluster("busy")
+    worker.publisher.load = Loaded(prefill_tokens_per_s=1_000.0, queued_tokens=queued_tokens)
+    router.set_members(Members.of([member(worker)]))
+    await eventually(lambda: hits(router) == {"busy": 0}, "the worker is live")
+    await eventually(
+        lambda: router.explain(PROMPT).scores[0].queued_tokens == queued_tokens, "its load is known"
+    )
+    return worker
+
+
+async def settled(registry: CollectorRegistry, waiting: int) -> None:
+    await eventually(
+        lambda: registry.get_sample_value("kvstore_router_waiting") == waiting, f"{waiting} wait"
+    )
+
+
+async def test_requests_wait_in_order_until_a_worker_has_room(
+    router: Router, cluster: Start, registry: CollectorRegistry
+) -> None:
+    worker = await busy(router, cluster, queued_tokens=CONFIG_HOLD_TOKENS)
+    order: list[str] = []
+
+    async def ask(name: str, priority: int) -> None:
+        made = await router.route(Prompt(ROOT, [], 3_000, priority=priority))
+        order.append(name)
+        router.first_token(made.booking, Actual(hit_tokens=0))
+
+    first = asyncio.create_task(ask("first", 0))
+    await settled(registry, 1)
+    second = asyncio.create_task(ask("urgent", 1))
+    await settled(registry, 2)
+    worker.publisher.load = Loaded(prefill_tokens_per_s=1_000.0)
+    await asyncio.gather(first, second)
+    assert order == ["urgent", "first"]
+    assert registry.get_sample_value("kvstore_router_wait_seconds_count") == 2
+    await settled(registry, 0)
+
+
+async def test_a_request_that_nobody_can_serve_in_time_is_refused_with_a_time(
+    router: Router, cluster: Start, registry: CollectorRegistry
+) -> None:
+    await busy(router, cluster, queued_tokens=CONFIG_HOLD_TOKENS)
+    with pytest.raises(Refused, match="every worker has enough to do") as waited:
+        await router.route(PROMPT, wait_ms=10, deadline_ms=30)
+    assert waited.value.retry_after_ms >= 1_000
+    with pytest.raises(Refused, match="enough to do"):
+        await router.route(PROMPT, wait_ms=0, deadline_ms=0)
+    with pytest.raises(Refused, match="1000 ms were asked for") as late:
+        await router.route(replace(PROMPT, ttft_slo_ms=1_000.0))
+    assert 5_000 < late.value.retry_after_ms < 6_000
+    for reason, count in {"deadline": 2, "slo": 1}.items():
+        assert count == registry.get_sample_value(
+            "kvstore_router_refusals_total", {"reason": reason}
+        )
+    # One that failed elsewhere has had its turn.
+    assert (await router.route(replace(PROMPT, exclude={"other"}))).worker == "busy"
+
+
+async def test_a_full_queue_refuses_the_weakest_and_a_cancelled_waiter_leaves(
+    cluster: Start, registry: CollectorRegistry
+) -> None:
+    config = replace(CONFIG, max_waiting=2, domain_weights={"paying": 2.0})
+    async with Router(metrics=RouterMetrics(registry), config=config) as router:
+        await busy(router, cluster, queued_tokens=CONFIG_HOLD_TOKENS)
+        asked = [
+            asyncio.create_task(router.route(Prompt(ROOT, [], 100, domain=domain)))
+            for domain in ("free", "free", "paying")
+        ]
+        with pytest.raises(Refused, match="2 requests wait already") as full:
+            await asked[1]
+        assert full.value.retry_after_ms > 0
+        asked[0].cancel()
+        await settled(registry, 1)
+        await router.close()
+        with pytest.raises(Refused):
+            await asked[2]
+        with pytest.raises(Refused):
+            await router.route(PROMPT)
+    await settled(registry, 0)
+
+
+async def test_domains_share_what_workers_can_do(router: Router, cluster: Start) -> None:
+    worker = await busy(router, cluster, queued_tokens=CONFIG_HOLD_TOKENS)
+    order: list[str] = []
+
+    async def ask(domain: str) -> None:
+        made = await router.route(Prompt(ROOT, [], 1_000, domain=domain))
+        order.append(domain)
+        router.complete(made.booking, actual=Actual(hit_tokens=0))
+
+    asked = [asyncio.create_task(ask("greedy")) for _ in range(12)]
+    await asyncio.sleep(0)
+    asked += [asyncio.create_task(ask("modest")) for _ in range(4)]
+    await asyncio.sleep(0)
+    worker.publisher.load = Loaded(prefill_tokens_per_s=1_000.0)
+    await asyncio.gather(*asked)
+    assert order[:8].count("modest") == 4
+
+
+def test_weights_are_checked() -> None:
+    with pytest.raises(BadInput, match="weight of domain x is 0"):
+        RouterConfig(domain_weights={"x": 0.0})

@@ -1,5 +1,6 @@
 """The `Router` service, in process and as the command `kvstore router`."""
 
+import asyncio
 import signal
 from collections.abc import AsyncIterator
 
@@ -101,6 +102,27 @@ async def test_what_came_of_a_booking_corrects_the_next(stub: router_pb2_grpc.Ro
         assert isinstance(error_from(failure.value), BadInput)
 
 
+async def test_an_answer_that_would_come_too_late_is_resource_exhausted(
+    stub: router_pb2_grpc.RouterStub,
+) -> None:
+    late = request(names=b"", prompt_tokens=2_000, ttft_slo_ms=1_000, domain="a", priority=1)
+
+    async def ask_until_refused() -> None:
+        """Nobody is refused for rates that the worker has not told yet."""
+        for _ in range(200):
+            made = await stub.Route(late)
+            await stub.Complete(router_pb2.CompleteRequest(booking=made.booking))
+            await asyncio.sleep(0.02)
+
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await ask_until_refused()
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    refused = error_from(failure.value)
+    assert isinstance(refused, Refused) and refused.retry_after_ms == 1_000
+    late.ttft_slo_ms = 3_000
+    assert (await stub.Route(late)).predicted_ttft_ms == pytest.approx(2_000)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -112,8 +134,21 @@ async def test_what_came_of_a_booking_corrects_the_next(stub: router_pb2_grpc.Ro
         request(names=join_names(NAMES), prompt_tokens=16),
         request(tokens=TOKENS, exclude=["w"] * 257),
         router_pb2.RouteRequest(root=ROOT, tokens=TOKENS, deadline_ms=700_000),
+        request(tokens=TOKENS, ttft_slo_ms=700_000),
+        request(tokens=TOKENS, domain="x" * 257),
     ],
-    ids=["root", "tokens", "empty", "both", "names", "too few", "excluded", "deadline"],
+    ids=[
+        "root",
+        "tokens",
+        "empty",
+        "both",
+        "names",
+        "too few",
+        "excluded",
+        "deadline",
+        "slo",
+        "domain",
+    ],
 )
 async def test_bad_requests_are_refused(
     stub: router_pb2_grpc.RouterStub, bad: router_pb2.RouteRequest
@@ -127,6 +162,7 @@ async def test_bad_requests_are_refused(
 async def test_the_command_serves_until_told_to_end() -> None:
     with scripted("w", "--hold", "4") as worker:
         arguments = ["-m", "kvstore.cli.main", "router", "--json", "--metrics", "127.0.0.1:0"]
+        arguments += ["--weight", "paying=3", "--hold-ms", "900", "--max-waiting", "8"]
         with started([*arguments, "--worker", f"w={worker.ready['address']}"]) as router:
             async with open_channel(router.ready["router"]) as channel:
                 stub = router_pb2_grpc.RouterStub(channel)

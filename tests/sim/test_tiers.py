@@ -8,7 +8,7 @@ import pytest
 from kvstore.core.errors import BadInput
 from kvstore.directory.lru import Lru
 from kvstore.directory.policy import BlockKey
-from kvstore.router.score import Candidate, prefill_seconds
+from kvstore.router.score import Pace
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.hierarchy import Hierarchy, Shape
 from kvstore.simulate.prices import DRAM, HBM, NVME, PEER, POOL, Prices
@@ -152,8 +152,7 @@ def test_one_large_dram_hits_what_one_tier_does() -> None:
 
 def test_seconds_are_those_of_the_routers_model() -> None:
     prices = Prices(prefill_tokens_per_s=1_000.0, doubling_tokens=2_000.0)
-    worker = Candidate("w", prefill_linear_s=1e-3, prefill_quadratic_s=5e-7)
-    assert prices.compute_s(100, 300) == prefill_seconds(worker, 100, 300, 1.0)
+    assert prices.compute_s(100, 300) == Pace(1e-3, 5e-7).between(300, 400)
     trace = trace_of([[1, 2], [1, 2]])
     result = replay_tiers(trace, Shape(hbm_blocks=1, dram_blocks=4), Lru, prices)
     once = prices.compute_s(16, 0) + prices.compute_s(16, 16)

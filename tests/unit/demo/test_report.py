@@ -77,6 +77,19 @@ def test_people_see_the_same() -> None:
     assert "Only 2 of 3 replies" in text
     assert "10.0x" in text
     assert "near tie" in text
+    assert "NVMe" not in text, "nothing came from a disk"
+
+
+def test_a_tier_that_gave_something_has_its_column() -> None:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    shown = outcome(equal=True)
+    shown.exchanges[0].answer.cached["nvme"] = 16
+    print_tables(console, shown)
+    console.file.close()
+    text = console.export_text()
+    assert "NVMe (the host's disk)" in text
+    heads = next(line.split() for line in text.splitlines() if "computed" in line)
+    assert heads[3:7] == ["HBM", "DRAM", "NVMe", "computed"]
 
 
 def test_the_rate_counts_what_came_after_the_first_token() -> None:

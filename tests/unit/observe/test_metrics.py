@@ -13,6 +13,7 @@ from kvstore.observe.metrics import (
     ClusterMetrics,
     NodeMetrics,
     RouterMetrics,
+    TierMetrics,
     WorkerMetrics,
     exposition,
 )
@@ -20,6 +21,7 @@ from kvstore.observe.metrics import (
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 BUNDLES = {
     "node": NodeMetrics,
+    "tier": TierMetrics,
     "router": RouterMetrics,
     "worker": WorkerMetrics,
     "client": ClientMetrics,

@@ -5,16 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.router.score import (
+    COPY,
     DECODE,
     LOAD_COST,
     MOVE,
     Candidate,
     Pace,
+    Rates,
     Source,
     Work,
-    pace_of,
+    paces,
     plan_sources,
-    prefill_seconds,
     rank,
     score,
 )
@@ -58,30 +59,26 @@ def test_ties_go_to_the_emptier_pool_then_the_idler_then_the_name() -> None:
 
 
 def test_a_slow_worker_loses_to_a_fast_one_with_fewer_hits() -> None:
-    slow = candidate("a", own=480, prefill_tokens_per_s=100.0)
-    fast = candidate("b", prefill_tokens_per_s=10_000.0)
-    assert best(slow, fast) == "b"
+    slow, fast = paces([Rates(100.0), Rates(10_000.0)])
+    assert best(candidate("a", own=480, pace=slow), candidate("b", pace=fast)) == "b"
 
 
 def test_an_unmeasured_worker_counts_as_the_median_of_the_measured() -> None:
-    scores = rank([candidate("a"), candidate("b", own=16, prefill_tokens_per_s=500.0)], 1_000)
-    assert {one.name: one.plan.compute_s for one in scores} == {"a": 2.0, "b": 984 / 500}
+    assert paces([Rates(), Rates(500.0)]) == [
+        Pace(1 / 500, measured=False), Pace(1 / 500, measured=True)
+    ]  # fmt: skip
+    assert paces([Rates()]) == [Pace(1e-3)]
 
 
 def test_a_correction_scales_and_the_median_stands_in_for_an_unknown_one() -> None:
-    slow, fast = candidate("a", correction=3.0), candidate("b", correction=1.0)
-    assert best(slow, fast) == "b"
-    scores = {one.name: one.ttft_s for one in rank([slow, fast, candidate("c")], 1_000)}
-    assert scores == pytest.approx({"a": 3.0, "b": 1.0, "c": 2.0})
-    measured = pace_of(candidate(prefill_linear_s=1e-3, correction=2.0), 1.0)
-    assert measured == Pace(2e-3, 0.0, 2.0, True)
+    found = paces([Rates(correction=3.0), Rates(correction=1.0), Rates()])
+    assert [pace.linear_s for pace in found] == pytest.approx([3e-3, 1e-3, 2e-3])
+    assert paces([Rates(9.0, 1e-3, 1e-6, 2.0)]) == [Pace(2e-3, 2e-6, 2.0, True)]
+    assert paces([Rates(9.0, 1e-3, -1e-6)])[0].quadratic_s == 0.0
 
 
-def test_measured_coefficients_price_the_depth() -> None:
-    one = candidate(prefill_linear_s=1e-3, prefill_quadratic_s=1e-6)
-    assert prefill_seconds(one, 100, 1_000, 1.0) == pytest.approx(100 * (1e-3 + 1e-6 * 1_050))
-    assert prefill_seconds(candidate(prefill_tokens_per_s=50.0), 100, 0, 1.0) == 2.0
-    assert prefill_seconds(candidate(), 100, 0, 25.0) == 4.0
+def test_depth_is_priced() -> None:
+    assert Pace(1e-3, 1e-6).between(1_000, 1_100) == pytest.approx(100 * (1e-3 + 1e-6 * 1_050))
 
 
 def test_a_queue_of_many_prompts_is_cheaper_than_one_long_prompt() -> None:
@@ -94,13 +91,13 @@ def test_a_queue_of_many_prompts_is_cheaper_than_one_long_prompt() -> None:
 def test_a_load_hides_behind_the_queue() -> None:
     """100 tokens a second from the tier, 1,000 computed: only what outlasts the queue counts."""
     fast = Candidate("a", 0, (Source("dram", 640, 1e-4),))
-    assert plan_sources(fast, 1_000, 1.0, PACE).ttft_s == pytest.approx(1.36)
-    assert plan_sources(fast, 1_000, 1.0, PACE).split_tokens == 0
+    assert plan_sources(fast, 1_000, 1.0).ttft_s == pytest.approx(1.36)
+    assert plan_sources(fast, 1_000, 1.0).split_tokens == 0
 
 
 def test_a_split_computes_the_beginning_while_the_end_loads() -> None:
     """A tier as fast as computing halves the wait for a prefix."""
-    plan = plan_sources(Candidate("a", 0, (Source("nvme", 640, 1e-3),)), 1_000, 0.0, PACE)
+    plan = plan_sources(Candidate("a", 0, (Source("nvme", 640, 1e-3),)), 1_000, 0.0)
     assert (plan.split_tokens, plan.hit_tokens) == (320, 640)
     assert plan.ttft_s == pytest.approx(0.320 + 0.360)
     assert plan.load_s == pytest.approx(0.320)
@@ -108,36 +105,52 @@ def test_a_split_computes_the_beginning_while_the_end_loads() -> None:
 
 def test_a_tier_that_loads_slower_than_it_computes_is_left_out() -> None:
     tiers = (Source("dram", 320, 1e-5), Source("files", 640, 1.0))
-    plan = plan_sources(Candidate("a", 160, tiers), 1_000, 0.0, PACE)
+    plan = plan_sources(Candidate("a", 160, tiers), 1_000, 0.0)
     assert plan.hit_tokens == 320
-    only = plan_sources(Candidate("a", 160, tiers[1:]), 1_000, 0.0, PACE)
+    only = plan_sources(Candidate("a", 160, tiers[1:]), 1_000, 0.0)
     assert only.hit_tokens == 160
     assert only.ttft_s == pytest.approx(0.840)
 
 
 def test_a_tier_that_adds_nothing_is_passed_over() -> None:
     tiers = (Source("dram", 160, 1e-9), Source("nvme", 320, 1e-5))
-    assert plan_sources(Candidate("a", 160, tiers), 1_000, 0.0, PACE).hit_tokens == 320
+    assert plan_sources(Candidate("a", 160, tiers), 1_000, 0.0).hit_tokens == 320
 
 
 def test_what_others_load_from_a_device_delays_ours() -> None:
     idle = Source("nvme", 640, 1e-4)
     behind = idle._replace(ahead_tokens=6_400)
-    sooner = plan_sources(Candidate("a", 0, (idle,)), 1_000, 0.0, PACE)
-    later = plan_sources(Candidate("a", 0, (behind,)), 1_000, 0.0, PACE)
+    sooner = plan_sources(Candidate("a", 0, (idle,)), 1_000, 0.0)
+    later = plan_sources(Candidate("a", 0, (behind,)), 1_000, 0.0)
     assert sooner.ttft_s < later.ttft_s <= 1.0
 
 
 def test_what_a_request_costs_others_ranks_and_delays_nothing() -> None:
     busy, idle = candidate("a", running=20), candidate("b", running=0, kv_used=0.9)
     assert best(busy, idle) == "b"
-    entry = score(busy, 1_000, PACE, most_own_tokens=480)
+    entry = score(busy, 1_000, most_own_tokens=480)
     assert entry.others_s == pytest.approx(DECODE * 20 * 1.0 + MOVE * 0.480)
     assert (entry.ttft_s, entry.cost_s) == (1.0, 1.0 + entry.others_s)
 
 
+def test_work_that_makes_a_wanted_copy_is_no_cost() -> None:
+    newcomer = score(candidate("b"), 1_000, most_own_tokens=480, hot_tokens=320)
+    assert newcomer.others_s == pytest.approx(MOVE * 0.160 - COPY * 0.320)
+    holder = score(candidate("a", own=480), 1_000, most_own_tokens=480, hot_tokens=320)
+    assert holder.others_s == 0.0
+    ranked = rank([candidate("a", own=480), candidate("b")], 1_000, hot_tokens=480)
+    assert [one.name for one in ranked] == ["b", "a"]
+
+
+def test_a_load_that_hides_still_occupies() -> None:
+    """What a tier gives to a busy worker is not free: it loads and computes one after the other."""
+    hidden = score(candidate("a", hit=480, queued=queue(500)), 1_000, most_own_tokens=480)
+    assert hidden.ttft_s == pytest.approx(1.020)
+    assert hidden.others_s == pytest.approx(MOVE * LOAD_COST * 0.480)
+
+
 def test_a_score_shows_what_it_is_made_of() -> None:
-    entry = score(candidate("a", own=96, hit=304, queued=queue(2)), 1_000, PACE)
+    entry = score(candidate("a", own=96, hit=304, queued=queue(2)), 1_000)
     assert entry.queue_s == 0.002
     assert entry.plan.split_tokens == 96
     assert entry.plan.load_s == pytest.approx(LOAD_COST * 0.208)
@@ -163,7 +176,7 @@ def test_no_plan_beats_the_chosen_one(
     for blocks, each, ahead in tiers:
         until += blocks * 16
         sources.append(Source("tier", until, each, ahead))
-    mine = Candidate("a", own * 16, sources, queued=queue(queued))
+    mine = Candidate("a", own * 16, sources, pace, queue(queued))
     queue_s = pace.seconds(mine.queued)
     plans = [queue_s + pace.between(own * 16, prompt)]
     for end in sources:
@@ -176,7 +189,7 @@ def test_no_plan_beats_the_chosen_one(
                     first = last
             before_s = queue_s + pace.between(own * 16, split)
             plans.append(max(before_s, load_s) + pace.between(end.until_tokens, prompt))
-    found = score(mine, prompt, pace).ttft_s
+    found = score(mine, prompt).ttft_s
     assert found == pytest.approx(min(plans))
 
 
@@ -187,6 +200,6 @@ def test_no_plan_beats_the_chosen_one(
 def test_more_hits_and_less_queue_never_hurt(own: int, more: int, queued: int, better: int) -> None:
     base = candidate(own=own * 16, hit=(own + more) * 16, queued=queue(queued))
     hits = candidate(own=(own + better) * 16, hit=(own + more + better) * 16, queued=queue(queued))
-    before = score(base, 2_000, PACE).ttft_s
-    assert score(hits, 2_000, PACE).ttft_s <= before + 1e-9
-    assert score(replace(base, queued=Work()), 2_000, PACE).ttft_s <= before
+    before = score(base, 2_000).ttft_s
+    assert score(hits, 2_000).ttft_s <= before + 1e-9
+    assert score(replace(base, queued=Work()), 2_000).ttft_s <= before

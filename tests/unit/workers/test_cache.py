@@ -38,10 +38,13 @@ class ScriptedClient:
         self.error: KvStoreError | None = None
         self.block: asyncio.Event | None = None
         self.calls: list[str] = []
+        self.patience: list[int | None] = []
+        """Milliseconds that blocks from below were given, in asking and in waiting."""
         self.settled: list[dict[str, list[Any]]] = []
 
     async def acquire(self, names: Sequence[BlockName], **options: Any) -> Acquired:
         self.calls.append("acquire")
+        self.patience.append(options.get("pending_ms"))
         if self.error is not None:
             raise self.error
         found = [slot(n) for n in range(self.ready + self.pending)]
@@ -65,6 +68,7 @@ class ScriptedClient:
         self.settled.append({name: list(items) for name, items in lists.items()})
 
     async def wait_ready(self, refs: Sequence[SlotRef], *, deadline_ms: int) -> int:
+        self.patience.append(deadline_ms)
         return min(self.arrives, len(refs))
 
     def still(self, ref: SlotRef) -> bool:
@@ -110,9 +114,14 @@ async def rig(**config: int) -> AsyncIterator[Rig]:
         made.mover.close()
 
 
-async def load(it: Rig, *, usable: int = 6) -> Any:
+async def load(it: Rig, *, usable: int = 6, recompute_ms: float = 0.0) -> Any:
     return await it.link.load(
-        NAMES, list(range(6)), usable=usable, first_block=10, reserve=len(NAMES)
+        NAMES,
+        list(range(6)),
+        usable=usable,
+        first_block=10,
+        reserve=len(NAMES),
+        recompute_ms=recompute_ms,
     )
 
 
@@ -125,6 +134,14 @@ async def test_ready_and_arriving_blocks_are_copied_and_the_rest_reserved() -> N
         assert result.reserved == {14: slot(4), 15: slot(5)}
         assert result.lease == 5 and result.reason is MissReason.ABSENT
         assert it.pool[:, 0].tolist() == [7, 7, 7, 7, 0, 0]
+
+
+async def test_blocks_from_below_get_no_longer_than_computing_would_take() -> None:
+    async with rig() as it:
+        it.client.pending = it.client.arrives = 2
+        for recompute_ms in (0.0, 37.9, 0.2, 1e9):
+            await load(it, recompute_ms=recompute_ms)
+        assert it.client.patience == [1_000, 1_000, 37, 37, 1, 1, 1_000, 1_000]
 
 
 async def test_no_more_is_loaded_than_may_be_used() -> None:

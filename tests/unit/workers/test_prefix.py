@@ -4,6 +4,7 @@ from typing import Any
 
 from kvworkers.engine.cache import LoadResult, StoreJob
 from kvworkers.engine.prefix import PrefixStore
+from kvworkers.engine.rates import Rates
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.sequence import Request, Sequence
 from kvworkers.pages.pool import PagePool
@@ -46,7 +47,10 @@ class Rig:
         self.pool = PagePool(8, block_bytes=4096, policy=Lru())
         self.link = ScriptedLink()
         self.changes = 0
-        self.store = PrefixStore(self.pool, self._link, changed=self._changed)
+        self.rates = Rates()
+        self.store = PrefixStore(
+            self.pool, self._link, changed=self._changed, rates=lambda: self.rates
+        )
         request = Request(
             request_id="r",
             tokens=pack_tokens(list(range(tokens))),
@@ -88,8 +92,18 @@ async def test_a_fetch_asks_for_what_own_pages_lack() -> None:
     assert await it.store.fetch(it.run, it.link) == 1  # type: ignore[arg-type]
     assert it.link.asked == {
         "names": 3, "pages": it.run.pages[1:4], "usable": 3, "first_block": 1, "reserve": 3,
+        "recompute_ms": 0.0,
     }  # fmt: skip
     assert it.run.stored == 3, "one found, one reserved, then a gap"
+
+
+async def test_a_fetch_says_what_computing_would_take() -> None:
+    it = Rig()
+    it.run.hbm_blocks = 1
+    it.rates = Rates(prefill_linear_s=0.001, prefill_quadratic_s=1e-5)
+    await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
+    # 48 tokens from position 16 on: 48 x (1 ms + 0.01 ms x (16 + 24)).
+    assert abs(it.link.asked["recompute_ms"] - 48 * 1.4) < 1e-6
 
 
 async def test_a_bug_in_loading_is_counted_and_the_prompt_computed() -> None:

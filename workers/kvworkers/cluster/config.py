@@ -9,6 +9,7 @@ from typing import Final
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.service.below import BelowConfig
 
 MAX_WORKERS: Final = 1_024
 """Workers of one cluster: what a router's view is laid out for."""
@@ -25,7 +26,8 @@ class ClusterConfig:
     """One cluster. `model` is a prepared directory; `run_dir` holds every socket and log.
 
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
-    the worker and to the machine. `policy` evicts in every tier.
+    the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
+    disk in which each node keeps a tier of `nvme_bytes`; None: there is none.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -36,6 +38,8 @@ class ClusterConfig:
     pool_bytes: int = 0
     threads: int = 0
     policy: str = DEFAULT_POLICY
+    nvme: Path | None = None
+    nvme_bytes: int = 0
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
 
@@ -47,6 +51,7 @@ class ClusterConfig:
         if self.pool_bytes < 0 or self.threads < 0:
             raise BadInput("--pool and --threads must not be negative")
         make_policy(self.policy)
+        BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
 
     def threads_per_worker(self, cores: int | None = None) -> int:
         """Return the compute threads of one worker: an equal part of the machine by default."""
@@ -58,6 +63,7 @@ class ClusterConfig:
         fields.update(
             model=str(self.model),
             run_dir=str(self.run_dir),
+            nvme=str(self.nvme) if self.nvme else None,
             http=str(self.http),
             grpc=str(self.grpc),
         )
@@ -71,6 +77,7 @@ class ClusterConfig:
             fields.update(
                 model=Path(fields["model"]),
                 run_dir=Path(fields["run_dir"]),
+                nvme=Path(fields["nvme"]) if fields["nvme"] else None,
                 http=Address.parse(fields["http"]),
                 grpc=Address.parse(fields["grpc"]),
             )

@@ -98,12 +98,27 @@ class NodeShell(Shell):
         await self._launch()
         self._watch = asyncio.create_task(self._keep(), name="keep-keeper")
 
+    def _nvme_flags(self) -> tuple[str, ...]:
+        """Return the flags of the tier on disk; its key lies beside it, since it names the blocks.
+
+        A run directory is new for every session, and blocks are found under the old key only.
+        """
+        nvme = self._config.nvme
+        if nvme is None:
+            return ()
+        return (
+            *("--nvme", str(nvme / self._report.name)),
+            *("--nvme-bytes", str(self._config.nvme_bytes)),
+            *("--cluster-key-file", str(nvme / "cluster.key")),
+        )
+
     async def _launch(self) -> None:
         command = [
             *(sys.executable, "-m", "kvstore.cli.main", "node", "--json"),
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
             *("--arena-bytes", str(self._config.arena_bytes)),
             *("--policy", self._config.policy),
+            *self._nvme_flags(),
             *("--parent-pid", str(os.getpid())),
         ]
         log = self._config.run_dir / f"{self._report.name}.log"

@@ -14,6 +14,7 @@ from kvworkers.commands.options import (
     clear,
     cluster_options,
     free_address,
+    make_directory,
 )
 from kvworkers.demo.script import conversations
 
@@ -27,7 +28,8 @@ from kvworkers.demo.script import conversations
 def demo(
     *,
     clients: int, turns: int, model: str | None, workers: int, arena: int, pool: int | None,
-    threads: int, policy: str, http: Address, grpc: Address, as_json: bool,
+    threads: int, policy: str, nvme: Path | None, nvme_bytes: int | None, http: Address,
+    grpc: Address, as_json: bool,
 ) -> int:  # fmt: skip
     """Show the whole service at work on this machine.
 
@@ -38,6 +40,7 @@ def demo(
     conversations(clients, turns)  # refuses what cannot be asked, before anything starts
     http, grpc = free_address("--http", http), free_address("--grpc", grpc)
     check_memory(arena)
+    make_directory("--nvme", nvme)
     config = ClusterConfig(
         model=Path(model or "."),
         run_dir=Path("/"),
@@ -46,6 +49,8 @@ def demo(
         pool_bytes=pool or 0,
         threads=threads,
         policy=policy,
+        nvme=nvme,
+        nvme_bytes=nvme_bytes or 0,
         http=http,
         grpc=grpc,
     )

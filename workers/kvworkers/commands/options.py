@@ -36,6 +36,17 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Host memory for cached blocks, shared by the workers.",
             ),
             click.option(
+                "--nvme",
+                type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
+                help="Directory on a local disk for blocks that outlive the cluster.",
+            ),
+            click.option(
+                "--nvme-bytes",
+                type=BYTES,
+                default=None,
+                help="Bytes that --nvme may take per node.",
+            ),
+            click.option(
                 "--pool",
                 type=BYTES,
                 default=None,
@@ -119,6 +130,16 @@ def check_memory(arena_bytes: int) -> None:
     available = _available_bytes()
     if available and arena_bytes > available:
         raise BadInput(f"--arena {arena_bytes}: only {available} bytes of memory are free")
+
+
+def make_directory(flag: str, path: Path | None) -> None:
+    """Make a directory where it is missing; `BadInput` naming the flag when that cannot be."""
+    if path is None:
+        return
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{flag} {path}: {error.strerror}") from error
 
 
 def _available_bytes() -> int:

@@ -29,6 +29,7 @@ from kvworkers.commands.options import (
     clear,
     cluster_options,
     free_address,
+    make_directory,
 )
 
 _READY_SECONDS: Final = 900.0
@@ -52,6 +53,8 @@ def up(
     pool: int | None,
     threads: int,
     policy: str,
+    nvme: Path | None,
+    nvme_bytes: int | None,
     http: Address,
     grpc: Address,
     name: str,
@@ -66,6 +69,7 @@ def up(
     state_file = StateFile(user_dir(), name)
     http, grpc = free_address("--http", http), free_address("--grpc", grpc)
     check_memory(arena)
+    make_directory("--nvme", nvme)
     config = ClusterConfig(
         model=Path(model or "."),
         run_dir=Path("/"),
@@ -74,6 +78,8 @@ def up(
         pool_bytes=pool or 0,
         threads=threads,
         policy=policy,
+        nvme=nvme,
+        nvme_bytes=nvme_bytes or 0,
         http=http,
         grpc=grpc,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,6 +13,14 @@ from kvworkers.demo.check import Verdict
 from kvworkers.demo.talk import Exchange, Pair
 
 TIERS = ("hbm", "dram", "nvme", "peer")
+_LABELS: Final = {
+    "hbm": "HBM (the worker's own pages)",
+    "dram": "DRAM (the host's arena)",
+    "nvme": "NVMe (the host's disk)",
+    "peer": "peers (other hosts)",
+}
+_ALWAYS: Final = ("hbm", "dram")
+"""Tiers that every cluster has; others are shown where something came from them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +127,9 @@ def _table(title: str) -> Table:
 
 def _requests(outcome: Outcome) -> Table:
     table = _table("Requests: prompt tokens by where they came from")
-    for name in ("client", "turn", "prompt", "HBM", "DRAM", "computed", "TTFT ms", "tokens/s"):
+    tiers = _shown(outcome)
+    heads = [_LABELS[tier].partition(" ")[0] for tier in tiers]
+    for name in ("client", "turn", "prompt", *heads, "computed", "TTFT ms", "tokens/s"):
         table.add_column(name, justify="right")
     table.add_column("worker")
     table.add_column("equal", justify="center")
@@ -132,8 +142,7 @@ def _requests(outcome: Outcome) -> Table:
             str(exchange.client),
             str(exchange.turn + 1),
             str(answer.prompt_tokens),
-            _count(answer.cached["hbm"]),
-            _count(answer.cached["dram"]),
+            *(_count(answer.cached[tier]) for tier in tiers),
             str(answer.prompt_tokens - answer.cached_tokens),
             f"{answer.ttft_ms:.0f}",
             f"{answer.tokens_per_second:.1f}",
@@ -154,15 +163,22 @@ def _tiers(outcome: Outcome) -> Table:
     table.add_column("share", justify="right")
     table.add_column("")
     prompt = sum(e.answer.prompt_tokens for e in outcome.exchanges)
-    labels = {"hbm": "HBM (the worker's own pages)", "dram": "DRAM (the host's arena)"}
     cached = 0
-    for tier in TIERS:
-        tokens = sum(e.answer.cached[tier] for e in outcome.exchanges)
+    for tier in _shown(outcome):
+        tokens = _tokens(outcome, tier)
         cached += tokens
-        if tier in labels or tokens:
-            table.add_row(labels.get(tier, tier), *_share(tokens, prompt))
+        table.add_row(_LABELS[tier], *_share(tokens, prompt))
     table.add_row("computed", *_share(prompt - cached, prompt))
     return table
+
+
+def _shown(outcome: Outcome) -> list[str]:
+    """Return the tiers worth a column."""
+    return [tier for tier in TIERS if tier in _ALWAYS or _tokens(outcome, tier)]
+
+
+def _tokens(outcome: Outcome, tier: str) -> int:
+    return sum(exchange.answer.cached[tier] for exchange in outcome.exchanges)
 
 
 def _share(tokens: int, total: int) -> tuple[str, str, str]:

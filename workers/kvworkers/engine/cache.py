@@ -36,7 +36,7 @@ class StoreConfig:
     call_ms: int = 250
     """`Acquire` and `Settle`: answered from memory."""
     pending_ms: int = 1_000
-    """Blocks on their way from below: how long without progress before recomputing."""
+    """Blocks on their way from below: how long they may take at most before recomputing."""
     circuit_ms: int = 1_000
     """How long the store is left alone after a call failed."""
     max_jobs: int = 64
@@ -120,16 +120,23 @@ class StoreLink:
 
     async def load(
         self, names: Sequence[BlockName], pages: Sequence[int], *, usable: int, first_block: int,
-        reserve: int,
+        reserve: int, recompute_ms: float = 0.0,
     ) -> LoadResult:  # fmt: skip
         """Copy the longest cached prefix of `names` into `pages`, at most `usable` blocks.
 
-        Never raises for a fault of the store; blocks beyond the answer's `blocks` are rubbish.
+        `recompute_ms` is what computing them is predicted to take (0: unknown): blocks below DRAM
+        that would take longer to come stay there. Never raises for a fault of the store; blocks
+        beyond the answer's `blocks` are rubbish.
         """
         result = LoadResult()
+        patience_ms = self._patience_ms(recompute_ms)
         try:
             got = await self._client.acquire(
-                names, reserve=reserve, deadline_ms=self._config.call_ms, first_block=first_block
+                names,
+                reserve=reserve,
+                deadline_ms=self._config.call_ms,
+                pending_ms=patience_ms,
+                first_block=first_block,
             )
         except KvStoreError as error:
             result.reason = self._failed("acquire", error)
@@ -142,7 +149,7 @@ class StoreLink:
             result.kept = list(got.ready[:good])
             wanted = got.pending[: max(0, usable - len(got.ready))]
             if good == len(got.ready) and wanted:
-                arrived = await self._client.wait_ready(wanted, deadline_ms=self._config.pending_ms)
+                arrived = await self._client.wait_ready(wanted, deadline_ms=patience_ms)
                 more = await self._take(wanted[:arrived], pages[good:])
                 result.kept += wanted[:more]
                 if more < len(wanted):
@@ -156,6 +163,11 @@ class StoreLink:
         if result.reason in (MissReason.LATE, MissReason.UNREACHABLE):
             result.found = result.blocks
         return result
+
+    def _patience_ms(self, recompute_ms: float) -> int:
+        """Return how long blocks from below may take: no longer than computing them would."""
+        longest = self._config.pending_ms
+        return max(1, min(longest, int(recompute_ms))) if recompute_ms > 0 else longest
 
     def count_unexpected(self, call: str) -> None:
         """Count a failure that is a bug, not the store's."""

@@ -81,7 +81,9 @@ class Engine:
         self._reporter = reporter
         self.root = root
         """Under which new requests are named."""
-        self._prefix = PrefixStore(pool, store, changed=lambda: self._wake.set())
+        self._prefix = PrefixStore(
+            pool, store, changed=lambda: self._wake.set(), rates=lambda: self.rates.rates()
+        )
         self._actives: dict[Run, _Active] = {}
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()

@@ -4,8 +4,10 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.outcomes import MissReason
 from kvworkers.engine.cache import LoadResult, StoreJob, StoreLink
+from kvworkers.engine.rates import Rates
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.pages.pool import PagePool
 
@@ -21,11 +23,16 @@ class PrefixStore:
         link: Callable[[], StoreLink | None],
         *,
         changed: Callable[[], None],
+        rates: Callable[[], Rates],
     ) -> None:
-        """`link` is asked each time: a cache node may come and go; None: no store."""
+        """`link` is asked each time: a cache node may come and go; None: no store.
+
+        `rates` predict what a prefix that is not loaded costs.
+        """
         self._pool = pool
         self._link = link
         self._changed = changed
+        self._rates = rates
         self._results: dict[Run, LoadResult] = {}
 
     def wanted(self, run: Run) -> StoreLink | None:
@@ -49,13 +56,16 @@ class PrefixStore:
         """Copy what the store has into the run's pages; return how many blocks that was."""
         started, own = time.monotonic(), run.hbm_blocks
         names = run.names[own : run.prompt_blocks]
+        usable = run.hit_limit - own
+        recompute_ms = self._rates().prefill_ms(usable * BLOCK_TOKENS, own * BLOCK_TOKENS)
         try:
             result = await link.load(
                 names,
                 run.pages[own : run.prompt_blocks],
-                usable=run.hit_limit - own,
+                usable=usable,
                 first_block=own,
                 reserve=len(names) if run.keeps else 0,
+                recompute_ms=recompute_ms,
             )
         except Exception:  # task boundary: without the cache the prompt is computed
             _log.exception("loading failed")

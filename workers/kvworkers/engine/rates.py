@@ -25,6 +25,11 @@ class Rates:
     prefill_linear_s: float = 0.0
     prefill_quadratic_s: float = 0.0
 
+    def prefill_ms(self, tokens: int, position: int) -> float:
+        """Return the milliseconds to compute `tokens` from `position` on; 0 where not measured."""
+        depth = position + tokens / 2
+        return 1_000 * tokens * (self.prefill_linear_s + self.prefill_quadratic_s * depth)
+
 
 class RateFit:
     """Weighted least squares over two features, both coefficients kept non-negative."""

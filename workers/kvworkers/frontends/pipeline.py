@@ -24,7 +24,7 @@ from kvstore.core.errors import (
     TooLarge,
     Unreachable,
 )
-from kvstore.core.names import ExtraKey, chain
+from kvstore.core.names import BlockName, ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.learning import Actual
 from kvstore.router.placement import Decision, Prompt
@@ -229,16 +229,19 @@ class Pipeline:
         with suppress(NotFound, Unreachable):  # workers may have come since; none is as good as old
             running.offer = self.fleet.offer(running.offer.model)
         packed = (running.prompt + running.output).tobytes()
-        salt = running.request.cache_salt
-        extra = [ExtraKey(0, salt)] if salt else []
+        salt, names = running.request.cache_salt, list[BlockName]()
         # What reads no cache hits nowhere: without names it is priced as all uncached.
-        reads = not running.request.no_read
-        names = list(chain(running.offer.root, packed, extra_keys=extra)) if reads else []
+        if not running.request.no_read and salt:
+            names = list(chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)]))
+        elif not running.request.no_read:
+            names = self._router.names(running.offer.root, packed)
         tokens, keeps = len(packed) // 4, not running.request.no_store
 
         def prompt(exclude: Sequence[str]) -> Prompt:
             workers = running.offer.workers
-            return Prompt(running.offer.root, names, tokens, frozenset(exclude), workers, keeps)
+            shares = self._config.share_domain, running.request.priority
+            root = running.offer.root
+            return Prompt(root, names, tokens, frozenset(exclude), workers, keeps, *shares)
 
         left_ms = running.left_s * 1_000
         if failed:
@@ -247,7 +250,8 @@ class Pipeline:
                 return await self._router.route(prompt(sorted(failed)), wait_ms=wait_ms)
             except Refused:
                 failed.clear()
-        return await self._router.route(prompt(()), wait_ms=min(self._config.wait_ms, left_ms))
+        alive_ms = min(self._config.wait_ms, left_ms)
+        return await self._router.route(prompt(()), wait_ms=alive_ms, deadline_ms=left_ms)
 
     def _count_failure(
         self, running: Running, decision: Decision, error: KvStoreError, failed: set[str]

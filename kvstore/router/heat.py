@@ -1,0 +1,73 @@
+"""Which prefixes deserve another copy, before the workers that hold them are full. Pure.
+
+Every request adds the seconds it keeps its worker busy to the heat of its prefixes of 1, 2, 4, 8 …
+blocks; heat fades. A prefix whose requests keep its holders busier than `TARGET` is hot: the next
+request may be placed as if every worker had it already, and the one that computes it becomes a
+holder. Holders count as soon as a request is on its way to compute the prefix there, so copies
+are made one at a time.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from kvstore.core.names import BlockName
+
+TARGET: Final = 0.5
+"""Share of a worker that one prefix may use before it gets another copy. At this load a queue holds
+as much work as is being done (1 / (1 - load) = 2); beyond it waits grow fast."""
+
+FADE_MS: Final = 10_000.0
+"""Time constant of the mean: a burst of less is cheaper to queue than to copy."""
+
+MAX_PREFIXES: Final = 16_384
+"""Prefixes with a heat; those asked for longest ago are forgotten first. About 3 MB."""
+
+
+class Heat:
+    """Seconds of work a second, by prefix."""
+
+    def __init__(self) -> None:
+        self._heat: OrderedDict[BlockName, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return the number of prefixes remembered."""
+        return len(self._heat)
+
+    def add(self, names: Sequence[BlockName], busy_s: float, now_ms: float) -> None:
+        """Note a request that keeps its worker busy for `busy_s`."""
+        blocks = 1
+        while blocks <= len(names):
+            name = names[blocks - 1]
+            rate = self._rate(name, now_ms) + busy_s / (FADE_MS / 1_000)
+            self._heat[name] = (rate, now_ms)
+            self._heat.move_to_end(name)
+            blocks *= 2
+        while len(self._heat) > MAX_PREFIXES:
+            self._heat.popitem(last=False)
+
+    def hot_blocks(
+        self, names: Sequence[BlockName], own_blocks: Sequence[int], now_ms: float
+    ) -> int:
+        """Return the longest prefix that deserves another copy, in blocks; 0 when none does.
+
+        `own_blocks` are the leading blocks in each worker's own pages or being computed there.
+        """
+        blocks, hot = 1, 0
+        while blocks <= len(names):
+            rate = self._rate(names[blocks - 1], now_ms)
+            if rate <= TARGET:  # a longer prefix is asked for by no more requests
+                break
+            holders = sum([own >= blocks for own in own_blocks])
+            if 0 < holders < len(own_blocks) and rate > TARGET * holders:
+                hot = blocks
+            blocks *= 2
+        return hot
+
+    def _rate(self, name: BlockName, now_ms: float) -> float:
+        known = self._heat.get(name)
+        if known is None:
+            return 0.0
+        rate, at_ms = known
+        return rate * math.exp((at_ms - now_ms) / FADE_MS)

@@ -1,0 +1,101 @@
+"""The tiers below DRAM of one node, wired to its table, its policies and its watchers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.core.errors import BadInput
+from kvstore.core.names import BlockName, Root
+from kvstore.directory.events import TierKind
+from kvstore.directory.policies import make_policy
+from kvstore.observe.metrics import NodeMetrics, TierMetrics
+from kvstore.service.hashing import Hasher
+from kvstore.service.holdings import NodeHoldings, publish
+from kvstore.service.movement import Lower, Movement
+from kvstore.service.store import ArenaStore
+from kvstore.tiers.nvme import NvmeConfig, NvmeTier
+from kvstore.tiers.nvme_space import Held
+
+FLUSH_S = 2.0
+"""How long a node that ends in good order may write what is not below yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BelowConfig:
+    """Which tiers a node has below DRAM."""
+
+    nvme: Path | None = None
+    nvme_bytes: int = 0
+    policy: str
+
+    def __post_init__(self) -> None:
+        if (self.nvme is None) != (self.nvme_bytes == 0):
+            raise BadInput("--nvme and --nvme-bytes belong together: a directory, and its bytes")
+        if self.nvme is not None:
+            NvmeConfig(directory=self.nvme, capacity_bytes=self.nvme_bytes)
+
+    @property
+    def kinds(self) -> tuple[TierKind, ...]:
+        """Every tier that the node publishes."""
+        return (TierKind.DRAM,) if self.nvme is None else (TierKind.DRAM, TierKind.NVME)
+
+
+class BelowDram:
+    """What lies below one arena, and the movement between. Made by `start`."""
+
+    def __init__(self, store: ArenaStore, hasher: Hasher, metrics: NodeMetrics) -> None:
+        """For `start`: use that."""
+        self._store = store
+        self._metrics = metrics
+        self._hasher = hasher
+        self.nvme: NvmeTier | None = None
+        self.movement = Movement(store, hasher, (), metrics)
+
+    @classmethod
+    async def start(
+        cls,
+        config: BelowConfig,
+        store: ArenaStore,
+        hasher: Hasher,
+        metrics: NodeMetrics,
+        registry: CollectorRegistry,
+    ) -> "BelowDram":
+        """Open the tiers; raises `BadInput` or `Refused` naming a directory that cannot be used."""
+        below = cls(store, hasher, metrics)
+        if config.nvme is None:
+            return below
+        below.nvme = await NvmeTier.start(
+            NvmeConfig(directory=config.nvme, capacity_bytes=config.nvme_bytes),
+            make_policy(config.policy),
+            TierMetrics(registry),
+            listener=below._tell,
+        )
+        below.movement = Movement(store, hasher, [Lower(TierKind.NVME, below.nvme)], metrics)
+        store.on_request = below.nvme.request
+        store.table.publisher.holdings = NodeHoldings(store.table, below.nvme)
+        return below
+
+    def bits(self, root: Root, name: BlockName) -> int:
+        """Return which tiers below hold a block: bit (1 << tier) for each."""
+        held = self.nvme is not None and self.nvme.holds(root, name)
+        return 1 << int(TierKind.NVME) if held else 0
+
+    def measure(self) -> None:
+        """Set the gauges."""
+        self.movement.measure()
+        if self.nvme is not None:
+            self.nvme.measure()
+            self._metrics.used_bytes.labels("nvme").set(self.nvme.used_bytes)
+            self._metrics.capacity_bytes.labels("nvme").set(self.nvme.capacity_bytes)
+
+    async def close(self) -> None:
+        """Write what is not below yet, as far as there is time, and close the tiers."""
+        await self.movement.flush(FLUSH_S)
+        await self.movement.close()
+        if self.nvme is not None:
+            await self.nvme.close()
+
+    def _tell(self, held: Sequence[Held], deleted: bool) -> None:
+        publish(self._store.table.publisher, held, deleted=deleted)

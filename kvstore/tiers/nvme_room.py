@@ -1,0 +1,263 @@
+"""Room on the disk: places for blocks, whom to drop for them, and what an earlier run left.
+
+Owns the segments and the index, and keeps three in step with them: the policy, the listener (who
+tells others what is held here) and the rows on disk. One event loop's; every device call goes
+through the threads.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from kvstore.directory.policy import BlockKey, Policy, block_key
+from kvstore.observe.metrics import TierMetrics
+from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.nvme_files import NvmeFiles, SegmentFiles
+from kvstore.tiers.nvme_format import slot_bytes
+from kvstore.tiers.nvme_restart import FoundRows, chains, read_rows
+from kvstore.tiers.nvme_space import Held, NvmeSpace
+from kvstore.tiers.nvme_threads import DeviceThreads, Operation
+
+_SLICE: Final = 4_096
+"""Blocks told to policy and listener at once after a restart: a few milliseconds of the loop."""
+_ROOM_TRIES: Final = 3
+_FULL_PAUSE_MS: Final = 10_000.0
+"""How long a disk that had no room for a segment is not asked for another."""
+_TIER: Final = "nvme"
+_log = logging.getLogger(__name__)
+
+Listener = Callable[[Sequence[Held], bool], None]
+"""Told of blocks that the tier holds now (False), or does not hold any more (True: deleted)."""
+
+
+class NvmeRoom:
+    """Places of one tier. `failed` is told of every error of the device."""
+
+    def __init__(
+        self,
+        space: NvmeSpace,
+        files: NvmeFiles,
+        threads: DeviceThreads,
+        policy: Policy,
+        metrics: TierMetrics,
+        *,
+        listener: Listener | None,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self.space = space
+        self.policy = policy
+        self.closed = False
+        self.evictions = 0
+        self._files = files
+        self._threads = threads
+        self._metrics = metrics
+        self._listener = listener
+        self._failed = failed
+        self._segments: dict[int, SegmentFiles] = {}
+        self._dirty: set[int] = set()
+        self._full_until_ms = 0.0
+        self._found: dict[int, int] = {}
+        """Key → parent of blocks of an earlier run that policy and listener do not know yet."""
+        self._changing = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+
+    def files_at(self, place: int) -> tuple[SegmentFiles, int]:
+        """Return the open files and the slot of a place."""
+        segment, slot = self.space.split(place)
+        return self._segments[segment.number], slot
+
+    # -- taking ----------------------------------------------------------------------------
+
+    async def take(self, newcomers: Sequence[BlockHeader]) -> int | None:
+        """Return a place for the first of `newcomers`, busy, where it is worth its room.
+
+        `newcomers` are the blocks of a batch that still come, in prefix order.
+        """
+        space = self.space
+        wanted_bytes = slot_bytes(newcomers[0].payload_bytes)
+        for _ in range(_ROOM_TRIES):
+            place = space.take(wanted_bytes)
+            if place is not None:
+                return place
+            if await self._grow(wanted_bytes):
+                continue
+            if space.below_fair_share(wanted_bytes) and await self._change_class(wanted_bytes):
+                continue
+            wanted = [
+                key
+                for one in newcomers
+                if slot_bytes(one.payload_bytes) == wanted_bytes
+                and (key := block_key(one.root, one.name)) not in space.index
+            ]
+            victims = self.policy.victims(
+                len(wanted),
+                now_ms=self._now_ms(),
+                may_evict=lambda key: self._evictable(key, wanted_bytes),
+                newcomers=wanted,
+            )
+            if not victims:
+                return None
+            self.drop([space.index[key] for key in victims], "evicted")
+            self.evictions += len(victims)
+        return None
+
+    def hold(self, place: int, header: BlockHeader) -> None:
+        """List a block whose bytes and row are on disk."""
+        key = BlockKey(self.space.hold(place, header.root, header.name))
+        parent = BlockKey(header.parent) if header.parent else None
+        self.policy.insert([key], parent=parent, now_ms=self._now_ms())
+        self._tell([self.space.at(place)], deleted=False)
+        self._dirty.add(self.space.split(place)[0].number)
+
+    def _evictable(self, key: BlockKey, wanted_bytes: int) -> bool:
+        place = self.space.index[key]
+        return self.space.is_idle(place) and self.space.at(place).slot_bytes == wanted_bytes
+
+    async def _grow(self, wanted_bytes: int) -> bool:
+        """Add a segment of the class; False where none fits, or the disk has no room for it."""
+        async with self._changing:
+            if self.space.has_free(wanted_bytes):
+                return True  # another made it while this one waited for its turn
+            number = self.space.new_number(wanted_bytes)
+            if number is None or self.closed or self._now_ms() < self._full_until_ms:
+                return False
+            slots = self.space.slots_of(wanted_bytes)
+            try:
+                self._segments[number] = await self._blocking(
+                    self._files.open, number, wanted_bytes, slots
+                )
+            except OSError as error:
+                # Full before its bytes are used up: what is there already goes on serving.
+                self._failed(error)
+                self._full_until_ms = self._now_ms() + _FULL_PAUSE_MS
+                return False
+            self.space.add(number, wanted_bytes)
+            return True
+
+    async def _change_class(self, wanted_bytes: int) -> bool:
+        """Empty the segment of another class that loses least; its bytes are free then."""
+        async with self._changing:
+            found = self.space.victim_segment(wanted_bytes, self.space.is_idle)
+            if found is None or self.closed:
+                return False
+            segment, places = found
+            self.drop(places, "class")
+            self.space.discard(segment.number)
+            files = self._segments.pop(segment.number)
+            try:
+                await self._blocking(self._files.discard, segment.number, segment.slot_bytes, files)
+            except OSError as error:
+                self._failed(error)
+        return await self._grow(wanted_bytes)
+
+    # -- forgetting ------------------------------------------------------------------------
+
+    def drop(self, places: Sequence[int], reason: str) -> None:
+        """Forget what lies at `places`; the rows stay until the slots are written anew."""
+        gone: list[Held] = []
+        for place in places:
+            key = self.space.key_at(place)
+            held = self.space.drop(place)
+            if self._found.pop(key, None) is None:
+                self.policy.remove(BlockKey(key))
+                gone.append(held)
+        self._metrics.dropped.labels(_TIER, reason).inc(len(places))
+        self._tell(gone, deleted=True)
+
+    def erase(self, place: int, reason: str) -> Operation:
+        """Forget a block and its row, also for a restart after a power failure."""
+        self.space.use(place)  # not given away before the row is gone
+        self.drop([place], reason)
+        files, slot = self.files_at(place)
+        operation = self._threads.submit(partial(self._files.erase, files, slot), write=True)
+
+        def erased(future: "asyncio.Future[Any]") -> None:
+            self.space.release(place)
+            if not future.cancelled() and (error := future.exception()) is not None:
+                self._failed(error)
+
+        operation.future.add_done_callback(erased)
+        return operation
+
+    # -- restart and end -------------------------------------------------------------------
+
+    async def load(self) -> int:
+        """Read the row files of an earlier run; returns how many blocks they hold.
+
+        The index is usable when this returns; policy and listener follow in `introduce`.
+        """
+        found: list[tuple[int, int]] = await self._blocking(lambda: list(self._files.found()))
+        for number, size in found:
+            fits = number < self.space.segments_max and size <= self.space.segment_bytes
+            if not fits or number in self.space.segments:
+                await self._blocking(self._files.discard, number, size)
+                continue
+            slots = self.space.slots_of(size)
+            files = await self._blocking(self._files.open, number, size, slots)
+            rows = await self._blocking(lambda files=files, slots=slots, size=size: read_rows(
+                self._files.read_rows(files, slots), size))  # fmt: skip
+            self._segments[number] = files
+            self._restore(number, size, rows)
+        return len(self.space)
+
+    def _restore(self, number: int, size: int, rows: FoundRows) -> None:
+        segment = self.space.add(number, size)
+        roots = [rows.roots[at] for at in rows.root_of]
+        self.space.restore(segment, rows.slots, rows.keys, rows.names, roots)
+        self._found.update(zip(rows.keys, rows.parents, strict=True))
+        if rows.torn:
+            self._metrics.dropped.labels(_TIER, "torn").inc(rows.torn)
+
+    async def introduce(self) -> None:
+        """Tell policy and listener what `load` found, in slices; serving goes on meanwhile."""
+        keys, parents = list(self._found), list(self._found.values())
+        runs = await self._blocking(lambda: list(chains(keys, parents)))
+        told = 0
+        for parent, run in runs:
+            fresh = [BlockKey(key) for key in run if self._found.pop(key, None) is not None]
+            whole = len(fresh) == len(run)
+            # Where some are gone or came again meanwhile, each stands for itself.
+            for part in [fresh] if whole else [[key] for key in fresh]:
+                known = BlockKey(parent) if whole and parent else None
+                self.policy.insert(part, parent=known, now_ms=self._now_ms())
+            self._tell([self.space.at(self.space.index[key]) for key in fresh], deleted=False)
+            told += len(run)
+            if told >= _SLICE:
+                told = 0
+                await asyncio.sleep(0)
+
+    def scan(self, cursor: int, limit: int) -> tuple[list[Held], int | None]:
+        """Return what the listener was told of, in slices: see `NvmeSpace.scan`."""
+        found, following = self.space.scan(cursor, limit)
+        if self._found:
+            found = [one for one in found if block_key(one.root, one.name) not in self._found]
+        return found, following
+
+    async def sync(self) -> None:
+        """Put the rows written since the last time on the medium."""
+        dirty, self._dirty = self._dirty, set()
+        for number in dirty & self._segments.keys():
+            try:
+                await self._blocking(self._files.sync_rows, self._segments[number])
+            except OSError as error:
+                self._failed(error)
+
+    def close_files(self) -> None:
+        """Close every descriptor; nothing may be inside the device."""
+        for files in self._segments.values():
+            with contextlib.suppress(OSError):
+                self._files.close(files)
+        self._segments.clear()
+
+    async def _blocking(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await self._threads.submit(partial(call, *arguments), write=True).future
+
+    def _tell(self, blocks: Sequence[Held], *, deleted: bool) -> None:
+        if self._listener is not None and blocks:
+            self._listener(blocks, deleted)
+
+    def _now_ms(self) -> float:
+        return self._loop.time() * 1_000

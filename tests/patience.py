@@ -1,0 +1,14 @@
+"""Waiting in tests for what other processes and threads do."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+
+async def until(true: Callable[[], bool | Awaitable[bool]], *, seconds: float = 10.0) -> None:
+    """Return as soon as `true()` is; `TimeoutError` when that takes too long."""
+    async with asyncio.timeout(seconds):
+        while True:
+            answer = true()
+            if answer is True or (not isinstance(answer, bool) and await answer):
+                return
+            await asyncio.sleep(0.002)
