@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol
 
 from kvstore.directory.policy import BlockKey, Policy
+from kvstore.router.score import Pace
 from kvstore.simulate.prices import Prices
 from kvstore.simulate.replay import PolicyTier
 from kvstore.simulate.trace import TraceRequest
@@ -51,9 +52,9 @@ class Rates:
     def compute_s(self, start: int, stop: int) -> float:
         """Return the seconds to compute the tokens at positions `[start, stop)`.
 
-        The integral of linear + quadratic * p, as `kvstore.router.score.prefill_seconds` has it.
+        Asks the router's own model, so that simulation and routing price alike.
         """
-        return (stop - start) * (self.linear_s + self.quadratic_s * (start + stop) / 2)
+        return Pace(self.linear_s, self.quadratic_s).between(start, stop)
 
 
 class Service(NamedTuple):

@@ -93,6 +93,7 @@ class Ours:
         """Return the worker that production would choose now, and book it there."""
         decision, now_ms = self.decide(request), request.timestamp_ms
         prompt = self._prompt(request)
+        self._placement.warm(decision, prompt, now_ms)
         booking = self._bookings.book(
             decision.worker,
             prompt.root,

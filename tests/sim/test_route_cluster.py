@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from kvstore.core.errors import BadInput
 from kvstore.directory.lru import Lru
 from kvstore.directory.policy import BlockKey
-from kvstore.router.score import Candidate, prefill_seconds
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.prices import Prices
 from kvstore.simulate.route import Setup, replay_route
@@ -129,12 +128,10 @@ def test_blocks_that_load_slower_than_they_compute_are_computed() -> None:
 
 
 @given(st.integers(0, 100_000), st.integers(1, 100_000))
-def test_computing_is_priced_as_the_router_prices_it(start: int, tokens: int) -> None:
+def test_a_slower_worker_computes_as_much_slower(start: int, tokens: int) -> None:
     rates = Rates.of(Prices(), factor=3.0, decode_s=0.0)
-    worker = Candidate("w", prefill_linear_s=rates.linear_s, prefill_quadratic_s=rates.quadratic_s)
-    expected = prefill_seconds(worker, tokens, start, 1.0)
+    expected = 3 * Prices().compute_s(tokens, start)
     assert rates.compute_s(start, start + tokens) == pytest.approx(expected)
-    assert rates.compute_s(0, 1) == pytest.approx(3 * Prices().compute_s(1, 0))
 
 
 def test_without_a_pool_the_reference_foresees_every_time_to_first_token() -> None:
