@@ -6,17 +6,20 @@ worker (a system prompt and documents), two thirds on one. Nothing is cached bet
 what the router itself remembers.
 """
 
+import asyncio
 import hashlib
 import os
+import statistics
+import time
 import tracemalloc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Final
 
 import click
 
-from kvstore.cli.bench_row import PAIRS, QUICK_PAIRS, Row, pairs
+from kvstore.cli.bench_router_stream import seconds_until_visible
+from kvstore.cli.bench_rows import Bench, Work
+from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS, NAME_BYTES
 from kvstore.core.names import BlockName, Root, chain
 from kvstore.directory.events import Began, Changed, Ended, Loaded, TierKind
@@ -117,113 +120,101 @@ class Cluster:
         self.bookings.complete(booking.number)
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a case may use."""
+def per_prompt(run: Callable[[], object]) -> Work:
+    """Return work that goes over every prompt and tells the seconds of one."""
 
-    cluster: Cluster
-    runs: int
+    async def work() -> float:
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) / PROMPTS
 
-    def row(
-        self, case: str, ours: Callable[[], object], other: Callable[[], object], limit_name: str
-    ) -> Row:
-        """Return a row in microseconds per prompt: both run over every prompt."""
-        mine, limit, ratio = pairs(ours, other, runs=self.runs)
-        scale = 1e6 / PROMPTS
-        return Row(
-            bench="router", case=case, value=mine * scale, unit="us", limit=limit * scale,
-            limit_name=limit_name, ratio_to_limit=ratio, runs=self.runs,
-        )  # fmt: skip
+    return work
 
-    def hash_all(self) -> None:
-        """Do what naming every prompt costs at least."""
-        for tokens in self.cluster.tokens:
+
+def hashing(cluster: Cluster) -> Work:
+    """Return what naming every prompt costs at least."""
+
+    def run() -> None:
+        for tokens in cluster.tokens:
             bare_chain(tokens)
 
+    return per_prompt(run)
 
-def from_names(setting: Setting) -> Row:
-    """Decide for prompts that come named."""
-    cluster = setting.cluster
 
-    def ours() -> None:
+async def bench_decisions(bench: Bench, cluster: Cluster) -> None:
+    """Decide for prompts that come named, that were never seen, and that are a next turn."""
+
+    def named() -> None:
         for prompt in cluster.prompts:
             cluster.decide(prompt)
 
-    return setting.row("decide from names", ours, setting.hash_all, SHA)
-
-
-def booked(setting: Setting) -> Row:
-    """Decide, book and complete for prompts that come named."""
-    cluster = setting.cluster
-
-    def ours() -> None:
+    def booked() -> None:
         for prompt in cluster.prompts:
             cluster.decide_and_book(prompt)
 
-    return setting.row("decide, book and complete from names", ours, setting.hash_all, SHA)
-
-
-def from_tokens(setting: Setting) -> Row:
-    """Decide for prompts never seen: all of each is named."""
-    cluster = setting.cluster
-
-    def ours() -> None:
+    def unseen() -> None:
         for tokens in cluster.tokens:
             cluster.decide(Prompt(ROOT, NameCache().names(ROOT, tokens), TOKENS))
 
-    return setting.row("decide from tokens, never seen", ours, setting.hash_all, SHA)
-
-
-def next_turn(setting: Setting) -> Row:
-    """Decide for the next turn of conversations: the last `TURN_TOKENS` are new."""
-    cluster, known = setting.cluster, NameCache()
+    known, kept = NameCache(), (TOKENS - TURN_TOKENS) * 4
     for tokens in cluster.tokens:
         known.names(ROOT, tokens)
-    kept = (TOKENS - TURN_TOKENS) * 4
 
-    def ours() -> None:
+    def turn() -> None:
         for tokens in cluster.tokens:
-            turn = tokens[:kept] + os.urandom(TURN_TOKENS * 4)
-            cluster.decide(Prompt(ROOT, known.names(ROOT, turn), TOKENS))
+            longer = tokens[:kept] + os.urandom(TURN_TOKENS * 4)
+            cluster.decide(Prompt(ROOT, known.names(ROOT, longer), TOKENS))
 
-    return setting.row("decide from tokens, next turn", ours, setting.hash_all, SHA)
+    limit = hashing(cluster)
+    for case, run in {
+        "decide from names": named,
+        "decide, book and complete from names": booked,
+        "decide from tokens, never seen": unseen,
+        "decide from tokens, next turn": turn,
+    }.items():
+        await bench.against(case, per_prompt(run), limit, limit_name=SHA)
 
 
-def longest_prefix(setting: Setting) -> Row:
-    """Find the prefix of all reaches of the cluster alone."""
-    view = setting.cluster.view
+async def bench_match(bench: Bench, cluster: Cluster) -> None:
+    """Find the prefix of all workers' reaches alone."""
+    view = cluster.view
     tiers = {h: view.host_tiers([f"node-{h}"], 0.0) for h in range(HOSTS)}
     reaches = [reach_over(view.publisher(f"worker-{n}"), tiers[n % HOSTS]) for n in range(WORKERS)]
 
     def ours() -> None:
-        for names in setting.cluster.names:
+        for names in cluster.names:
             view.match(ROOT, names, reaches)
 
+    def one() -> None:
+        for names in cluster.names:
+            view.match(ROOT, names, reaches[:1])
+
     def one_probe_each() -> None:
-        for names in setting.cluster.names:
+        for names in cluster.names:
             for _ in range(WORKERS):
                 view.match(ROOT, names[:1], reaches[:1])
 
-    return setting.row(
-        "longest prefix of 2,048 blocks, 16 workers and 2 nodes", ours, one_probe_each,
-        "one probe for each worker",
-    )  # fmt: skip
+    probes = per_prompt(one_probe_each)
+    for case, run in {
+        "longest prefix of 2,048 blocks, 16 workers and 2 nodes": ours,
+        "longest prefix of 2,048 blocks, 1 worker and 1 node": one,
+    }.items():
+        await bench.against(case, per_prompt(run), probes, limit_name="16 matches of one block")
 
 
-def events(setting: Setting) -> Row:
+async def bench_events(bench: Bench, cluster: Cluster) -> None:
     """Apply stored and removed events of `EVENT_NAMES` blocks, beside a bare dict."""
-    view, member, count = setting.cluster.view, "worker-0", 2_000
+    count = 2_000
     batches = [random_names(EVENT_NAMES) for _ in range(count)]
     stored = [Changed(ROOT, TierKind.HBM, names) for names in batches]
     removed = [Changed(ROOT, TierKind.HBM, names, deleted=True) for names in batches]
+    table: dict[int, int] = dict.fromkeys(range(len(cluster.view)), 1)
 
-    def ours() -> None:
+    async def ours() -> None:
         for event in [*stored, *removed]:
-            view.apply(member, event, 0.0)
+            cluster.view.apply("worker-0", event, 0.0)
 
-    table: dict[int, int] = dict.fromkeys(range(1_000_000), 1)
-
-    def bare() -> None:
+    async def bare() -> None:
         for names in batches:
             for name in names:
                 table[int.from_bytes(name[:8], "little")] = 1
@@ -231,66 +222,59 @@ def events(setting: Setting) -> Row:
             for name in names:
                 del table[int.from_bytes(name[:8], "little")]
 
-    mine, limit, ratio = pairs(ours, bare, runs=setting.runs)
-    blocks = 2 * count * EVENT_NAMES
-    return Row(
-        bench="router", case=f"events of {EVENT_NAMES} blocks applied, stored and removed",
-        value=blocks / mine, unit="blocks/s", limit=blocks / limit,
-        limit_name="a dict of as many ints", ratio_to_limit=ratio, runs=setting.runs,
+    await bench.against(
+        f"events of {EVENT_NAMES} blocks applied, stored and removed", ours, bare,
+        limit_name="a dict of as many ints", amount=2 * count * EVENT_NAMES, unit="blocks/s",
     )  # fmt: skip
 
 
-def memory(setting: Setting) -> Row:
+def bench_memory(bench: Bench, cluster: Cluster) -> None:
     """Weigh the index alone: what an entry adds to a view of as many blocks."""
-    count = len(setting.cluster.view)
+    case, count = "memory of an entry", len(cluster.view)
+    if not bench.wants(case):
+        return
     tracemalloc.start()
     try:
         index = BlockIndex(max_blocks=count)
         place = index.new_place()
         for start in range(0, count, 512):
             index.add(place, ROOT, random_names(min(512, count - start)))
-        grown, _ = tracemalloc.get_traced_memory()
+        each = tracemalloc.get_traced_memory()[0] / count
     finally:
         tracemalloc.stop()
-    packed = 12.0
-    return Row(
-        bench="router", case="memory of an entry", value=grown / count, unit="B", limit=packed,
-        limit_name="a 64-bit key and a 32-bit set number, packed", runs=1,
-        ratio_to_limit=packed / (grown / count),
-    )  # fmt: skip
+    packed = "a 64-bit key and a 32-bit set number, packed"
+    bench.row(case, each, "B", limit=12.0, limit_name=packed, ratio=12.0 / each, runs=1)
 
 
-CASES: Final[dict[str, Callable[[Setting], Row]]] = {
-    "names": from_names,
-    "booked": booked,
-    "tokens": from_tokens,
-    "turn": next_turn,
-    "match": longest_prefix,
-    "events": events,
-    "memory": memory,
-}
+async def bench_stream(bench: Bench) -> None:
+    """Publish one block and wait until the view of a router over gRPC has it."""
+    case = "event published to visible over gRPC"
+    if bench.wants(case):
+        times = await seconds_until_visible(10 * bench.pairs)
+        bench.row(case, statistics.median(times) * 1e3, "ms", runs=len(times))
 
 
-@click.command(short_help="What choosing a worker costs.")
-@click.option("--case", "pattern", default="*", show_default=True, metavar="GLOB")
+@click.command(short_help="Measure what choosing a worker costs.")
+@click.option("--case", "pattern", default="*", metavar="GLOB", help="Only cases like this.")
 @click.option("--quick", is_flag=True, help="Fewer pairs.")
 @click.option(
     "--blocks", default=1_000_000, show_default=True, type=click.IntRange(1_000, 16_000_000),
     help="Entries of the view.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON row a case.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
 def router(pattern: str, quick: bool, blocks: int, as_json: bool) -> None:
-    """Measure decisions, prefix matches, event application and memory in process.
-
-    Cases: names, booked, tokens, turn, match, events, memory.
-    """
-    chosen = [run for name, run in CASES.items() if fnmatchcase(name, pattern)]
-    if not chosen:
-        raise click.BadParameter(f"no case matches {pattern!r}", param_hint="--case")
-    for row in _rows(chosen, blocks, QUICK_PAIRS if quick else PAIRS):
-        click.echo(row.to_json() if as_json else str(row))
+    """Measure decisions, prefix matches, events and memory of the view."""
+    bench = Bench("router", pattern, pairs=7 if quick else 25, quick=quick, as_json=as_json)
+    asyncio.run(_measure(bench, blocks))
+    if not bench.rows:
+        raise BadInput(f"--case {pattern!r} is like no case")
+    bench.finish()
 
 
-def _rows(chosen: Sequence[Callable[[Setting], Row]], blocks: int, runs: int) -> list[Row]:
-    setting = Setting(Cluster(blocks), runs)
-    return [run(setting) for run in chosen]
+async def _measure(bench: Bench, blocks: int) -> None:
+    cluster = Cluster(blocks)
+    await bench_decisions(bench, cluster)
+    await bench_match(bench, cluster)
+    await bench_events(bench, cluster)
+    bench_memory(bench, cluster)
+    await bench_stream(bench)

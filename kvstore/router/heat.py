@@ -1,16 +1,17 @@
 """Which prefixes deserve another copy, before the workers that hold them are full. Pure.
 
-Every request adds the seconds it keeps its worker busy to the heat of its prefixes of 1, 2, 4, 8 …
-blocks; heat fades. A prefix whose requests keep its holders busier than `TARGET` is hot: the next
-request may be placed as if every worker had it already, and the one that computes it becomes a
-holder. Holders count as soon as a request is on its way to compute the prefix there, so copies
-are made one at a time.
+Every request that goes on differently from the one before adds the seconds it keeps its worker busy
+to the heat of its prefixes of 1, 2, 4, 8 … blocks; heat fades. (One conversation, however busy,
+goes on as it did: two copies of it would only be in each other's way.) A prefix whose requests
+keep its holders busier than `TARGET` is hot: the next request may be placed as if every worker
+had it already, and the one that computes it becomes a holder. Holders count as soon as a request
+is on its way to compute the prefix there, so copies are made one at a time.
 """
 
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvstore.core.names import BlockName
 
@@ -25,11 +26,19 @@ MAX_PREFIXES: Final = 16_384
 """Prefixes with a heat; those asked for longest ago are forgotten first. About 3 MB."""
 
 
+class _Warm(NamedTuple):
+    rate: float
+    """Seconds of work a second, as of `at_ms`."""
+    at_ms: float
+    goes_on: BlockName
+    """A later block of the last prompt, to tell whether the next one parts."""
+
+
 class Heat:
     """Seconds of work a second, by prefix."""
 
     def __init__(self) -> None:
-        self._heat: OrderedDict[BlockName, tuple[float, float]] = OrderedDict()
+        self._heat: OrderedDict[BlockName, _Warm] = OrderedDict()
 
     def __len__(self) -> int:
         """Return the number of prefixes remembered."""
@@ -39,10 +48,15 @@ class Heat:
         """Note a request that keeps its worker busy for `busy_s`."""
         blocks = 1
         while blocks <= len(names):
-            name = names[blocks - 1]
-            rate = self._rate(name, now_ms) + busy_s / (FADE_MS / 1_000)
-            self._heat[name] = (rate, now_ms)
-            self._heat.move_to_end(name)
+            beyond = blocks + blocks // 4  # far enough that prompts have parted there
+            if beyond < len(names):
+                name = names[blocks - 1]
+                known = self._heat.get(name)
+                rate = _faded(known, now_ms) if known is not None else 0.0
+                if known is not None and known.goes_on != names[beyond]:
+                    rate += busy_s / (FADE_MS / 1_000)
+                self._heat[name] = _Warm(rate, now_ms, names[beyond])
+                self._heat.move_to_end(name)
             blocks *= 2
         while len(self._heat) > MAX_PREFIXES:
             self._heat.popitem(last=False)
@@ -56,18 +70,15 @@ class Heat:
         """
         blocks, hot = 1, 0
         while blocks <= len(names):
-            rate = self._rate(names[blocks - 1], now_ms)
-            if rate <= TARGET:  # a longer prefix is asked for by no more requests
-                break
-            holders = sum([own >= blocks for own in own_blocks])
-            if 0 < holders < len(own_blocks) and rate > TARGET * holders:
-                hot = blocks
+            known = self._heat.get(names[blocks - 1])
+            if known is not None and known.rate > TARGET:
+                rate = _faded(known, now_ms)
+                holders = sum([own >= blocks for own in own_blocks])
+                if 0 < holders < len(own_blocks) and rate > TARGET * holders:
+                    hot = blocks
             blocks *= 2
         return hot
 
-    def _rate(self, name: BlockName, now_ms: float) -> float:
-        known = self._heat.get(name)
-        if known is None:
-            return 0.0
-        rate, at_ms = known
-        return rate * math.exp((at_ms - now_ms) / FADE_MS)
+
+def _faded(known: _Warm, now_ms: float) -> float:
+    return known.rate * math.exp((known.at_ms - now_ms) / FADE_MS)

@@ -217,12 +217,16 @@ class Placement:
             own = int(own * trusts.get(seat.name, 1.0))
             trust = trusts.get(seat.publisher, 1.0)
             levels = tuple((tier, int(blocks * trust)) for tier, blocks in levels)
-        own = min(max(own, coming), most)
-        sources = [
-            self._source(seat, tier, min(blocks, most))
-            for tier, blocks in levels
-            if min(blocks, most) > own
-        ]
+        # Plain comparisons: this runs for every worker of every decision.
+        own = coming if coming > own else own
+        own = most if own > most else own
+        sources: Sequence[Source] = ()
+        if levels:
+            sources = [
+                self._source(seat, tier, min(blocks, most))
+                for tier, blocks in levels
+                if min(blocks, most) > own
+            ]
         load_ms = seat.known.load_ms if seat.known is not None else 0.0
         queued = self._bookings.queued(seat.name, load_ms=load_ms)
         if reported := seat.reported.tokens:

@@ -269,7 +269,10 @@ def score(
     queue_s = pace.seconds(queued) if queued.tokens else 0.0
     plan = plan_sources(candidate, prompt_tokens, queue_s)
     others_s = DECODE * candidate.running * plan.compute_s
-    moved_s = plan.compute_s + plan.load_s - pace.between(max(own, most_own_tokens), prompt_tokens)
+    moved_s = 0.0
+    if most_own_tokens > own or plan.load_s:
+        needed_s = pace.between(max(own, most_own_tokens), prompt_tokens)
+        moved_s = plan.compute_s + plan.load_s - needed_s
     if hot_tokens > own:
         wanted_s = min(moved_s, pace.between(own, hot_tokens))
         moved_s -= wanted_s
