@@ -158,10 +158,10 @@ def route(
         for path in traces:
             trace = read_trace(path, block_tokens=block_tokens, limit=limit)
             for count in dict.fromkeys(workers):
-                setup = replace(base, workers=count)
-                factor = slowdown or _slowdown(trace, setup, at, utilisation, steps)
+                here = replace(base, workers=count)
+                factor = slowdown or _slowdown(trace, here, at, utilisation, steps)
                 for pool in dict.fromkeys(pools):
-                    here = replace(setup, factor=factor, pool=pool)
+                    here = replace(here, factor=factor, pool=pool)
                     for name in dict.fromkeys(routers or router_names()):
                         rows.append(Row(trace.name, name, count, pool,
                                         _replayed(trace, here, name, steps)))  # fmt: skip

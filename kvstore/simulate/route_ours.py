@@ -38,6 +38,8 @@ class Publisher:
         self.tier = tier
         self.sequence = 0
         """Number of the last event made."""
+        self.blocks = 0
+        """What it has said it holds."""
         self.jobs: list[Job] = []
         """Sent here and not over at the last report."""
         self.heard_ms = -math.inf
@@ -48,6 +50,7 @@ class Publisher:
         """Return the event that these blocks are, or are not, here."""
         first = self.sequence + 1
         self.sequence += len(names)
+        self.blocks += -len(names) if deleted else len(names)
         return Changed(_ROOT, self.tier, names, deleted, first)
 
 
@@ -192,17 +195,17 @@ class Ours:
             return
         worker.idle, worker.heard_ms = not worker.jobs, came_ms
         jobs = [job for job in worker.jobs if job.sent_ms <= at_ms]
-        self._apply(worker, self.load(jobs, at_ms), came_ms)
+        self._apply(worker, self.load(jobs, at_ms, worker.blocks), came_ms)
 
-    def load(self, jobs: list[Job], at_ms: float) -> Loaded:
-        """Return what a worker with these jobs measures at `at_ms`."""
-        rates, unit, size = self._rates, self._unit, self._block_tokens
+    def load(self, jobs: list[Job], at_ms: float, blocks: int = 0) -> Loaded:
+        """Return what a worker with these jobs and cached blocks measures at `at_ms`."""
+        rates, unit = self._rates, self._unit
         left = sum(job.service.computed_tokens * _share_left(job, at_ms) for job in jobs)
         return Loaded(
             running=sum(job.start_ms <= at_ms for job in jobs),
             waiting=sum(job.start_ms > at_ms for job in jobs),
             queued_tokens=math.ceil(left / unit),
-            kv_used_bytes=min(self._capacity, sum(j.request.input_tokens for j in jobs) // size),
+            kv_used_bytes=blocks,
             kv_capacity_bytes=self._capacity,
             prefill_tokens_per_s=1 / (rates.linear_s * unit),
             decode_tokens_per_s=1 / (rates.decode_s * unit) if rates.decode_s else 0.0,
