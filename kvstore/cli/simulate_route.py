@@ -163,8 +163,8 @@ def route(
                 for pool in dict.fromkeys(pools):
                     here = replace(here, factor=factor, pool=pool)
                     for name in dict.fromkeys(routers or router_names()):
-                        rows.append(Row(trace.name, name, count, pool,
-                                        _replayed(trace, here, name, steps)))  # fmt: skip
+                        result = _replayed(trace, here, name, steps)
+                        rows.append(Row(trace.name, name, count, pool, result))
                         if as_json:
                             click.echo(rows[-1].as_json())
     if not as_json:
