@@ -3,7 +3,11 @@
 import json
 
 import pytest
+from click.testing import CliRunner
 
+from kvstore.cli.bench import bench
+from kvstore.cli.bench_router_stream import seconds_until_visible
+from kvstore.cli.bench_rows import Bench
 from kvstore.cli.main import run
 
 FIELDS = [
@@ -26,3 +30,31 @@ def test_every_case_prints_its_row(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_pattern_without_a_case_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "router", "--blocks", "1000", "--case", "nothing*"]) == 2
     assert "is like no case" in capsys.readouterr().err
+
+
+def test_the_group_lists_the_router() -> None:
+    assert "router" in CliRunner().invoke(bench, ["--help"]).output
+
+
+async def test_pairs_are_interleaved_and_oriented_so_that_more_is_better(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    order: list[str] = []
+
+    async def slow() -> float:
+        order.append("slow")
+        return 2e-6
+
+    async def fast() -> float:
+        order.append("fast")
+        return 1e-6
+
+    await Bench("b", pairs=7, as_json=True).against("c", slow, fast, limit_name="fast")
+    assert order == ["slow", "fast"] * 8
+    row = json.loads(capsys.readouterr().out)
+    assert (row["value"], row["limit"], row["ratio_to_limit"], row["runs"]) == (2.0, 1.0, 0.5, 7)
+
+
+async def test_an_event_is_seen_by_a_router_s_view() -> None:
+    times = await seconds_until_visible(3)
+    assert len(times) == 3 and min(times) > 0

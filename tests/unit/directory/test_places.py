@@ -133,3 +133,16 @@ def test_shared_sets_are_forgotten_before_they_grow_without_bound(
     for at, place in enumerate(held):
         index.add(place, ROOT, names(4 - at))
     assert index.match(ROOT, names(4), [place.bit for place in held]) == [4, 3, 2, 1]
+
+
+def test_reaches_part_where_one_holds_what_another_lacks() -> None:
+    """Against a match of each reach alone, whatever lies in between."""
+    index = BlockIndex(max_blocks=100)
+    blocks = [bytes([at]) * 32 for at in range(16)]
+    first, second, third = (index.new_place() for _ in range(3))
+    index.add(first, ROOT, blocks[:13])
+    index.add(second, ROOT, blocks[:6])
+    index.add(third, ROOT, blocks[10:11])
+    reaches = [first.bit, second.bit, third.bit, first.bit | third.bit, 0]
+    alone = [index.match(ROOT, blocks, [reach])[0] for reach in reaches]
+    assert index.match(ROOT, blocks, reaches) == alone == [13, 6, 0, 13, 0]

@@ -75,7 +75,7 @@ def test_a_full_room_turns_away_the_weakest_claim() -> None:
     ticket, gone = room.enter("low", Claim("c", priority=-1))
     assert gone is ticket
     assert len(room) == 3
-    room.leave(gone)
+    room.leave(ticket)
     assert len(room) == 3
 
 

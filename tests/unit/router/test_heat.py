@@ -57,7 +57,8 @@ def test_a_hot_prefix_gets_a_copy_before_its_holder_has_a_queue() -> None:
         feed(view, name, Began(name, 1, 0, (TierKind.HBM,)),
              Changed(ROOT, TierKind.HBM, held), Ended(0),
              Loaded(prefill_tokens_per_s=1_000.0))  # fmt: skip
-    workers = []
+    workers: list[str] = []
+    decision = None
     for number in range(200):
         prompt = Prompt(ROOT, names(12, tail=number + 1), 200)
         decision = placement.decide(prompt, 0.0)
