@@ -157,14 +157,13 @@ def route(
     with steps_shown() as steps:
         for path in traces:
             trace = read_trace(path, block_tokens=block_tokens, limit=limit)
-            for count in dict.fromkeys(workers):
-                here = replace(base, workers=count)
-                factor = slowdown or _slowdown(trace, here, at, utilisation, steps)
+            for sized in (replace(base, workers=count) for count in dict.fromkeys(workers)):
+                factor = slowdown or _slowdown(trace, sized, at, utilisation, steps)
                 for pool in dict.fromkeys(pools):
-                    here = replace(here, factor=factor, pool=pool)
+                    here = replace(sized, factor=factor, pool=pool)
                     for name in dict.fromkeys(routers or router_names()):
                         result = _replayed(trace, here, name, steps)
-                        rows.append(Row(trace.name, name, count, pool, result))
+                        rows.append(Row(trace.name, name, here.workers, pool, result))
                         if as_json:
                             click.echo(rows[-1].as_json())
     if not as_json:
