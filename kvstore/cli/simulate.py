@@ -3,6 +3,7 @@
 import click
 
 from kvstore.cli.simulate_evict import evict
+from kvstore.cli.simulate_route import route
 from kvstore.cli.simulate_tiers import tiers
 
 
@@ -16,4 +17,5 @@ def simulate() -> None:
 
 
 simulate.add_command(evict)
+simulate.add_command(route)
 simulate.add_command(tiers)

@@ -15,6 +15,8 @@ from kvstore.cli.values import BYTES, format_bytes
 from kvstore.directory.policies import make_policy
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.hierarchy import Shape
+from kvstore.simulate.plot import check_plot
+from kvstore.simulate.plot_tiers import Bar, write_bars
 from kvstore.simulate.policies import OPTIMUM, policy_names
 from kvstore.simulate.prices import Prices
 from kvstore.simulate.tiers import Fractions, TiersResult, replay_tiers
@@ -105,6 +107,10 @@ class Row:
 @click.option("--pool-gb-per-s", type=_RATE, default=5.0, show_default=True, help="Pool to DRAM.")
 @click.option("--block-tokens", type=click.IntRange(1), help="Where lengths do not tell it.")
 @click.option("--limit", type=click.IntRange(1), help="Replay the first N requests only.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw hits by tier: FILE.html (self-contained) or FILE.png (extra `plot`).",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One object per line and nothing else.")
 def tiers(
     traces: tuple[Path, ...],
@@ -118,10 +124,13 @@ def tiers(
     peers: bool,
     block_tokens: int | None,
     limit: int | None,
+    plot: Path | None,
     as_json: bool,
     **prices: float,
 ) -> None:
     """Replay traces through HBM, DRAM, NVMe, peers and a shared pool."""
+    if plot is not None:
+        check_plot(plot)
     fractions = Fractions(hbm=hbm, dram=dram, nvme=nvme, pool=pool)
     costs = Prices(**prices)  # type: ignore[arg-type]  # bytes per token come as an int
     rows: list[Row] = []
@@ -138,6 +147,8 @@ def tiers(
                     click.echo(rows[-1].as_json())
     if not as_json:
         _print_tables(rows)
+    if plot is not None:
+        write_bars(plot, [Bar(row.trace, row.policy, row.result.hit) for row in rows])
 
 
 def _print_tables(rows: Sequence[Row]) -> None:
