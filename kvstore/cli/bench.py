@@ -9,7 +9,7 @@ from typing import Final
 
 import click
 
-from kvstore.core.errors import BadInput
+from kvstore.cli.missing import missing
 
 ENTRY_POINT_GROUP: Final = "kvstore.benchmarks"
 _OWN: Final = {
@@ -31,9 +31,7 @@ class Benchmarks(click.Group):
         try:
             command = entry.load()
         except ModuleNotFoundError as error:
-            raise BadInput(
-                f"kvstore bench {cmd_name} needs a package that is not installed ({error.name})"
-            ) from error
+            return missing(f"bench {cmd_name}", error)
         assert isinstance(command, click.Command), entry.value
         return command
 

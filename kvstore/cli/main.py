@@ -11,6 +11,7 @@ from typing import Final
 
 import click
 
+from kvstore.cli.missing import missing
 from kvstore.core.errors import BadInput, KvStoreError
 
 ENTRY_POINT_GROUP: Final = "kvstore.commands"
@@ -41,7 +42,7 @@ class LazyCommands(click.Group):
         try:
             command = entry.load()
         except ModuleNotFoundError as error:
-            return _missing(cmd_name, error)
+            return missing(cmd_name, error)
         if not isinstance(command, click.Command):
             raise BadInput(f"{entry.value} is a {type(command).__name__}, not a click command")
         return command
@@ -52,24 +53,6 @@ def _commands() -> dict[str, EntryPoint]:
     plugins = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     own = {name: EntryPoint(name, value, ENTRY_POINT_GROUP) for name, value in _OWN.items()}
     return plugins | own
-
-
-def _missing(name: str, error: ModuleNotFoundError) -> click.Command:
-    """Return a command that says what to install: `--help` must list it all the same."""
-    reason = (
-        f"needs a package that is not installed ({error.name}): pip install kvstore-llm[worker]"
-    )
-
-    def explain(arguments: tuple[str, ...]) -> None:
-        raise BadInput(f"kvstore {name} {reason}")
-
-    return click.Command(
-        name,
-        callback=explain,
-        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
-        short_help=f"({reason})",
-        context_settings={"ignore_unknown_options": True},
-    )
 
 
 @click.group(

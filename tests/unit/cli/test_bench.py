@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from kvstore.cli import bench_store, bench_store_disk, bench_store_index, bench_store_node
-from kvstore.cli.bench import bench
+from kvstore.cli.bench import ENTRY_POINT_GROUP, bench
 from kvstore.cli.bench_rows import Bench
 from kvstore.cli.main import run
 
@@ -108,3 +109,14 @@ def test_the_parts_know_their_cases() -> None:
     cases = {*bench_store._CALLS, *bench_store._BLOCKS}
     assert len(cases) == len(bench_store._CALLS) + len(bench_store._BLOCKS)
     assert bench_store_node._acquire_reply_bytes(2048) > bench_store_node._acquire_reply_bytes(1)
+
+
+def test_a_benchmark_that_cannot_run_here_is_listed_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = EntryPoint("engine", "kvstore_absent.bench:engine", ENTRY_POINT_GROUP)
+    monkeypatch.setattr("kvstore.cli.bench.entry_points", lambda group: [absent])
+    out = CliRunner().invoke(bench, ["--help"]).output
+    assert "engine" in out and "store" in out
+    assert run(["bench", "engine"]) == 2
+    assert "not installed (kvstore_absent)" in capsys.readouterr().err
