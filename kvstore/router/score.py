@@ -7,11 +7,11 @@ the split that makes both sides equal: blocks before it are computed although a 
 because loading them would take longer. `hit` is chosen among the ends of the tiers, so a tier that
 is slower than computing is left out. What a request costs others is added for the ranking only:
 
-    cost = ttft + DECODE * running * computed + MOVE * (computed + loaded - needed)
+    cost = ttft + DECODE * running * computed + MOVE * full * (computed + loaded - needed)
 
 in seconds, where `needed` is what it would compute with the longest prefix that any worker has in
-its own pages. What is more than that is work that a move makes: everybody behind it waits for it,
-and the copy evicts what somebody else then computes again.
+its own pages. What is more than that is work that a move makes: the copy evicts what somebody
+else then computes again, the more so the fuller (`full`, 0 to 1) the worker's pages are.
 
 Seconds come from the rates each worker measures of itself, corrected by what its requests took. A
 worker that has measured nothing is assumed to be as fast as the known ones on average, and where
@@ -278,7 +278,7 @@ def score(
         moved_s -= wanted_s
         others_s -= COPY * wanted_s
     if moved_s > 0:
-        others_s += MOVE * moved_s
+        others_s += MOVE * candidate.kv_used * moved_s  # empty pages evict nothing
     return Score(candidate.name, own, known, int(queued.tokens), queue_s, pace, plan, others_s)
 
 

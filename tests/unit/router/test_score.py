@@ -128,13 +128,16 @@ def test_what_others_load_from_a_device_delays_ours() -> None:
 def test_what_a_request_costs_others_ranks_and_delays_nothing() -> None:
     busy, idle = candidate("a", running=20), candidate("b", running=0, kv_used=0.9)
     assert best(busy, idle) == "b"
-    entry = score(busy, 1_000, most_own_tokens=480)
-    assert entry.others_s == pytest.approx(DECODE * 20 * 1.0 + MOVE * 0.480)
+    full = replace(busy, kv_used=0.5)
+    entry = score(full, 1_000, most_own_tokens=480)
+    assert entry.others_s == pytest.approx(DECODE * 20 * 1.0 + MOVE * 0.5 * 0.480)
     assert (entry.ttft_s, entry.cost_s) == (1.0, 1.0 + entry.others_s)
 
 
 def test_work_that_makes_a_wanted_copy_is_no_cost() -> None:
-    newcomer = score(candidate("b"), 1_000, most_own_tokens=480, hot_tokens=320)
+    empty = score(candidate("b"), 1_000, most_own_tokens=480)
+    assert empty.others_s == 0.0, "a copy in empty pages evicts nothing"
+    newcomer = score(candidate("b", kv_used=1.0), 1_000, most_own_tokens=480, hot_tokens=320)
     assert newcomer.others_s == pytest.approx(MOVE * 0.160 - COPY * 0.320)
     holder = score(candidate("a", own=480), 1_000, most_own_tokens=480, hot_tokens=320)
     assert holder.others_s == 0.0
@@ -144,7 +147,8 @@ def test_work_that_makes_a_wanted_copy_is_no_cost() -> None:
 
 def test_a_load_that_hides_still_occupies() -> None:
     """What a tier gives to a busy worker is not free: it loads and computes one after the other."""
-    hidden = score(candidate("a", hit=480, queued=queue(500)), 1_000, most_own_tokens=480)
+    busy = candidate("a", hit=480, queued=queue(500), kv_used=1.0)
+    hidden = score(busy, 1_000, most_own_tokens=480)
     assert hidden.ttft_s == pytest.approx(1.020)
     assert hidden.others_s == pytest.approx(MOVE * LOAD_COST * 0.480)
 
