@@ -75,6 +75,7 @@ class BelowDram:
         )
         below.movement = Movement(store, hasher, [Lower(TierKind.NVME, below.nvme)], metrics)
         store.on_request = below.nvme.request
+        store.table.bypass = False
         store.table.publisher.holdings = NodeHoldings(store.table, below.nvme)
         return below
 

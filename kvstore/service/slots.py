@@ -65,6 +65,9 @@ class SlotTable:
         self.writer = array("I", bytes(4 * slots))
         """Session that reserved the slot last; 0 when that was before this incarnation."""
         self.claimed_ms = array("d", bytes(8 * slots))
+        self.bypass = True
+        """Whether the policy may keep newcomers out. Not where tiers lie below: the arena is the
+        only way into them (docs/decisions/0003-bypass-only-at-the-bottom.md)."""
         self.counts = [0] * len(SlotState)
         """Slots by state; FREE counts down from zero."""
         self.used_bytes = 0
@@ -327,7 +330,7 @@ class SlotTable:
             len(newcomers),
             now_ms=now_ms,
             may_evict=lambda key: self._evictable(key, block_bytes),
-            newcomers=[BlockKey(key) for key in newcomers],
+            newcomers=[BlockKey(key) for key in newcomers] if self.bypass else (),
         )
         if victims:
             self.evict((self.index[key] for key in victims), reason="room")

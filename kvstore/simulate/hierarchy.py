@@ -10,6 +10,7 @@ The rules are the service's, per block:
 - Below, the last known copy is written back, not dropped: DRAM → NVMe, NVMe → shared pool, as far
   as the policy there admits it. Nothing is written where it is already.
 - NVMe and pool keep their copy when it is promoted.
+- Only the lowest tier may keep a block out (bypass): a tier above it is the only way into it.
 
 Every tier's content is decided by a production `Policy` object of its own.
 """
@@ -53,8 +54,10 @@ class Shape:
 class DramTier(PolicyTier):
     """The arena: what exactly one HBM of the host holds as well goes first."""
 
-    def __init__(self, policy: Policy, capacity_blocks: int, *, block_bytes: int) -> None:
-        super().__init__(policy, capacity_blocks, block_bytes=block_bytes)
+    def __init__(
+        self, policy: Policy, capacity_blocks: int, *, block_bytes: int, bypass: bool = True
+    ) -> None:
+        super().__init__(policy, capacity_blocks, block_bytes=block_bytes, bypass=bypass)
         self.kept: dict[BlockKey, None] = {}
         """Held here and in one HBM; longest so first."""
 
@@ -95,8 +98,14 @@ class Host:
             PolicyTier(make(), shape.hbm_blocks, block_bytes=block_bytes)
             for _ in range(shape.workers)
         ]
-        self.dram = DramTier(make(), shape.dram_blocks, block_bytes=block_bytes)
-        self.nvme = _optional(shape.nvme_blocks, make, block_bytes)
+        pool = shape.pool_blocks > 0
+        self.dram = DramTier(
+            make(),
+            shape.dram_blocks,
+            block_bytes=block_bytes,
+            bypass=not (shape.nvme_blocks or pool),
+        )
+        self.nvme = _optional(shape.nvme_blocks, make, block_bytes, bypass=not pool)
         self.listed: Counter[BlockKey] = Counter()
         """How many HBMs of this host hold a block."""
 
@@ -114,8 +123,12 @@ class Host:
                 kept.pop(block, None)
 
 
-def _optional(blocks: int, make: PolicyMaker, block_bytes: int) -> PolicyTier | None:
-    return PolicyTier(make(), blocks, block_bytes=block_bytes) if blocks else None
+def _optional(
+    blocks: int, make: PolicyMaker, block_bytes: int, *, bypass: bool = True
+) -> PolicyTier | None:
+    if not blocks:
+        return None
+    return PolicyTier(make(), blocks, block_bytes=block_bytes, bypass=bypass)
 
 
 class Hierarchy:

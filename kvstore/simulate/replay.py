@@ -84,8 +84,12 @@ _NOTHING: Final = Moved([], [])
 class PolicyTier:
     """One tier of equal slots whose content a `Policy` decides: an arena without bytes."""
 
-    def __init__(self, policy: Policy, capacity_blocks: int, *, block_bytes: int) -> None:
+    def __init__(
+        self, policy: Policy, capacity_blocks: int, *, block_bytes: int, bypass: bool = True
+    ) -> None:
+        """`bypass`: whether the policy may keep newcomers out. Not where a tier lies below."""
         assert capacity_blocks > 0 and not len(policy)
+        self.bypass = bypass
         self.policy = policy
         self.capacity_blocks = capacity_blocks
         self.block_bytes = block_bytes
@@ -190,10 +194,13 @@ class PolicyTier:
     ) -> list[BlockKey]:
         """Drop at most `count` blocks that are not leased, worst first; returns them.
 
-        For `newcomers` only those that the policy thinks worth less.
+        For `newcomers` only those that the policy thinks worth less, where it may bypass.
         """
         victims = self.policy.victims(
-            count, now_ms=now_ms, may_evict=lambda block: block not in leased, newcomers=newcomers
+            count,
+            now_ms=now_ms,
+            may_evict=lambda block: block not in leased,
+            newcomers=newcomers if self.bypass else (),
         )
         for victim in victims:
             self.held.remove(victim)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,28 @@ def test_nvme_is_written_once_and_keeps_its_copy() -> None:
     assert moved.get("dram>nvme", 0) + moved.get("hbm>nvme", 0) == 3
     nvme = cluster.tree.hosts[0].nvme
     assert nvme is not None and nvme.held == {1, 2, 3}
+
+
+class Refusing(Lru):
+    """Thinks every newcomer worth less than what is held."""
+
+    def victims(self, count: int, **options: Any) -> list[BlockKey]:
+        return [] if options.get("newcomers") else super().victims(count, **options)
+
+
+def test_only_the_lowest_tier_keeps_newcomers_out() -> None:
+    """What DRAM refuses would be lost to an NVMe that has room for it."""
+    alone = Hierarchy(Shape(hbm_blocks=1, dram_blocks=2), Refusing, 1)
+    over = Hierarchy(Shape(hbm_blocks=1, dram_blocks=2, nvme_blocks=8), Refusing, 1)
+    for tree in (alone, over):
+        host = tree.hosts[0]
+        for number in range(1, 9):
+            request = TraceRequest(number, 512, 1, [BlockKey(number)])
+            tree.serve(host, 0, request, [tree.find(host, 0, BlockKey(number))])
+    assert len(alone.hosts[0].dram.held | alone.hosts[0].hbms[0].held) <= 3
+    nvme = over.hosts[0].nvme
+    assert nvme is not None
+    assert over.hosts[0].dram.held | nvme.held >= set(range(1, 9))
 
 
 def test_peers_are_read_only_where_hosts_are_peers() -> None:

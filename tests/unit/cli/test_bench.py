@@ -12,6 +12,7 @@ from kvstore.cli import bench_store, bench_store_disk, bench_store_index, bench_
 from kvstore.cli.bench import ENTRY_POINT_GROUP, bench
 from kvstore.cli.bench_rows import Bench
 from kvstore.cli.main import run
+from kvstore.cli.missing import missing
 
 ROW = {
     "bench", "case", "value", "unit", "limit", "limit_name", "ratio_to_limit", "peer",
@@ -120,3 +121,5 @@ def test_a_benchmark_that_cannot_run_here_is_listed_all_the_same(
     assert "engine" in out and "store" in out
     assert run(["bench", "engine"]) == 2
     assert "not installed (kvstore_absent)" in capsys.readouterr().err
+    stand_in = missing("engine", ModuleNotFoundError("no", name="torch"))
+    assert "torch" in str(stand_in.short_help)

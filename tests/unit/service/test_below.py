@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -10,6 +11,8 @@ from kvstore.core.errors import BadInput
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import Changed, TierKind
+from kvstore.directory.lru import Lru
+from kvstore.directory.policy import BlockKey
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.v1 import types_pb2
 from kvstore.service.below import BelowConfig, BelowDram
@@ -130,6 +133,7 @@ async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> 
         hashing = asyncio.create_task(hasher.run())
         assert below.nvme is not None
         nvme = below.nvme
+        assert not small.table.bypass, "the arena is the only way to the disk"
         await nvme.loaded()
         session, info = small.session(1)
         prompt = names(5)
@@ -175,3 +179,26 @@ async def test_without_a_disk_nothing_is_below() -> None:
         assert below.bits(Root(bytes(32)), BlockName(bytes(32))) == 0
         below.measure()
         await below.close()
+
+
+class Refusing(Lru):
+    """Thinks every newcomer worth less than what is held."""
+
+    def victims(self, count: int, **options: Any) -> list[BlockKey]:
+        return [] if options.get("newcomers") else super().victims(count, **options)
+
+
+@pytest.mark.parametrize(("bypass", "reserved"), [(True, 0), (False, 4)])
+def test_the_arena_keeps_nothing_out_where_a_tier_lies_below(bypass: bool, reserved: int) -> None:
+    with small_store(8) as small:
+        small.table.policy = Refusing()
+        small.table.bypass = bypass
+        session, info = small.session(1)
+        old = names(8)
+        small.put(session, info, old, 0.0)
+        slots = list(small.table.index.values())
+        small.table.seal(slots, [bytes(16)] * len(slots))
+        answer = small.store.acquire(
+            session, info, b"".join(names(4, 9)), reserve=4, first_block=0, now_ms=1.0
+        )
+        assert len(answer.reserved_slots) == reserved
