@@ -112,9 +112,9 @@ def test_only_the_lowest_tier_keeps_newcomers_out() -> None:
             request = TraceRequest(number, 512, 1, [BlockKey(number)])
             tree.serve(host, 0, request, [tree.find(host, 0, BlockKey(number))])
     assert len(alone.hosts[0].dram.held | alone.hosts[0].hbms[0].held) <= 3
-    nvme = over.hosts[0].nvme
-    assert nvme is not None
-    assert over.hosts[0].dram.held | nvme.held >= set(range(1, 9))
+    host = over.hosts[0]
+    assert host.nvme is not None
+    assert host.hbms[0].held | host.dram.held | host.nvme.held == set(range(1, 9))
 
 
 def test_peers_are_read_only_where_hosts_are_peers() -> None:
