@@ -28,9 +28,15 @@ class Ancestry:
         return self._parents.pop(block, -1) != -1
 
     def above(self, block: BlockKey) -> Iterator[BlockKey]:
-        """Yield the held ancestors of a held block, nearest first."""
+        """Yield the held ancestors of a held block, nearest first, each once.
+
+        Names come from callers: A after B in one call and B after A in another make a ring, which no
+        chain of hashes would.
+        """
+        seen = {block}
         parent = self._parents[block]
-        while parent is not None and parent in self._parents:
+        while parent is not None and parent in self._parents and parent not in seen:
+            seen.add(parent)
             yield parent
             parent = self._parents[parent]
 

@@ -56,6 +56,17 @@ class PolicyContract:
         assert [BlockKey(n) in policy for n in range(4)] == [True, False, True, False]
         assert policy.name
 
+    def test_a_ring_of_parents_ends(self) -> None:
+        """Names come from callers: nothing but good manners keeps A from following B and back."""
+        policy = self.make()
+        one, other, third = blocks([1, 2, 3])
+        policy.insert([one], parent=other, now_ms=0.0)
+        policy.insert([other], parent=one, now_ms=1.0)
+        policy.insert([third], parent=one, now_ms=2.0)
+        assert len(policy) == 3
+        gone = policy.victims(3, now_ms=3.0, may_evict=_anything)
+        assert sorted(gone) == [1, 2, 3]
+
     def test_unknown_blocks_are_ignored(self) -> None:
         policy = self._filled(2)
         policy.request(prompt([9, 10], 5000.0))
