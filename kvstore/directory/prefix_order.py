@@ -30,8 +30,8 @@ class Ancestry:
     def above(self, block: BlockKey) -> Iterator[BlockKey]:
         """Yield the held ancestors of a held block, nearest first, each once.
 
-        Names come from callers: A after B in one call and B after A in another make a ring, which no
-        chain of hashes would.
+        Names come from callers: A after B in one call and B after A in another make a ring, which
+        no chain of hashes would.
         """
         seen = {block}
         parent = self._parents[block]
