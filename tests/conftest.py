@@ -1,9 +1,15 @@
 """Settings of all tests."""
 
+import os
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Triton decides at its import; the first test to import it decides for all of a run.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Machines that run tests are shared: how long one example takes says nothing. The suite has its
 # own timeouts, and an example that fails is printed with what it takes to replay it.

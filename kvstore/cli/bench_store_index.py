@@ -53,7 +53,7 @@ async def _bench_lookups(bench: Bench, blocks: int) -> None:
         _hold(store, info, _names(prompt))
     gc.collect()
     if bench.wants(_CASES[1]):
-        grown = (_resident_bytes() - before) / blocks
+        grown = max(1.0, (_resident_bytes() - before) / blocks)
         bench.row(_CASES[1], grown, f"B at {blocks:,}", limit=300.0,
                   limit_name="DESIGN's bound", ratio=300.0 / grown, runs=1)  # fmt: skip
     prompts = [_names(number * 7 % (blocks // _PROMPT)) for number in range(16)]
