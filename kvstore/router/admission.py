@@ -11,7 +11,7 @@ priority, of the domain that holds most places for its weight, the one that came
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Final, Generic, NamedTuple, TypeVar
 
 MIN_RETRY_MS: Final = 100.0
@@ -22,6 +22,7 @@ MAX_DOMAINS: Final = 4_096
 """Domains whose virtual time is remembered; those that are owed nothing are forgotten first."""
 
 _SMOOTH: Final = 0.1
+_SLACK: Final = 64
 
 Item = TypeVar("Item")
 
@@ -122,6 +123,12 @@ class WaitingRoom(Generic[Item]):
             del self._queues[priority][domain]
             if not self._queues[priority]:
                 del self._queues[priority]
+            return
+        # Tickets that left from the middle: a flood that is refused must not pile up here.
+        queue = self._queues[priority][domain]
+        if len(queue) > 2 * self._places[key] + _SLACK:
+            queue[:] = [entry for entry in queue if entry[2].waiting]
+            heapify(queue)
 
     def first(self) -> Ticket[Item] | None:
         """Return the ticket that goes next; it stays until it is granted or leaves."""

@@ -7,7 +7,7 @@ one tree (`kvstore.router.coming`): a decision walks no bookings.
 """
 
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -67,7 +67,7 @@ class _AtWorker:
     def __init__(self) -> None:
         self.all: OrderedDict[int, Booking] = OrderedDict()
         self.names = 0
-        self.waiting: deque[Booking] = deque()
+        self.waiting: OrderedDict[int, Booking] = OrderedDict()
         self.since = -math.inf
         self.tokens = 0.0
         self.token_depths = 0.0
@@ -82,24 +82,26 @@ class _AtWorker:
         if not booking.queued:
             return
         booking.queued = False
+        del self.waiting[booking.number]
         work = booking.work
         self.tokens -= work.tokens
         self.token_depths = self.token_depths - work.token_depths if self.tokens else 0.0
-        while self.waiting and not self.waiting[0].queued:
-            self.waiting.popleft()
 
     def queue_since(self, since: float) -> Work:
         """Return the work of bookings made at `since` or later. Amortised O(1) while time grows."""
         if since < self.since:  # only the first report of a restarted worker goes back
             self._recount()
         self.since = since
-        while self.waiting and (not self.waiting[0].queued or self.waiting[0].made_ms < since):
-            self.dequeue(self.waiting[0])
+        while self.waiting:
+            first = next(iter(self.waiting.values()))
+            if first.made_ms >= since:
+                break
+            self.dequeue(first)
         return Work(self.tokens, self.token_depths)
 
     def _enqueue(self, booking: Booking) -> None:
         booking.queued = True
-        self.waiting.append(booking)
+        self.waiting[booking.number] = booking
         work = booking.work
         self.tokens += work.tokens
         self.token_depths += work.token_depths

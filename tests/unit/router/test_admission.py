@@ -136,3 +136,16 @@ def test_the_room_never_loses_a_ticket(steps: list[tuple[str, int, str, int]], b
             del inside[first.number]
         assert len(room) == len(inside) <= bound
         assert (room.first() is None) == (not inside)
+
+
+def test_a_flood_that_is_refused_leaves_nothing_behind() -> None:
+    room: WaitingRoom[str] = WaitingRoom(bound=8)
+    for _ in range(8):
+        room.enter("first", Claim(deadline_ms=1_000))
+    for _ in range(5_000):
+        ticket, victim = room.enter("flood", Claim(deadline_ms=60_000))
+        assert victim is ticket
+    assert len(room) == 8
+    kept = sum(len(queue) for domains in room._queues.values() for queue in domains.values())
+    assert kept < 200, "tickets that left are not kept until their time"
+    assert served(room, 8) == ["first"] * 8

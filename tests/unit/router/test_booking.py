@@ -98,3 +98,12 @@ def test_bounds_drop_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(bookings), bookings.in_flight("w")) == (3, 0)
     huge = book(bookings, "h", of=names(1, 2, 3, 4, 5, 6))
     assert bookings.complete(huge.number) is huge  # one alone may be over the bound
+
+
+def test_completed_bookings_leave_the_queue_behind_one_that_is_not() -> None:
+    bookings = Bookings(lifetime_ms=1e9)
+    book(bookings)
+    for _ in range(1_000):
+        bookings.complete(book(bookings).number)
+    assert bookings.queued("w", load_ms=-1e9).tokens == 100
+    assert len(bookings._by_worker["w"].waiting) == 1

@@ -238,10 +238,10 @@ class Pipeline:
         tokens, keeps = len(packed) // 4, not running.request.no_store
 
         def prompt(exclude: Sequence[str]) -> Prompt:
-            workers = running.offer.workers
-            shares = self._config.share_domain, running.request.priority
-            root = running.offer.root
-            return Prompt(root, names, tokens, frozenset(exclude), workers, keeps, *shares)
+            return Prompt(
+                running.offer.root, names, tokens, frozenset(exclude), running.offer.workers,
+                keeps, domain=self._config.share_domain, priority=running.request.priority,
+            )  # fmt: skip
 
         left_ms = running.left_s * 1_000
         if failed:
