@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.cli.bench_rows import Bench
 from kvstore.client import Client, ClientConfig
+from kvstore.core.errors import Unreachable
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import BlockName, Namespace, Root, chain, pack_tokens
 from kvstore.directory.lru import Lru
@@ -30,6 +31,7 @@ from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
 _CASES: Final = ("names looked up, in process", "memory per block held", "nvme index, restart")
 _PROMPT: Final = 2_048
+_PATIENCE_S: Final = 20.0
 _BLOCKS: Final = 1_000_000
 _QUICK_BLOCKS: Final = 100_000
 _ROOT: Final = Root(hashlib.sha256(b"bench").digest())
@@ -156,7 +158,10 @@ def bench_restart(bench: Bench, node: RunningNode) -> None:
     ) as client:
         names = list(chain(client.root, pack_tokens(range(64 * 16))))
         client.put(names, [bytes([n]) * (1 << 20) for n in range(64)])
+        ends = time.monotonic() + _PATIENCE_S
         while client.stats().slots["committed"]:
+            if time.monotonic() > ends:
+                raise Unreachable("the node did not seal what was put")
             time.sleep(0.01)
         for _ in range(3):
             incarnation = node.kill_node()

@@ -30,6 +30,7 @@ from kvstore.rpc.v1 import cache_pb2, types_pb2
 from kvstore.testing.node import new_run_dir
 
 MIB: Final = 1 << 20
+_PATIENCE_S: Final = 20.0
 _CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
 
 
@@ -167,8 +168,9 @@ async def _bench_put(bench: Bench, run_dir: Path) -> None:
             tokens = np.full(batch * 16, next(prompts), np.uint32).tobytes()
             fresh: list[BlockName] = list(chain(client.root, tokens))
             assert None not in await client.put(fresh, private)
-            while (await client.stats()).slots["committed"]:
-                pass
+            async with asyncio.timeout(_PATIENCE_S):
+                while (await client.stats()).slots["committed"]:
+                    pass
 
         async def limit() -> None:
             for slot, block in zip(slots, private, strict=True):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 
@@ -19,8 +20,9 @@ from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_space import Held
 
-FLUSH_S = 2.0
-"""How long a node that ends in good order may write what is not below yet."""
+_SEAL_S: Final = 1.0
+_FLUSH_S: Final = 2.0
+"""How long a node that ends in good order may hash, and write below, what is not there yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +48,15 @@ class BelowConfig:
 class BelowDram:
     """What lies below one arena, and the movement between. Made by `start`."""
 
-    def __init__(self, store: ArenaStore, hasher: Hasher, metrics: NodeMetrics) -> None:
+    def __init__(
+        self, store: ArenaStore, hasher: Hasher, metrics: NodeMetrics, nvme: NvmeTier | None
+    ) -> None:
         """For `start`: use that."""
-        self._store = store
         self._metrics = metrics
         self._hasher = hasher
-        self.nvme: NvmeTier | None = None
-        self.movement = Movement(store, hasher, (), metrics)
+        self.nvme = nvme
+        lowers = [] if nvme is None else [Lower(TierKind.NVME, nvme)]
+        self.movement = Movement(store, hasher, lowers, metrics)
 
     @classmethod
     async def start(
@@ -64,20 +68,22 @@ class BelowDram:
         registry: CollectorRegistry,
     ) -> "BelowDram":
         """Open the tiers; raises `BadInput` or `Refused` naming a directory that cannot be used."""
-        below = cls(store, hasher, metrics)
         if config.nvme is None:
-            return below
-        below.nvme = await NvmeTier.start(
+            return cls(store, hasher, metrics, None)
+
+        def tell(held: Sequence[Held], deleted: bool) -> None:
+            publish(store.table.publisher, held, deleted=deleted)
+
+        nvme = await NvmeTier.start(
             NvmeConfig(directory=config.nvme, capacity_bytes=config.nvme_bytes),
             make_policy(config.policy),
             TierMetrics(registry),
-            listener=below._tell,
+            listener=tell,
         )
-        below.movement = Movement(store, hasher, [Lower(TierKind.NVME, below.nvme)], metrics)
-        store.on_request = below.nvme.request
+        store.on_request = nvme.request
         store.table.bypass = False
-        store.table.publisher.holdings = NodeHoldings(store.table, below.nvme)
-        return below
+        store.table.publisher.holdings = NodeHoldings(store.table, nvme)
+        return cls(store, hasher, metrics, nvme)
 
     def bits(self, root: Root, name: BlockName) -> int:
         """Return which tiers below hold a block: bit (1 << tier) for each."""
@@ -93,11 +99,13 @@ class BelowDram:
             self._metrics.capacity_bytes.labels("nvme").set(self.nvme.capacity_bytes)
 
     async def close(self) -> None:
-        """Write what is not below yet, as far as there is time, and close the tiers."""
-        await self.movement.flush(FLUSH_S)
+        """Write what is not below yet, as far as there is time, and close the tiers.
+
+        The hasher has to run still: what has no sum is not written.
+        """
+        if self.nvme is not None:
+            await self._hasher.sealed(_SEAL_S)
+        await self.movement.flush(_FLUSH_S)
         await self.movement.close()
         if self.nvme is not None:
             await self.nvme.close()
-
-    def _tell(self, held: Sequence[Held], deleted: bool) -> None:
-        publish(self._store.table.publisher, held, deleted=deleted)

@@ -14,16 +14,18 @@ _SLICE: Final = 4_096
 async def clear(store: ArenaStore, nvme: NvmeTier | None, root: Root | None) -> int:
     """Drop every block under a root (None: all); returns how many, each tier counted for itself.
 
-    Blocks under a lease are void at once and their slots free when the lease ends. What is being
-    computed or loaded at this moment comes after, and stays.
+    Blocks under a lease are void at once and their slots free when the lease ends; those on their
+    way up or down are forgotten when they arrive. What is being computed comes after, and stays.
     """
     number: int | None = None
     cleared = 0
     if root is not None:
         info = store.table.roots.get(root)
         number = -1 if info is None else info.number
+    if store.promoter is not None:
+        store.promoter.forget(number)
     for first in range(0, len(store.table.state), _SLICE):
         cleared += store.clear(number, first, first + _SLICE)
         await asyncio.sleep(0)
-    # Below last: a load that began before would bring a block up again otherwise.
+    # Below last: what an eviction was about to write is dropped above by now.
     return cleared + (await nvme.clear(root) if nvme is not None else 0)

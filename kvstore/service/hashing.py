@@ -79,6 +79,16 @@ class Hasher:
         """Return at the next change of what is readable."""
         await self._progress.wait()
 
+    async def sealed(self, deadline_s: float) -> bool:
+        """Wait until nothing that was committed lacks its sum; False at the deadline."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self._store.table.counts[SlotState.COMMITTED]:
+                    await self.progress()
+        except TimeoutError:
+            return False
+        return True
+
     def announce(self) -> None:
         """Wake everyone in `progress`: blocks turned readable, or a reservation ended."""
         self._progress.set()

@@ -166,7 +166,7 @@ class Movement:
             self._hasher.note_corrupt(lower.kind.name.lower(), table.key[slot])
         holder = table.index.get(table.key[slot])
         twice = holder is not None and holder != slot and table.state[holder] in READABLE
-        if outcome is not Outcome.HIT or twice:
+        if outcome is not Outcome.HIT or twice or not self.promoter.wants(slot):
             self._give_up(slot)
             self._unpin_drained(slot, item.drained)
             return False

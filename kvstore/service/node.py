@@ -115,11 +115,11 @@ class Node:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             loop.remove_reader(self._control.fileno())
+            await server.stop(0.2)
+            await below.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await server.stop(0.2)
-            await below.close()
             await metrics.stop()
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one

@@ -63,6 +63,8 @@ class Promoter:
         self._reserver = reserver
         self._below = below
         self._from: dict[int, TierKind] = {}
+        self._unwanted: set[int] = set()
+        """Slots being filled with blocks that were forgotten meanwhile."""
 
     def pending(self, wanted: Wanted, found: int, within_ms: float) -> Pending:
         """Return what follows the `found` ready blocks within `within_ms`, reserving for it.
@@ -103,9 +105,21 @@ class Promoter:
                 break
         return answer.loads
 
+    def forget(self, root_number: int | None) -> None:
+        """Let what is on its way under a root (None: any) not count when it arrives."""
+        table = self._reserver.table
+        self._unwanted |= {
+            slot for slot in self._from if root_number in (None, table.root_number[slot])
+        }
+
+    def wants(self, slot: int) -> bool:
+        """Say whether a slot's block is still wanted."""
+        return slot not in self._unwanted
+
     def settled(self, slot: int) -> None:
         """Take note that the loader is done with a slot, whatever it came to."""
         del self._from[slot]
+        self._unwanted.discard(slot)
         self._reserver.unreserve(self.loader, slot)
 
     def _start(

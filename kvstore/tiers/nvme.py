@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from kvstore.core.errors import KvStoreError, Unreachable
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.policy import Policy, Prompt, block_key
 from kvstore.observe.metrics import TierMetrics
 from kvstore.tiers.base import BlockHeader, ReadItem, WriteItem
-from kvstore.tiers.breaker import Breaker
 from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_device import Device, DiskDevice
 from kvstore.tiers.nvme_files import NvmeFiles
 from kvstore.tiers.nvme_format import HEADER_BYTES
+from kvstore.tiers.nvme_health import NvmeHealth
 from kvstore.tiers.nvme_room import Listener, NvmeRoom
 from kvstore.tiers.nvme_space import Held, NvmeSpace
 from kvstore.tiers.nvme_threads import DeviceThreads, Operation, until_stalled
@@ -63,7 +64,8 @@ class NvmeTier:
     ) -> None:
         """For `start`: use that."""
         self._config = config
-        self._metrics = metrics
+        loop = asyncio.get_running_loop()
+        self._health = NvmeHealth(metrics, lambda: loop.time() * 1_000)
         self._threads = DeviceThreads(config.threads, config.writers)
         self._files = NvmeFiles(config.directory, device)
         self._space = NvmeSpace(config.capacity_bytes, segment_bytes=config.segment_bytes)
@@ -74,15 +76,13 @@ class NvmeTier:
             policy,
             metrics,
             listener=listener,
-            failed=lambda error: self._failed("write", error),
+            failed=partial(self._health.failed, "write"),
         )
-        self._breakers = {"read": Breaker(), "write": Breaker()}
-        self._writing: set[int] = set()
-        self._loop = asyncio.get_running_loop()
+        self._writing: dict[int, Root] = {}
+        """Keys under way to the disk, and their roots."""
+        self._unwanted: set[int] = set()
+        """Those of them that were forgotten meanwhile."""
         self._lock_fd = -1
-        self.hits = 0
-        self.misses = 0
-        self.corrupt = 0
         self._loaded = asyncio.Event()
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -102,33 +102,39 @@ class NvmeTier:
         Raises `BadInput` when the directory cannot be used, `Refused` when another node uses it.
         """
         tier = cls(config, policy, metrics, device=device or DiskDevice(), listener=listener)
-        tier._lock_fd = tier._files.lock()
+        try:
+            tier._lock_fd = tier._files.lock()
+        except KvStoreError:
+            tier._threads.close()
+            raise
         tier._tasks = [
             asyncio.create_task(tier._load(), name="nvme-load"),
             asyncio.create_task(tier._keep_synced(), name="nvme-sync"),
         ]
         return tier
 
-    async def loaded(self) -> None:
-        """Return when the index of an earlier run has been read."""
-        await self._loaded.wait()
+    async def loaded(self, deadline_s: float = 60.0) -> None:
+        """Return when the index of an earlier run has been read.
+
+        Raises `Unreachable` at the deadline: the disk is slow, or the log says why it is no use.
+        """
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._loaded.wait()
+        except TimeoutError as error:
+            raise Unreachable(f"NVMe directory {self._config.directory} was not read") from error
 
     @property
     def in_device(self) -> int:
         """Operations inside the device now."""
         return self._threads.running
 
-    @property
-    def queued(self) -> int:
-        """Operations that wait for a thread."""
-        return self._threads.queued
-
     def holds(self, root: Root, name: BlockName) -> bool:
         """Say whether a read would probably hit; False while the breaker lets no read through."""
         return (
             block_key(root, name) in self._space.index
             and not self._closed
-            and self._breakers["read"].would_enter(self._now_ms())
+            and self._health.would_enter("read")
         )
 
     @property
@@ -140,6 +146,26 @@ class NvmeTier:
     def capacity_bytes(self) -> int:
         """Bytes that all slots together may take."""
         return self._space.capacity_bytes
+
+    @property
+    def hits(self) -> int:
+        """Blocks read and verified, since the start."""
+        return self._health.reads[Outcome.HIT]
+
+    @property
+    def misses(self) -> int:
+        """Blocks asked for and not got, for whatever reason."""
+        return self._health.reads.total() - self.hits
+
+    @property
+    def corrupt(self) -> int:
+        """Blocks that failed their sums."""
+        return self._health.reads[Outcome.CORRUPT]
+
+    @property
+    def evictions(self) -> int:
+        """Blocks dropped to make room."""
+        return self._room.evictions
 
     def __len__(self) -> int:
         return len(self._space)
@@ -154,11 +180,7 @@ class NvmeTier:
 
     def measure(self) -> None:
         """Set the gauges."""
-        metrics, now_ms = self._metrics, self._now_ms()
-        metrics.in_device.labels(self.name).set(self.in_device)
-        metrics.queued.labels(self.name).set(self.queued)
-        for operation, breaker in self._breakers.items():
-            metrics.breaker.labels(self.name, operation).set(breaker.state(now_ms))
+        self._health.measure(self.in_device, self._threads.queued)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -169,7 +191,7 @@ class NvmeTier:
         await self._see_through(flights, deadline_ms, "read")
         outcomes = [one.outcome or Outcome.LATE if isinstance(one, _Flight) else one
                     for one in started]  # fmt: skip
-        self._count("read", outcomes, [len(item.into) for item in batch])
+        self._health.count("read", outcomes, [len(item.into) for item in batch])
         return outcomes
 
     def _start_read(self, item: ReadItem) -> "_Flight | Outcome":
@@ -192,7 +214,7 @@ class NvmeTier:
         place = self._space.find(item.root, item.name)
         if place is None or self._space.at(place).slot_bytes != HEADER_BYTES + len(item.into):
             return Outcome.MISS
-        if not self._breakers["read"].enter(self._now_ms()):
+        if not self._health.enter("read"):
             return Outcome.REFUSED
         return place
 
@@ -225,7 +247,7 @@ class NvmeTier:
         await self._see_through(flights, deadline_ms, "write")
         outcomes = [one.outcome or Outcome.LATE if isinstance(one, _Flight) else one
                     for one in started]  # fmt: skip
-        self._count("write", outcomes, [len(item.source) for item in batch])
+        self._health.count("write", outcomes, [len(item.source) for item in batch])
         return outcomes
 
     async def _start_write(
@@ -238,20 +260,20 @@ class NvmeTier:
         if key in self._space.index:
             there = self._space.find(header.root, header.name) is not None
             return Outcome.HIT if there else Outcome.REFUSED
-        if not self._breakers["write"].would_enter(self._now_ms()):
+        if not self._health.would_enter("write"):
             return Outcome.REFUSED
-        self._writing.add(key)
+        self._writing[key] = header.root
         try:
             place = await self._room.take(newcomers)
             if place is None:
-                self._writing.discard(key)
+                self._not_writing(key)
                 return Outcome.REFUSED
-            if self._closed or not self._breakers["write"].enter(self._now_ms()):
+            if self._closed or not self._health.enter("write"):
                 self._space.release(place)
-                self._writing.discard(key)
+                self._not_writing(key)
                 return Outcome.REFUSED
         except BaseException:
-            self._writing.discard(key)
+            self._not_writing(key)
             raise
         files, slot = self._room.files_at(place)
         call = partial(self._files.write, files, slot, header, item.source)
@@ -262,10 +284,13 @@ class NvmeTier:
     def _write_ended(self, flight: _Flight, item: WriteItem, future: "asyncio.Future[Any]") -> None:
         header = item.header
         outcome = self._judge("write", flight, future)
+        wanted = self._not_writing(block_key(header.root, header.name))
         if outcome is Outcome.HIT:
             self._room.hold(flight.place, header)
+            if not wanted:
+                self._room.erase([flight.place], "removed")
+                outcome = Outcome.REFUSED
         self._space.release(flight.place)
-        self._writing.discard(block_key(header.root, header.name))
         flight.outcome = outcome
         item.drained.set()
 
@@ -273,18 +298,35 @@ class NvmeTier:
 
     async def remove(self, blocks: Sequence[tuple[Root, BlockName]]) -> None:
         """Forget blocks, also after a restart; unknown ones are ignored."""
+        self._unwanted |= self._writing.keys() & {block_key(*block) for block in blocks}
         places = [self._space.find(root, name) for root, name in dict.fromkeys(blocks)]
         await self._forget([place for place in places if place is not None], "removed")
 
     async def clear(self, root: Root | None) -> int:
-        """Forget every block under a root (None: all), also after a restart; returns how many."""
+        """Forget every block under a root (None: all), also after a restart; returns how many.
+
+        What is being written at this moment is forgotten too, and so are rows left behind.
+        """
+        self._unwanted |= {key for key, its in self._writing.items() if root in (None, its)}
         cleared = 0
         for number in list(self._space.segments):
-            if number in self._space.segments:  # its class may have changed meanwhile
-                places = self._space.places_of(self._space.segments[number], root)
-                await self._forget(places, "cleared")
-                cleared += len(places)
+            if number not in self._space.segments:  # its class has changed meanwhile
+                continue
+            left = self._room.erase_left(number, root)
+            places = self._space.places_of(self._space.segments[number], root)
+            await self._forget(places, "cleared")
+            cleared += len(places)
+            if left is not None:
+                with contextlib.suppress(OSError, asyncio.CancelledError):
+                    await left.future
         return cleared
+
+    def _not_writing(self, key: int) -> bool:
+        """Note that a write has ended; returns whether its block is still wanted."""
+        del self._writing[key]
+        wanted = key not in self._unwanted
+        self._unwanted.discard(key)
+        return wanted
 
     async def _forget(self, places: Sequence[int], reason: str) -> None:
         for operation in self._room.erase(places, reason):
@@ -304,16 +346,17 @@ class NvmeTier:
                 await self._room.sync()
         self._room.closed = True
         self._threads.close()
-        if await self._threads.drained(_CLOSE_S):  # else the descriptors stay with hung calls
+        if await self._threads.drained(_CLOSE_S):
             self._room.close_files()
-        os.close(self._lock_fd)
+            os.close(self._lock_fd)
+        # Else both stay until the process ends: a call that hangs may still write there.
 
     async def _load(self) -> None:
         try:
             found = await self._room.load()
-        except OSError as error:
-            self._failed("read", error)
-            _log.error("NVMe directory %s cannot be read: %s", self._config.directory, error)
+        except Exception as error:  # task boundary: without its disk the node goes on
+            self._health.failed("read", error)
+            _log.error("NVMe directory %s cannot be read: %r", self._config.directory, error)
             return
         self._loaded.set()
         if found:
@@ -335,7 +378,7 @@ class NvmeTier:
         try:
             await until_stalled(futures, deadline_ms / 1_000)
             if any(flight.outcome is None for flight in flights):
-                self._breakers[operation].failed(self._now_ms())
+                self._health.stalled(operation)
         finally:
             for flight in flights:
                 if flight.outcome is None:
@@ -344,46 +387,13 @@ class NvmeTier:
 
     def _judge(self, operation: str, flight: _Flight, future: "asyncio.Future[Any]") -> Outcome:
         """Return what a flight came to, and tell the breaker."""
-        breaker = self._breakers[operation]
         if future.cancelled():
-            breaker.abandoned()
+            self._health.abandoned(operation)
             return Outcome.LATE if flight.late else Outcome.REFUSED
         error = future.exception()
         if error is not None:
-            self._failed(operation, error)
+            self._health.failed(operation, error)
             return Outcome.REFUSED
         if not flight.late:
-            breaker.succeeded()
+            self._health.succeeded(operation)
         return Outcome.HIT if operation == "write" else future.result()
-
-    def _failed(self, operation: str, error: BaseException | None) -> None:
-        if not isinstance(error, OSError):
-            _log.error("NVMe %s: unexpected %r", operation, error)
-        kind = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "other"
-        self._metrics.device_errors.labels(self.name, operation, kind).inc()
-        breaker = self._breakers[operation]
-        opened = breaker.opened
-        breaker.failed(self._now_ms())
-        if breaker.opened > opened:
-            # Its text: a record that is kept would keep the frames, and the buffers in them.
-            _log.warning("NVMe %s breaker open: %s", operation, str(error))
-
-    @property
-    def evictions(self) -> int:
-        """Blocks dropped to make room, since the start."""
-        return self._room.evictions
-
-    def _count(self, operation: str, outcomes: Sequence[Outcome], sizes: Sequence[int]) -> None:
-        if operation == "read":
-            self.hits += outcomes.count(Outcome.HIT)
-            self.corrupt += outcomes.count(Outcome.CORRUPT)
-            self.misses += len(outcomes) - outcomes.count(Outcome.HIT)
-        for outcome in set(outcomes):
-            self._metrics.operations.labels(self.name, operation, outcome.name.lower()).inc(
-                outcomes.count(outcome)
-            )
-        moved = sum(size for size, one in zip(sizes, outcomes, strict=True) if one is Outcome.HIT)
-        self._metrics.moved_bytes.labels(self.name, operation).inc(moved)
-
-    def _now_ms(self) -> float:
-        return self._loop.time() * 1_000

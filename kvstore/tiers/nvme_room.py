@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
+from kvstore.core.names import Root
 from kvstore.directory.policy import BlockKey, Policy, block_key
 from kvstore.observe.metrics import TierMetrics
 from kvstore.tiers.base import BlockHeader
@@ -176,6 +177,11 @@ class NvmeRoom:
         self.drop(places, reason)
         return [self._erase_rows(number, those) for number, those in by_segment.items()]
 
+    def erase_left(self, number: int, root: Root | None) -> Operation | None:
+        """Erase rows of blocks dropped before, which a restart would find; None: there are none."""
+        places = self.space.take_left(self.space.segments[number], root)
+        return self._erase_rows(number, places) if places else None
+
     def _erase_rows(self, number: int, places: Sequence[int]) -> Operation:
         files = self._segments[number]
         slots = [self.space.split(place)[1] for place in places]
@@ -214,7 +220,9 @@ class NvmeRoom:
     def _restore(self, number: int, size: int, rows: FoundRows) -> None:
         segment = self.space.add(number, size)
         roots = [rows.roots[at] for at in rows.root_of]
-        self.space.restore(segment, rows.slots, rows.keys, rows.names, roots)
+        twice = self.space.restore(segment, rows.slots, rows.keys, rows.names, roots)
+        if twice:  # else a later `clear` would erase one row and a restart find the other
+            self._erase_rows(number, self.space.take_slots(segment, twice))
         self._found.update(zip(rows.keys, rows.parents, strict=True))
         if rows.torn:
             self._metrics.dropped.labels(_TIER, "torn").inc(rows.torn)

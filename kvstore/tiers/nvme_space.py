@@ -183,7 +183,7 @@ class NvmeSpace:
         return held
 
     def use(self, place: int) -> None:
-        """Keep a place from being given away."""
+        """Keep a place that holds a block from being given away."""
         segment, slot = self.split(place)
         assert segment.busy[slot] < 255, "more readers of one block than threads"
         segment.busy[slot] += 1
@@ -259,12 +259,38 @@ class NvmeSpace:
     def places_of(self, segment: Segment, root: Root | None = None) -> list[int]:
         """Return the places of a segment that hold blocks, those under one root where given."""
         first = segment.number << _SLOT_BITS
-        wanted = None if root is None else self._root_numbers.get(root, -1)
         return [
-            first + slot
-            for slot in range(segment.slots)
-            if (wanted is None or segment.roots[slot] == wanted) and self._is_held(first + slot)
+            first + slot for slot in self._slots_under(segment, root) if self._is_held(first + slot)
         ]
+
+    def take_left(self, segment: Segment, root: Root | None) -> list[int]:
+        """Take free slots whose rows may still name a block that lay there under a root.
+
+        A block that was dropped to make room leaves its row until its slot is written anew.
+        """
+        free = set(segment.free)
+        slots = [
+            slot for slot in self._slots_under(segment, root) if slot in free and segment.keys[slot]
+        ]
+        return self.take_slots(segment, slots)
+
+    def take_slots(self, segment: Segment, slots: Sequence[int]) -> list[int]:
+        """Take free slots, busy from now on; returns their places."""
+        taken = set(slots)
+        segment.free = [slot for slot in segment.free if slot not in taken]
+        if not segment.free:
+            self._open[segment.slot_bytes].pop(segment.number, None)
+        for slot in slots:
+            segment.keys[slot] = 0
+            segment.busy[slot] = 1
+        return [(segment.number << _SLOT_BITS) + slot for slot in slots]
+
+    def _slots_under(self, segment: Segment, root: Root | None) -> Iterator[int]:
+        """Yield the slots whose last block stood under a root; all of them without one."""
+        wanted = None if root is None else self._root_numbers.get(root, -1)
+        return (
+            slot for slot in range(segment.slots) if wanted is None or segment.roots[slot] == wanted
+        )
 
     def victim_segment(
         self, slot_bytes: int, may_evict: Callable[[int], bool]

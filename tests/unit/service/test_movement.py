@@ -13,6 +13,7 @@ from kvstore.core.outcomes import MissReason, SettleOutcome
 from kvstore.core.slots import SlotState
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import NodeMetrics
+from kvstore.service.clearing import clear
 from kvstore.service.hashing import Hasher
 from kvstore.service.movement import Lower, Movement, MovementLimits
 from kvstore.service.reserver import Wanted
@@ -27,7 +28,7 @@ from tests.nvme_fixture import start
 from tests.patience import until
 
 BLOCKS = 16
-LIMITS = MovementLimits(load_stall_ms=80, write_stall_ms=80)
+LIMITS = MovementLimits(load_stall_ms=400, write_stall_ms=2_000)
 
 
 class Rig:
@@ -241,6 +242,34 @@ async def test_loads_make_room_but_never_drop_what_the_same_call_leased(tmp_path
         await made.settled(answer)
         assert made.good(prompt, answer)
         made.release(answer)
+
+
+async def test_a_root_cleared_while_its_blocks_come_up_stays_cleared(tmp_path: Path) -> None:
+    async with rig(tmp_path) as made:
+        prompt = await made.put(1, 2)
+        await made.evict(prompt)
+        made.disk.hang()
+        answer = made.acquire(prompt)
+        await until(lambda: made.tier.in_device == 2)
+        clearing = asyncio.create_task(clear(made.small.store, made.tier, made.info.root))
+        await asyncio.sleep(0)
+        made.disk.release()
+        await clearing
+        assert set(await made.settled(answer)) == {SlotState.DRAINING}
+        made.release(answer)
+        await until(lambda: not made.small.table.counts[SlotState.DRAINING])
+        again = made.acquire(prompt)
+        assert (again.slots, again.reason) == ([], MissReason.ABSENT)
+
+
+async def test_a_tier_that_closes_writes_what_was_only_committed(tmp_path: Path) -> None:
+    async with rig(tmp_path) as made:
+        made.small.put(made.session, made.info, names(8), 0.0)
+        made.hasher.wake()
+        assert made.small.table.counts[SlotState.COMMITTED] == 8
+        assert await made.hasher.sealed(5)
+        assert await made.movement.flush(5)
+        assert len(made.tier) == 8
 
 
 async def test_prefetched_blocks_come_up_unpinned(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kvstore.core.errors import BadInput, Refused
+from kvstore.core.errors import BadInput, Refused, Unreachable
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
@@ -111,13 +111,17 @@ async def test_a_block_too_big_for_the_tier_is_refused(tmp_path: Path) -> None:
     await tier.close()
 
 
-async def test_removed_blocks_stay_removed_after_a_restart(tmp_path: Path) -> None:
+async def test_a_directory_that_cannot_be_read_is_told_and_refused(tmp_path: Path) -> None:
     tier = await start(tmp_path)
-    await write(tier, [block(n) for n in range(4)])
-    await tier.remove([(ROOT, block(1).header.name)])
+    await write(tier, [block(1)])
     await tier.close()
-    tier = await start(tmp_path)
-    assert await read(tier, range(4)) == [HIT, MISS, HIT, HIT]
+    disk = FaultyDisk(fail_opens=errno.EIO)
+    config = NvmeConfig(directory=tmp_path, capacity_bytes=64 * SLOT_BYTES)
+    tier = await NvmeTier.start(config, Lru(), TierMetrics(CollectorRegistry()), device=disk)
+    with pytest.raises(Unreachable, match="was not read"):
+        await tier.loaded(0.2)
+    assert await read(tier, [1]) == [REFUSED]
+    assert await write(tier, [block(2)]) == [REFUSED]
     await tier.close()
 
 
@@ -291,11 +295,12 @@ async def test_a_hung_write_is_whole_when_the_disk_comes_back(tmp_path: Path) ->
 
 
 async def test_slow_is_not_late_while_it_moves(tmp_path: Path) -> None:
-    disk = FaultyDisk(delay_s=0.02)
+    disk = FaultyDisk()
     tier = await start(tmp_path, device=disk)
-    await write(tier, [block(n) for n in range(16)])
-    # 16 reads by 4 threads take at least 80 ms; none is 70 ms behind the one before.
-    assert await read(tier, range(16), ms=70) == [HIT] * 16
+    await write(tier, [block(n) for n in range(32)])
+    disk.delay_s = 0.1
+    # 32 reads by 4 threads take at least 800 ms; none is 600 ms behind the one before.
+    assert await read(tier, range(32), ms=600) == [HIT] * 32
     await tier.close()
 
 
