@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstore.core.errors import BadInput, Refused
-from kvstore.transport.bulk_server import Movement
+from kvstore.transport.bulk_server import Passage
 from kvstore.transport.bulk_wire import MAX_BLOCKS, TOKEN_BYTES, Operation
 
 MAX_TICKETS: Final = 4_096
@@ -24,13 +24,13 @@ class _Entry:
     session: int
     host: str
     expires_ms: float
-    movement: Movement
+    passage: Passage
 
 
 class TicketBook:
     """Tickets handed out and not redeemed. Used on one event loop; time is passed in.
 
-    The book calls `done` of a movement whose ticket ends unused.
+    The book calls `done` of a passage whose ticket ends unused.
     """
 
     def __init__(self, *, ttl_ms: int = 10_000, limit: int = MAX_TICKETS) -> None:
@@ -46,27 +46,27 @@ class TicketBook:
         return len(self._entries)
 
     def issue(
-        self, operation: Operation, movement: Movement, *, session: int, host: str, now_ms: float
+        self, operation: Operation, passage: Passage, *, session: int, host: str, now_ms: float
     ) -> bytes:
         """Return a new token.
 
         Raises `Refused` when too many are out, `BadInput` for too many blocks.
         """
-        if not 0 < len(movement.lengths) <= MAX_BLOCKS:
+        if not 0 < len(passage.lengths) <= MAX_BLOCKS:
             raise BadInput(
-                f"{len(movement.lengths)} blocks on one ticket; 1 to {MAX_BLOCKS} allowed"
+                f"{len(passage.lengths)} blocks on one ticket; 1 to {MAX_BLOCKS} allowed"
             )
         self.expire(now_ms)
         if len(self._entries) >= self._limit:
             raise Refused(f"{self._limit} tickets are out", retry_after_ms=100)
         token = secrets.token_bytes(TOKEN_BYTES)
         expires_ms = now_ms + self.ttl_ms
-        self._entries[self._digest(token)] = _Entry(operation, session, host, expires_ms, movement)
+        self._entries[self._digest(token)] = _Entry(operation, session, host, expires_ms, passage)
         return token
 
     def redeem(
         self, token: bytes, operation: Operation, host: str, *, now_ms: float
-    ) -> Movement | None:
+    ) -> Passage | None:
         """Return what the ticket allows, once; the caller calls `done` of it.
 
         A ticket shown in a wrong way is used up too: only a thief or a bug does that.
@@ -75,8 +75,8 @@ class TicketBook:
         if entry is None:
             return None
         if entry.operation is operation and entry.host == host and now_ms < entry.expires_ms:
-            return entry.movement
-        entry.movement.done()
+            return entry.passage
+        entry.passage.done()
         return None
 
     def expire(self, now_ms: float) -> int:
@@ -87,7 +87,7 @@ class TicketBook:
             if now_ms < entry.expires_ms:
                 break
             del self._entries[digest]
-            entry.movement.done()
+            entry.passage.done()
             ended += 1
         return ended
 
@@ -95,7 +95,7 @@ class TicketBook:
         """End the tickets of a session; returns how many."""
         mine = [digest for digest, entry in self._entries.items() if entry.session == session]
         for digest in mine:
-            self._entries.pop(digest).movement.done()
+            self._entries.pop(digest).passage.done()
         return len(mine)
 
     def _digest(self, token: bytes) -> bytes:

@@ -10,15 +10,20 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
+
+import xxhash
 
 from kvstore.core.errors import BadInput
 from kvstore.core.outcomes import Outcome
 from kvstore.transport.base import Ticket
-from kvstore.transport.bulk_wire import MAX_BLOCKS, Mover, Operation, Request
+from kvstore.transport.bulk_wire import MAX_BLOCKS, Digest, Mover, Operation, Request
 
 DEFAULT_STREAMS: Final = 4
 """Connections that move at once; further calls queue for one."""
+Verify = Callable[[int, memoryview], bool]
+"""(index, bytes of the block, padding included) to whether they are the block's; in the thread."""
 
 
 class BulkTransport:
@@ -32,16 +37,31 @@ class BulkTransport:
         self._closed = False
 
     async def fetch(
-        self, ticket: Ticket, into: Sequence[memoryview], *, stall_deadline_ms: int
+        self,
+        ticket: Ticket,
+        into: Sequence[memoryview],
+        *,
+        stall_deadline_ms: int,
+        verify: Verify | None = None,
     ) -> list[Outcome]:
-        """Fill `into` in the ticket's order; HIT says that the bytes arrived as they were sent."""
-        return await self._move(_fetch, Operation.FETCH, ticket, into, stall_deadline_ms / 1_000)
+        """Fill `into` in the ticket's order; HIT says that the bytes arrived and `verify` held."""
+        work = partial(_fetch, verify=verify)
+        return await self._move(work, Operation.FETCH, ticket, into, stall_deadline_ms / 1_000)
 
     async def send(
-        self, ticket: Ticket, source: Sequence[memoryview], *, stall_deadline_ms: int
+        self,
+        ticket: Ticket,
+        source: Sequence[memoryview],
+        *,
+        stall_deadline_ms: int,
+        digest: Digest = xxhash.xxh3_128_digest,
     ) -> list[Outcome]:
-        """Write `source` in the ticket's order; HIT says that the holder verified and took it."""
-        return await self._move(_send, Operation.SEND, ticket, source, stall_deadline_ms / 1_000)
+        """Write `source` in the ticket's order; HIT says that the holder verified and took it.
+
+        `digest` has to be what the holder expects of these blocks.
+        """
+        work = partial(_send, digest=digest)
+        return await self._move(work, Operation.SEND, ticket, source, stall_deadline_ms / 1_000)
 
     async def close(self) -> None:
         """Close connections; calls in flight end with LATE, later ones with REFUSED."""
@@ -96,21 +116,27 @@ class BulkTransport:
         return outcomes
 
 
-def _fetch(mover: Mover, into: Sequence[memoryview], outcomes: list[Outcome]) -> None:
+def _fetch(
+    mover: Mover, into: Sequence[memoryview], outcomes: list[Outcome], *, verify: Verify | None
+) -> None:
     if not mover.take_reply([len(view) for view in into]):
         outcomes[:] = [Outcome.REFUSED] * len(into)
         return
     for index, view in enumerate(into):
-        outcomes[index] = Outcome.HIT if mover.take_block(view) else Outcome.CORRUPT
+        mover.take(view)
+        whole = verify is None or verify(index, view)
+        outcomes[index] = Outcome.HIT if whole else Outcome.CORRUPT
 
 
-def _send(mover: Mover, source: Sequence[memoryview], outcomes: list[Outcome]) -> None:
+def _send(
+    mover: Mover, source: Sequence[memoryview], outcomes: list[Outcome], *, digest: Digest
+) -> None:
     mover.put_lengths([len(view) for view in source])
     if not mover.take_reply():
         outcomes[:] = [Outcome.REFUSED] * len(source)
         return
     for view in source:
-        mover.put_block(view)
+        mover.put_summed(view, digest)
     answered = mover.take_bytes(len(source))
     known = {int(outcome): outcome for outcome in Outcome}
     outcomes[:] = [known.get(value, Outcome.LATE) for value in answered]

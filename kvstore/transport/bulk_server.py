@@ -31,28 +31,32 @@ _BACKLOG: Final = 128
 _T = TypeVar("_T")
 
 
-class Movement(Protocol):
-    """What a redeemed ticket allows. Called on the event loop, but for the views it gave out."""
+class Passage(Protocol):
+    """The blocks that a redeemed ticket lets through. Called on the event loop but for `digest`."""
 
     @property
     def lengths(self) -> Sequence[int]:
         """Bytes of each block in the ticket's order."""
         ...
 
-    def source(self, index: int) -> memoryview:
-        """Return block `index`, which must not change before `done`."""
+    def view(self, index: int) -> memoryview:
+        """Return where block `index` is read from, or will be written to, until `done`."""
         ...
 
-    def accept(self, index: int, data: memoryview) -> Outcome:
-        """Take verified bytes over into block `index`; REFUSED when it is not wanted any more."""
+    def digest(self, block: memoryview) -> bytes:
+        """Return the 16-byte sum of a block that was sent here; called in a thread."""
+        ...
+
+    def accept(self, index: int, block_sum: bytes) -> Outcome:
+        """Take note that block `index` has arrived whole; REFUSED when it is not wanted any more."""
         ...
 
     def done(self) -> None:
-        """Nothing of this movement is used any more."""
+        """Nothing of this passage is used any more."""
         ...
 
 
-Redeem = Callable[[bytes, Operation, str], Movement | None]
+Redeem = Callable[[bytes, Operation, str], Passage | None]
 """(token, operation, host of the caller) to what it allows; None for any ticket not valid now."""
 
 
@@ -136,18 +140,18 @@ class BulkServer:
         return decode_request(frame)
 
     async def _answer(self, sock: socket.socket, request: Request, host: str) -> str:
-        movement = self._redeem(request.token, request.operation, host)
+        passage = self._redeem(request.token, request.operation, host)
         try:
-            if movement is None or len(movement.lengths) != request.blocks:
+            if passage is None or len(passage.lengths) != request.blocks:
                 await self._work(sock, lambda: self._refuse(sock, request))
                 return "refused"
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if request.operation is Operation.FETCH:
-                return await self._give(sock, movement)
-            return await self._get(sock, movement)
+                return await self._give(sock, passage)
+            return await self._get(sock, passage)
         finally:
-            if movement is not None:
-                movement.done()
+            if passage is not None:
+                passage.done()
 
     def _refuse(self, sock: socket.socket, request: Request) -> None:
         mover = Mover(sock, stall_s=self._stall_s)
@@ -156,38 +160,33 @@ class BulkServer:
             mover.take_lengths(request.blocks)
         mover.put_reply(granted=False)
 
-    async def _give(self, sock: socket.socket, movement: Movement) -> str:
-        lengths = movement.lengths
-        sources = [movement.source(index) for index in range(len(lengths))]
+    async def _give(self, sock: socket.socket, passage: Passage) -> str:
+        lengths = passage.lengths
+        sources = [passage.view(index) for index in range(len(lengths))]
 
         def work() -> None:
             mover = Mover(sock, stall_s=self._stall_s)
             mover.put_reply(granted=True, lengths=lengths)
             for source in sources:
-                mover.put_block(source)
+                mover.put(source)
 
         await self._work(sock, work)
         return "served"
 
-    async def _get(self, sock: socket.socket, movement: Movement) -> str:
-        """Receive each block beside the arena and take it over when it is whole and still wanted.
-
-        Receiving into the slot itself would go on writing when the slot's session has ended.
-        """
+    async def _get(self, sock: socket.socket, passage: Passage) -> str:
+        """Receive each block where it belongs; what came whole is accepted, one by one."""
         mover = Mover(sock, stall_s=self._stall_s)
-        lengths = tuple(movement.lengths)
+        lengths = tuple(passage.lengths)
         announced = await self._work(sock, lambda: mover.take_lengths(len(lengths)))
         if announced != lengths:
             await self._work(sock, lambda: mover.put_reply(granted=False))
             return "bad_request"
         await self._work(sock, lambda: mover.put_reply(granted=True))
-        buffer = memoryview(bytearray(max(lengths)))
         outcomes = bytearray()
-        for index, length in enumerate(lengths):
-            data = buffer[:length]
-            whole = await self._work(sock, partial(mover.take_block, data))
-            outcome = movement.accept(index, data) if whole else Outcome.CORRUPT
-            outcomes.append(outcome)
+        for index in range(len(lengths)):
+            take = partial(mover.take_summed, passage.view(index), passage.digest)
+            found = await self._work(sock, take)
+            outcomes.append(Outcome.CORRUPT if found is None else passage.accept(index, found))
         await self._work(sock, lambda: mover.put(bytes(outcomes)))
         return "taken" if set(outcomes) == {Outcome.HIT} else "taken_in_part"
 

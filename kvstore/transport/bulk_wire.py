@@ -1,25 +1,23 @@
 """Frames of the bulk port, and blocking moves of bytes that notice when nothing moves.
 
     fetch   client ── request ───────────────▶ server
-            client ◀── reply, lengths, (block, sum)* ── server
+            client ◀── reply, lengths, block* ── server
     send    client ── request, lengths ──────▶ server
             client ◀── reply ──────────────── server
             client ── (block, sum)* ─────────▶ server
             client ◀── one outcome per block ── server
 
-A sum is the xxh3-128 of the block as it left; it travels behind its block so that each side reads
-the bytes once, while they are in its cache. It guards the wire. What lay wrong before it was sent
-is found by the sums of the tier that held it. Numbers are little-endian.
+What is fetched is held against the sums that came with the lease, which the holder made when it
+sealed the block: they guard its memory, the wire and everything between, and nobody hashes twice.
+What is sent has no lease, so its sum travels behind it. Numbers are little-endian.
 """
 
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import Final, NamedTuple
-
-import xxhash
 
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import MAX_BLOCK_BYTES
@@ -32,7 +30,9 @@ MIN_BYTES_PER_S: Final = 4 << 20
 """Slower than this is a stall too: else a byte now and then would hold a slot for ever."""
 _REQUEST: Final = struct.Struct("<4sB32sI")
 _REPLY: Final = struct.Struct("<4sBI")
-_SUM_BYTES: Final = 16
+SUM_BYTES: Final = 16
+Digest = Callable[[memoryview], bytes]
+"""A block's bytes, padding included, to their 16-byte sum; called in the thread that moves them."""
 REQUEST_BYTES: Final = _REQUEST.size
 
 
@@ -116,14 +116,15 @@ class Mover:
         self.take(memoryview(frame))
         return bytes(frame)
 
-    def put_block(self, block: memoryview) -> None:
+    def put_summed(self, block: memoryview, digest: "Digest") -> None:
         """Send a block and its sum."""
-        self.put(block, xxhash.xxh3_128_digest(block))
+        self.put(block, digest(block))
 
-    def take_block(self, into: memoryview) -> bool:
-        """Receive a block; False when its bytes are not the ones that were summed."""
+    def take_summed(self, into: memoryview, digest: "Digest") -> bytes | None:
+        """Receive a block; return its sum, None when its bytes are not the ones that were summed."""
         self.take(into)
-        return self.take_bytes(_SUM_BYTES) == xxhash.xxh3_128_digest(into)
+        found = digest(into)
+        return found if self.take_bytes(SUM_BYTES) == found else None
 
     def put_reply(self, *, granted: bool, lengths: Sequence[int] = ()) -> None:
         """Answer a request; the lengths of a fetch's blocks travel with it."""
