@@ -35,6 +35,14 @@ from kvstore.service.keeper import run_keeper
 )
 @click.option("--nvme-bytes", type=BYTES, default=None, help="Bytes that --nvme may take.")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
+@click.option(
+    "--bulk", default="127.0.0.1:0", show_default=True, help="Bytes for those without the arena."
+)
+@click.option(
+    "--peers",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that lists the other nodes, read again when it changes: docs/tiers.md.",
+)
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")
 @click.option(
     "--cluster-key-file",

@@ -42,6 +42,10 @@ class KeeperConfig:
     """Directory of the NVMe tier; None: there is none."""
     nvme_bytes: int = 0
     """Bytes that it may take on its disk."""
+    bulk: str = "127.0.0.1:0"
+    """Bulk port: bytes for clients and nodes that do not map the arena."""
+    peers: Path | None = None
+    """File that lists the other nodes; None: there are none."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -58,10 +62,16 @@ class KeeperConfig:
             raise BadInput(f"--name must be printable and at most {MAX_ID_BYTES} bytes")
         if len(os.fsencode(self.run_dir / KEEPER_SOCKET)) > SOCKET_PATH_BYTES:
             raise BadInput(f"--run-dir {self.run_dir} is too long for a Unix socket's path")
-        for flag, address in (("--listen", self.listen), ("--metrics", self.metrics)):
+        for flag, address in (
+            ("--listen", self.listen),
+            ("--metrics", self.metrics),
+            ("--bulk", self.bulk),
+        ):
             check_loopback(flag, address)
         make_policy(self.policy)
-        BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
+        BelowConfig(
+            nvme=self.nvme, nvme_bytes=self.nvme_bytes, peers=self.peers, policy=self.policy
+        )
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

@@ -166,20 +166,29 @@ class Hasher:
         table.unpin([slot for slot, _ in job])
         sealed: list[int] = []
         sealed_sums: list[bytes] = []
-        sealed_bytes = 0
         for (slot, generation), found in zip(job, sums, strict=True):
             assert table.generation[slot] == generation, "a pinned slot was given away"
             if table.state[slot] == SlotState.COMMITTED:
                 sealed.append(slot)
                 sealed_sums.append(found)
-                sealed_bytes += table.root_of(slot).shape.payload_bytes
             elif self._needs_verifying(slot):  # and was not dropped meanwhile
                 self._judge(slot, found)
-        table.seal(sealed, sealed_sums)
-        self._metrics.sealed_bytes.inc(sealed_bytes)
-        for slot in sealed:
-            self._tell_sealed(slot)
+        self._seal(sealed, sealed_sums)
         self.announce()
+
+    def seal_summed(self) -> None:
+        """Seal what was committed with sums that were verified on arrival: no second hashing."""
+        summed, self._store.summed = self._store.summed, []
+        if summed:
+            self._seal([slot for slot, _ in summed], [block_sum for _, block_sum in summed])
+            self.announce()
+
+    def _seal(self, slots: list[int], sums: list[bytes]) -> None:
+        table = self._store.table
+        table.seal(slots, sums)
+        self._metrics.sealed_bytes.inc(sum(table.root_of(s).shape.payload_bytes for s in slots))
+        for slot in slots:
+            self._tell_sealed(slot)
 
     def _judge(self, slot: int, found: bytes) -> None:
         """Serve an adopted block whose bytes have their sum; forget any other."""

@@ -22,17 +22,21 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
-from kvstore.observe.metrics import NodeMetrics, exposition
+from kvstore.observe.metrics import NodeMetrics, PeerMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
 from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.below import BelowConfig, BelowDram
+from kvstore.service.bulk_port import BulkPort
+from kvstore.service.calls import ServiceParts
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
 from kvstore.service.metrics_http import MetricsServer
 from kvstore.service.recorder import Recorders, RecorderService
-from kvstore.service.servicer import CacheNodeService, ServiceParts
+from kvstore.service.remote_sessions import RemoteSessions
+from kvstore.service.requests import now_ms
+from kvstore.service.servicer import CacheNodeService
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
 from kvstore.transport.arena import ArenaMapping
@@ -57,6 +61,7 @@ class Node:
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
+            peers=Path(options.peers) if options.peers else None,
             policy=options.policy,
         )
         table = SlotTable(
@@ -77,6 +82,9 @@ class Node:
         self._hasher = Hasher(self._store, self._metrics)
         self._identity = LocalIdentity()
         self._recorders = Recorders(self._metrics)
+        self._peer_metrics = PeerMetrics(self._registry)
+        self._bulk = BulkPort(table, self._peer_metrics, now_ms)
+        self._remote = RemoteSessions(self._store, self._bulk)
         self._below: BelowDram | None = None
         self._adopted = False
         self._ended = asyncio.Event()
@@ -91,8 +99,9 @@ class Node:
         await asyncio.wait_for(self._until_start(), _START_DEADLINE_S)
         self._adopt()
         below = self._below = await BelowDram.start(
-            self._below_config, self._store, self._hasher, self._metrics, self._registry
-        )
+            self._below_config, self._store, self._hasher, self._metrics, self._registry,
+            node=self._options.name, peer_metrics=self._peer_metrics,
+        )  # fmt: skip
         loop.add_reader(self._control.fileno(), self._hear)
         tasks = [
             asyncio.create_task(self._hasher.run(), name="hash"),
@@ -109,13 +118,15 @@ class Node:
             )
             bound = listen(server, self._options.listen)
             metrics_bound = await metrics.start(self._options.metrics)
+            bulk_bound = await self._bulk.start(self._options.bulk)
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
-            self._say("ready", listen=bound, metrics=metrics_bound)
+            self._say("ready", listen=bound, metrics=metrics_bound, bulk=bulk_bound)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             loop.remove_reader(self._control.fileno())
             await server.stop(0.2)
+            await self._bulk.stop()
             await below.close()
             for task in tasks:
                 task.cancel()
@@ -135,6 +146,8 @@ class Node:
                 metrics=self._metrics,
                 identity=self._identity,
                 recorders=self._recorders,
+                bulk=self._bulk,
+                remote=self._remote,
                 catch_up=self._hear,
                 started_s=self._started_s,
             )
@@ -232,9 +245,13 @@ class Node:
 
     async def _keep_house(self) -> None:
         while True:
-            expired = self._store.expire(time.monotonic() * 1_000)
+            expired = self._store.expire(now_ms())
             if expired:
                 self._metrics.leases_expired.inc(expired)
+            ended = self._remote.expire(now_ms())
+            if ended:
+                self._hasher.announce()
+            self._bulk.expire(now_ms())
             self._control_flush()
             self._measure()
             await asyncio.sleep(HOUSEKEEPING_S)
@@ -248,6 +265,7 @@ class Node:
     def _measure(self) -> None:
         table, metrics = self._store.table, self._metrics
         metrics.sessions.set(len(self._store.sessions))
+        self._peer_metrics.remote_sessions.set(len(self._remote))
         metrics.leases.set(len(self._store.leases))
         metrics.used_bytes.labels("dram").set(table.used_bytes)
         metrics.capacity_bytes.labels("dram").set(table.space.data_bytes)
@@ -273,6 +291,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lease-ms", type=int, required=True)
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
+    parser.add_argument("--bulk", required=True)
+    parser.add_argument("--peers", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
     return parser.parse_args(arguments)

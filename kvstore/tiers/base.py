@@ -40,7 +40,7 @@ class BlockHeader:
     start of a prompt or where it is not known. A hint for the tier's policy, never an identity."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadItem:
     """One block wanted; `into` has its padded size."""
 
@@ -49,6 +49,8 @@ class ReadItem:
     into: memoryview
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when no device writes `into` any more, whatever the outcome was."""
+    sum: bytes = b""
+    """Set by the tier with a HIT: the sum that the bytes were verified against."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,7 @@ class NvmeTier:
         place = refusal
         self._space.use(place)
         files, slot = self._room.files_at(place)
-        call = partial(self._files.read, files, slot, item.root, item.name, item.into)
+        call = partial(self._files.read, files, slot, item)
         flight = _Flight(place, self._threads.submit(call, write=False))
         flight.operation.future.add_done_callback(partial(self._read_ended, flight, item))
         return flight

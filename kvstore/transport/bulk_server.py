@@ -48,7 +48,7 @@ class Passage(Protocol):
         ...
 
     def accept(self, index: int, block_sum: bytes) -> Outcome:
-        """Take note that block `index` has arrived whole; REFUSED when it is not wanted any more."""
+        """Note that block `index` has arrived whole; REFUSED when it is not wanted any more."""
         ...
 
     def done(self) -> None:

@@ -121,7 +121,7 @@ class Mover:
         self.put(block, digest(block))
 
     def take_summed(self, into: memoryview, digest: "Digest") -> bytes | None:
-        """Receive a block; return its sum, None when its bytes are not the ones that were summed."""
+        """Receive a block; return its sum, None when other bytes were summed."""
         self.take(into)
         found = digest(into)
         return found if self.take_bytes(SUM_BYTES) == found else None

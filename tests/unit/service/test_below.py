@@ -13,7 +13,7 @@ from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.lru import Lru
 from kvstore.directory.policy import BlockKey
-from kvstore.observe.metrics import NodeMetrics
+from kvstore.observe.metrics import NodeMetrics, PeerMetrics
 from kvstore.rpc.v1 import types_pb2
 from kvstore.service.below import BelowConfig, BelowDram
 from kvstore.service.hashing import Hasher
@@ -54,7 +54,7 @@ class Everything:
         self.held = set(held)
         self.room = room
 
-    def holder(self, root: Root, name: BlockName) -> TierKind | None:
+    def holder(self, root: Root, name: BlockName, *, own: bool = False) -> TierKind | None:
         return NVME if name in self.held else None
 
     def loadable_bytes(self, tier: TierKind, within_ms: float) -> int:
@@ -122,14 +122,30 @@ class TestPromotion:
             assert got == [prompt[0], prompt[2], prompt[3]]
 
 
+async def begin(
+    small: SmallStore, config: BelowConfig
+) -> tuple[BelowDram, Hasher, CollectorRegistry]:
+    """Start what lies below a small store."""
+    metrics = NodeMetrics(registry := CollectorRegistry())
+    hasher = Hasher(small.store, metrics)
+    below = await BelowDram.start(
+        config,
+        small.store,
+        hasher,
+        metrics,
+        registry,
+        node="here",
+        peer_metrics=PeerMetrics(registry),
+    )
+    return below, hasher, registry
+
+
 async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> None:
     with small_store() as small:
-        metrics = NodeMetrics(registry := CollectorRegistry())
-        hasher = Hasher(small.store, metrics)
         small.table.publisher.tiers = (TierKind.DRAM, NVME)
         small.table.publisher._count[NVME] = small.table.publisher._xor[NVME] = 0
         config = BelowConfig(nvme=tmp_path, nvme_bytes=4 << 20, policy="lru")
-        below = await BelowDram.start(config, small.store, hasher, metrics, registry)
+        below, hasher, registry = await begin(small, config)
         hashing = asyncio.create_task(hasher.run())
         assert below.nvme is not None
         nvme = below.nvme
@@ -171,10 +187,7 @@ async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> 
 
 async def test_without_a_disk_nothing_is_below() -> None:
     with small_store() as small:
-        metrics = NodeMetrics(registry := CollectorRegistry())
-        below = await BelowDram.start(
-            BelowConfig(policy="lru"), small.store, Hasher(small.store, metrics), metrics, registry
-        )
+        below, _, _ = await begin(small, BelowConfig(policy="lru"))
         assert (below.nvme, small.store.promoter) == (None, None)
         assert below.bits(Root(bytes(32)), BlockName(bytes(32))) == 0
         below.measure()
