@@ -18,9 +18,9 @@ from kvstore.service.holdings import NodeHoldings, publish
 from kvstore.service.movement import Lower, Movement
 from kvstore.service.peers import Peers
 from kvstore.service.store import ArenaStore
+from kvstore.tiers.base import Held
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_config import NvmeConfig
-from kvstore.tiers.nvme_space import Held
 from kvstore.tiers.peer import PeerTier, RootFacts
 
 _SEAL_S: Final = 1.0

@@ -7,8 +7,8 @@ from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.publisher import Publisher
 from kvstore.service.slots import SlotTable
-from kvstore.tiers.nvme_format import HEADER_BYTES
-from kvstore.tiers.nvme_space import Held
+from kvstore.tiers.base import Held
+from kvstore.tiers.block_rows import HEADER_BYTES
 
 _BELOW: Final = 1 << 40
 """Cursors from here on are in the tier below; no arena has that many slots."""

@@ -25,8 +25,8 @@ from kvstore.core.errors import BadInput, Refused
 from kvstore.core.limits import GRANULE_BYTES
 from kvstore.core.outcomes import Outcome
 from kvstore.tiers.base import BlockHeader, ReadItem
+from kvstore.tiers.block_rows import HEADER_BYTES, NO_ROW, ROW_BYTES, pack_row, unpack_row
 from kvstore.tiers.nvme_device import Device, aligned_copy, aligned_page
-from kvstore.tiers.nvme_format import HEADER_BYTES, NO_ROW, ROW_BYTES, pack_row, unpack_row
 from kvstore.tiers.sums import block_sum
 
 _NAME: Final = re.compile(r"segment-(\d{6})-(\d+)\.rows")
