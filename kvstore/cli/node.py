@@ -34,6 +34,12 @@ from kvstore.service.keeper import run_keeper
     help="Directory on a local disk for blocks that outlive the process; one node's own.",
 )
 @click.option("--nvme-bytes", type=BYTES, default=None, help="Bytes that --nvme may take.")
+@click.option(
+    "--files",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Shared directory for blocks that outlive the cluster; many nodes may use one.",
+)
+@click.option("--files-bytes", type=BYTES, default=None, help="Bytes that all blocks there take.")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
 @click.option(
     "--bulk", default="127.0.0.1:0", show_default=True, help="Bytes for those without the arena."
@@ -92,7 +98,9 @@ def node(as_json: bool, **options: Any) -> None:
     Workers and clients of this host open sessions on RUN_DIR/keeper.sock. The node is restarted
     when it dies; blocks survive that. Ends on SIGTERM or Ctrl-C.
     """
-    config = KeeperConfig(**{**options, "nvme_bytes": options["nvme_bytes"] or 0})
+    config = KeeperConfig(
+        **{**options, **{key: options[key] or 0 for key in ("nvme_bytes", "files_bytes")}}
+    )
 
     def ready(described: dict[str, Any]) -> None:
         if as_json:

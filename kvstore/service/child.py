@@ -124,6 +124,8 @@ class NodeChild:
             "--policy": config.policy,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
+            "--files": config.files or "",
+            "--files-bytes": config.files_bytes,
             "--peers": config.peers or "",
         }
         return await asyncio.create_subprocess_exec(

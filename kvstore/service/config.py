@@ -42,6 +42,10 @@ class KeeperConfig:
     """Directory of the NVMe tier; None: there is none."""
     nvme_bytes: int = 0
     """Bytes that it may take on its disk."""
+    files: Path | None = None
+    """Directory of shared files; None: there are none."""
+    files_bytes: int = 0
+    """Bytes that the blocks in it may take, whoever wrote them."""
     bulk: str = "127.0.0.1:0"
     """Bulk port: bytes for clients and nodes that do not map the arena."""
     peers: Path | None = None
@@ -70,7 +74,12 @@ class KeeperConfig:
             check_loopback(flag, address)
         make_policy(self.policy)
         BelowConfig(
-            nvme=self.nvme, nvme_bytes=self.nvme_bytes, peers=self.peers, policy=self.policy
+            nvme=self.nvme,
+            nvme_bytes=self.nvme_bytes,
+            files=self.files,
+            files_bytes=self.files_bytes,
+            peers=self.peers,
+            policy=self.policy,
         )
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")

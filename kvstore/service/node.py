@@ -22,12 +22,12 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
-from kvstore.observe.metrics import NodeMetrics, PeerMetrics, exposition
+from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
 from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
-from kvstore.service.below import BelowConfig, BelowDram
+from kvstore.service.below import BelowConfig, BelowDram, NodeParts
 from kvstore.service.bulk_port import BulkPort
 from kvstore.service.calls import ServiceParts
 from kvstore.service.control import Control, Message
@@ -61,6 +61,8 @@ class Node:
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
+            files=Path(options.files) if options.files else None,
+            files_bytes=options.files_bytes,
             peers=Path(options.peers) if options.peers else None,
             policy=options.policy,
         )
@@ -98,10 +100,15 @@ class Node:
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         await asyncio.wait_for(self._until_start(), _START_DEADLINE_S)
         self._adopt()
-        below = self._below = await BelowDram.start(
-            self._below_config, self._store, self._hasher, self._metrics, self._registry,
-            node=self._options.name, peer_metrics=self._peer_metrics,
-        )  # fmt: skip
+        parts = NodeParts(
+            node=self._options.name,
+            store=self._store,
+            hasher=self._hasher,
+            metrics=self._metrics,
+            tier_metrics=TierMetrics(self._registry),
+            peer_metrics=self._peer_metrics,
+        )
+        below = self._below = await BelowDram.start(self._below_config, parts)
         loop.add_reader(self._control.fileno(), self._hear)
         tasks = [
             asyncio.create_task(self._hasher.run(), name="hash"),
@@ -295,6 +302,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
+    parser.add_argument("--files", default="")
+    parser.add_argument("--files-bytes", type=int, default=0)
     return parser.parse_args(arguments)
 
 

@@ -243,7 +243,9 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
         with self._measured("Clear"):
             self._needs(context, Role.ADMIN, "clearing")
             root = root_from_wire(request.root) if request.root else None
-            return cache_pb2.ClearReply(blocks=await clear(self._store, self._below.nvme, root))
+            return cache_pb2.ClearReply(
+                blocks=await clear(self._store, self._below.stored.values(), root)
+            )
 
     # -- the node --------------------------------------------------------------------------
 
@@ -256,7 +258,7 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
             return stats_reply(
                 self._parts.name,
                 self._store,
-                self._below.nvme,
+                self._below.stored,
                 corrupt=self._hasher.corrupt_blocks,
                 uptime_s=time.monotonic() - self._parts.started_s,
             )
