@@ -91,6 +91,13 @@ from kvstore.service.keeper import run_keeper
     show_default=True,
     help="Clients at once; more are refused.",
 )
+@click.option(
+    "--scrub-bytes-per-s",
+    type=BYTES,
+    default="64MiB",
+    show_default=True,
+    help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.

@@ -40,6 +40,9 @@ class NodeMetrics:
         self.sealed_bytes = Counter(
             "kvstore_node_sealed_bytes", "Bytes hashed and sealed", registry=registry
         )
+        self.scrubbed_bytes = Counter(
+            "kvstore_node_scrubbed_bytes", "Bytes reread and found good", registry=registry
+        )
         self.evictions = Counter(
             "kvstore_node_evicted_blocks", "Blocks dropped", ["tier", "reason"], registry=registry
         )

@@ -122,6 +122,7 @@ class NodeChild:
             "--lease-ms": config.lease_ms,
             "--claim-ms": config.claim_ms,
             "--policy": config.policy,
+            "--scrub-bytes-per-s": config.scrub_bytes_per_s,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
             "--files": config.files or "",

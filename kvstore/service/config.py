@@ -9,6 +9,7 @@ from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.service.below import BelowConfig
+from kvstore.service.scrubbing import DEFAULT_BYTES_PER_S
 from kvstore.transport.arena import ArenaSize
 
 SOCKET_PATH_BYTES: Final = 107
@@ -50,6 +51,8 @@ class KeeperConfig:
     """Bulk port: bytes for clients and nodes that do not map the arena."""
     peers: Path | None = None
     """File that lists the other nodes; None: there are none."""
+    scrub_bytes_per_s: int = DEFAULT_BYTES_PER_S
+    """How fast idle blocks in memory are reread; 0: not at all."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -81,6 +84,8 @@ class KeeperConfig:
             peers=self.peers,
             policy=self.policy,
         )
+        if self.scrub_bytes_per_s < 0:
+            raise BadInput(f"--scrub-bytes-per-s {self.scrub_bytes_per_s} is negative")
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

@@ -36,6 +36,7 @@ from kvstore.service.metrics_http import MetricsServer
 from kvstore.service.recorder import Recorders, RecorderService
 from kvstore.service.remote_sessions import RemoteSessions
 from kvstore.service.requests import now_ms
+from kvstore.service.scrubbing import Scrubber
 from kvstore.service.servicer import CacheNodeService
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
@@ -113,6 +114,7 @@ class Node:
         tasks = [
             asyncio.create_task(self._hasher.run(), name="hash"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
+            asyncio.create_task(self._scrubbed(), name="scrub"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
         server, health = make_server()
@@ -248,6 +250,12 @@ class Node:
         except Unreachable:
             self._ended.set()
 
+    async def _scrubbed(self) -> None:
+        """Scrub; a node that is told not to has nothing to end for."""
+        rate = self._options.scrub_bytes_per_s
+        await Scrubber(self._store.table, self._hasher, rate).run()
+        await self._ended.wait()
+
     # -- housekeeping ----------------------------------------------------------------------
 
     async def _keep_house(self) -> None:
@@ -298,6 +306,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lease-ms", type=int, required=True)
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
+    parser.add_argument("--scrub-bytes-per-s", type=int, required=True)
     parser.add_argument("--bulk", required=True)
     parser.add_argument("--peers", default="")
     parser.add_argument("--nvme", default="")
@@ -318,6 +327,7 @@ def main(arguments: list[str]) -> int:
     control = Control(socket.socket(fileno=options.control_fd))
     try:
         arena = ArenaMapping(options.arena_fd, owner=True)
+        arena.prefault_soon()
         asyncio.run(_serve(options, control, arena))
     except (KvStoreError, OSError) as error:
         _log.error("%s", error)

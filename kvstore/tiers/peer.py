@@ -9,7 +9,7 @@ once. Time is the event loop's.
 """
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -156,10 +156,12 @@ class PeerTier:
             for item in batch:  # a transport returns when its thread has let go of the buffers
                 item.drained.set()
         outcomes = [Outcome.MISS if wish is None else wish.outcome for wish in wishes]
-        for item, outcome in zip(batch, outcomes, strict=True):
-            self._metrics.operations.labels(_NAME, "read", outcome.name.lower()).inc()
-            if outcome is Outcome.HIT:
-                self._metrics.moved_bytes.labels(_NAME, "read").inc(len(item.into))
+        for number, blocks in Counter(map(int, outcomes)).items():
+            name = Outcome(number).name.lower()
+            self._metrics.operations.labels(_NAME, "read", name).inc(blocks)
+        hits = zip(batch, outcomes, strict=True)
+        moved = sum(len(item.into) for item, outcome in hits if outcome is Outcome.HIT)
+        self._metrics.moved_bytes.labels(_NAME, "read").inc(moved)
         return outcomes
 
     async def _look_for(self, wishes: list[_Wish], deadline_ms: int) -> None:

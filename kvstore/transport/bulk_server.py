@@ -167,8 +167,7 @@ class BulkServer:
         def work() -> None:
             mover = Mover(sock, stall_s=self._stall_s)
             mover.put_reply(granted=True, lengths=lengths)
-            for source in sources:
-                mover.put(source)
+            mover.put(*sources)
 
         await self._work(sock, work)
         return "served"

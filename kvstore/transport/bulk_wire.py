@@ -28,6 +28,8 @@ MAX_BLOCKS: Final = 1_024
 """Blocks on one ticket: 2 GiB of 2 MiB blocks; longer batches take more tickets."""
 MIN_BYTES_PER_S: Final = 4 << 20
 """Slower than this is a stall too: else a byte now and then would hold a slot for ever."""
+_GATHER: Final = 512
+"""Parts of one call: the kernel takes 1,024."""
 _REQUEST: Final = struct.Struct("<4sB32sI")
 _REPLY: Final = struct.Struct("<4sBI")
 SUM_BYTES: Final = 16
@@ -77,7 +79,12 @@ class Mover:
         self._sock = sock
         self._stall_s = stall_s
         self._ends = time.monotonic() + stall_s
-        sock.settimeout(stall_s)
+        # The kernel's own timeouts: with Python's the socket would not block, and every piece that
+        # the kernel has at hand would be a call, a poll and two fights for the interpreter.
+        sock.setblocking(True)
+        timeval = struct.pack("@ll", int(stall_s), int(stall_s % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
     def _allow(self, length: int) -> None:
         # At least a stall deadline from now on: the other side may have been hashing or queueing.
@@ -92,7 +99,10 @@ class Mover:
         views = [memoryview(part) for part in parts if len(part)]
         self._allow(sum(map(len, views)))
         while views:
-            sent = self._sock.sendmsg(views)
+            try:
+                sent = self._sock.sendmsg(views[:_GATHER])
+            except BlockingIOError:
+                raise TimeoutError("nothing was taken for a stall deadline") from None
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
             if views:
@@ -104,7 +114,10 @@ class Mover:
         self._allow(len(into))
         at = 0
         while at < len(into):
-            moved = self._sock.recv_into(into[at:])
+            try:
+                moved = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                raise TimeoutError("nothing came for a stall deadline") from None
             if not moved:
                 raise ConnectionResetError("the other side closed in the middle of a frame")
             at += moved
