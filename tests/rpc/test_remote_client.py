@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 
 import grpc
+import grpc.aio
 import pytest
 
 from kvstore.client import Client, ClientConfig
