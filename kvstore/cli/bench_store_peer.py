@@ -21,7 +21,7 @@ import click
 import numpy as np
 import xxhash
 
-from kvstore.cli.bench_rows import Bench
+from kvstore.cli.bench_rows import Bench, Work
 from kvstore.client import AsyncClient, AsyncRemoteClient, ClientConfig
 from kvstore.core.errors import Unreachable
 from kvstore.core.names import BlockName, Namespace, Root, chain
@@ -116,7 +116,7 @@ async def _bench_size(
 
 
 async def _bench_peer_read(
-    bench: Bench, there: AsyncRemoteClient, reader: RunningNode, mib: int, bare: object
+    bench: Bench, there: AsyncRemoteClient, reader: RunningNode, mib: int, bare: Work
 ) -> None:
     """Batches that only the other node holds, each once: then they are here."""
     size = mib * MIB
@@ -145,7 +145,6 @@ async def _bench_peer_read(
             assert await here.wait_ready(acquired.pending, deadline_ms=60_000) == batch
             await here.settle(release=[acquired.lease])
 
-        assert callable(bare)
         await bench.against(
             f"peer read {mib} MiB", read, bare, limit_name="bare recv_into and xxh3-128",
             amount=_BATCH_BYTES / 1e9, unit="GB/s",
