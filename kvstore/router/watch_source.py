@@ -13,6 +13,7 @@ from kvstore.directory.events import Event, Lost
 from kvstore.router.members import Member
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import event_from_reply
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import cache_pb2_grpc, watch_pb2, worker_pb2_grpc
 
@@ -41,10 +42,16 @@ class WatchSource:
     Nothing is queued here: gRPC's flow control holds the publisher back while the view works.
     """
 
-    def __init__(self, member: Member, config: WatchConfig | None = None) -> None:
+    def __init__(
+        self,
+        member: Member,
+        config: WatchConfig | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         self.publisher = member.name
         self._member = member
         self._config = config or WatchConfig()
+        self._credentials = credentials
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield what the publisher says; see `EventSource`."""
@@ -65,7 +72,7 @@ class WatchSource:
     async def _follow_once(self) -> AsyncGenerator[Event, None]:
         """Yield the events of one call; raises our errors when it fails or stalls."""
         request = watch_pb2.WatchRequest(subscriber=self._config.subscriber)
-        async with open_channel(self._member.address) as channel:
+        async with open_channel(self._member.address, self._credentials) as channel:
             call = self._open(channel, request)
             try:
                 while (reply := await self._read(call)) is not None:

@@ -8,6 +8,7 @@ from typing import Final
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 from kvstore.transport.arena import ArenaSize
 
@@ -19,7 +20,6 @@ MIN_SLOTS: Final = 256
 MAX_SLOTS: Final = 1 << 22
 KEEPER_SOCKET: Final = "keeper.sock"
 NODE_SOCKET: Final = "node.sock"
-_LOOPBACK: Final = ("127.", "localhost:", "[::1]:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,8 @@ class KeeperConfig:
     arena_bytes: int
     listen: str = "127.0.0.1:0"
     metrics: str = "127.0.0.1:0"
+    security: Path | None = None
+    """Who may connect: docs/security.md; None: loopback only."""
     cluster_key_file: Path | None = None
     parent_pid: int = 0
     max_sessions: int = 1_024
@@ -58,8 +60,9 @@ class KeeperConfig:
             raise BadInput(f"--name must be printable and at most {MAX_ID_BYTES} bytes")
         if len(os.fsencode(self.run_dir / KEEPER_SOCKET)) > SOCKET_PATH_BYTES:
             raise BadInput(f"--run-dir {self.run_dir} is too long for a Unix socket's path")
-        for flag, address in (("--listen", self.listen), ("--metrics", self.metrics)):
-            check_loopback(flag, address)
+        security = load_security(self.security)
+        check_listen("--listen", self.listen, security)
+        check_metrics("--metrics", self.metrics, security)
         make_policy(self.policy)
         BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
         if self.parent_pid < 0:
@@ -85,15 +88,3 @@ class KeeperConfig:
     def rpc(self) -> str:
         """gRPC address of the node on this host."""
         return f"unix:{self.run_dir / NODE_SOCKET}"
-
-
-def check_loopback(flag: str, address: str) -> None:
-    """Raise `BadInput` unless `address` is `host:port` on loopback.
-
-    There is no transport security yet: a port that others reach would hand out blocks to anyone.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65_535:
-        raise BadInput(f"{flag} {address!r} is not host:port")
-    if not f"{host}:".startswith(_LOOPBACK):
-        raise BadInput(f"{flag} {address!r} is not a loopback address")

@@ -16,6 +16,7 @@ from kvstore.core.errors import (
     SessionLost,
     TooLarge,
     Unsupported,
+    WrongRoot,
 )
 from kvstore.core.limits import MAX_NAMES_PER_CALL, NAME_BYTES
 from kvstore.core.names import BlockName, derive_root
@@ -23,6 +24,7 @@ from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.convert import check_id, check_names, namespace_from_proto, root_from_wire
+from kvstore.rpc.gate import identify
 from kvstore.rpc.identity import Identity, Principal, Role
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
 from kvstore.rpc.watch_server import serve_watch
@@ -300,7 +302,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         return self._store.table.publisher.incarnation
 
     def _principal(self, context: Context) -> Principal:
-        return self._parts.identity.identify(metadata(context), context.peer())
+        return identify(self._parts.identity, context)
 
     def _session(self, context: Context) -> Session:
         """Return the caller's session; raises `SessionLost` for a token unknown here."""
@@ -317,7 +319,11 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
 
     def _rooted(self, context: Context, root: bytes) -> tuple[Session, RootInfo]:
         session = self._session(context)
-        return session, session.root(root_from_wire(root))
+        info = session.root(root_from_wire(root))
+        if info.domain != self._principal(context).share_domain:
+            # A session's token in another tenant's hands opens nothing; said as for any root.
+            raise WrongRoot("this root was not opened by this session")
+        return session, info
 
     async def _wait(self, info: RootInfo, packed: bytes, deadline_s: float) -> list[Outcome]:
         loop = asyncio.get_running_loop()
