@@ -44,11 +44,12 @@ class Secured:
 
     def credentials(self, name: str, *, certificate: str = "server") -> Credentials:
         """Return what the identity `name` shows; "" shows no token, certificate "" none."""
-        parts = {}
-        if certificate:
-            parts["certificate"] = (self.directory / f"{certificate}.pem").read_bytes()
-            parts["key"] = (self.directory / f"{certificate}.key").read_bytes()
-        return Credentials(ca=self.ca.read_bytes(), token=TOKENS.get(name, name), **parts)
+        chain, key = (
+            (self.directory / f"{certificate}.{kind}").read_bytes() if certificate else b""
+            for kind in ("pem", "key")
+        )
+        token = TOKENS.get(name, name)
+        return Credentials(ca=self.ca.read_bytes(), certificate=chain, key=key, token=token)
 
 
 def secured(directory: Path, *, mutual: bool = False, **limits: float) -> Secured:

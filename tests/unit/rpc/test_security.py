@@ -132,3 +132,15 @@ def test_unusable_material_is_named(tmp_path: Path) -> None:
     (tmp_path / "server.key").write_text("no key")
     with pytest.raises(BadInput, match="certificate, key or ca"):
         ssl_context(made.config)
+
+
+def test_the_example_of_the_page_is_a_sound_file(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[3] / "docs" / "security.md"
+    text = page.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
+    for name in ("host.pem", "host.key", "ca.pem", "cluster.token"):
+        (tmp_path / name).write_text(TOKENS["cluster"])
+    config = load_security(written(tmp_path, text))
+    assert [entry.name for entry in config.identities] == ["cluster", "team-a"]
+    assert config.limits.calls_per_s == 50
+    for role in Role:
+        assert f"| `{role}` |" in page.read_text(encoding="utf-8")
