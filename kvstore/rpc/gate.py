@@ -38,8 +38,12 @@ _CALLS: Final[Mapping[Role, Mapping[str, str]]] = {
         "Inference": "Generate ListModels",
     },
     Role.FRONTEND: {"Router": "Route Complete Explain", "Worker": "Describe Run"},
-    Role.WATCH: {"CacheNode": "Stats Watch", "Worker": "Watch"},
-    Role.ADMIN: {"CacheNode": "Clear", "Recorder": "Record"},
+    Role.WATCH: {"CacheNode": "Stats Watch", "Worker": "Watch", "Cluster": "Status"},
+    Role.ADMIN: {
+        "CacheNode": "Clear",
+        "Recorder": "Record",
+        "Cluster": "Drain Scale Restart",
+    },
 }
 
 REQUIRED: Final[Mapping[str, Role]] = {

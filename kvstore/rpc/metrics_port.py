@@ -46,5 +46,5 @@ def serve_metrics(
             int(port), addr=host.strip("[]"), registry=registry, **tls
         )
     except OSError as error:
-        raise BadInput(f"{flag} cannot listen on {address}: {error}") from error
+        raise BadInput(f"{flag} {address}: cannot listen there: {error}") from error
     return MetricsPort(f"{host}:{server.server_port}", server, thread)

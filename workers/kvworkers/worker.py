@@ -118,6 +118,7 @@ class WorkerServer:
         self.address = ""
         """Where gRPC is served, once started."""
         self.metrics_address = ""
+        self.model_name = ""
         self.incarnation = config.incarnation or time.time_ns() // 1_000_000
         self._metrics = WorkerMetrics(self.registry)
         self._client_metrics = ClientMetrics(self.registry)
@@ -145,6 +146,11 @@ class WorkerServer:
         """Drain for `drain_ms`, then end everything. Harmless when repeated."""
         await self._stack.aclose()
 
+    async def drain(self, *, drain_ms: int) -> None:
+        """Refuse new requests and let running ones finish for so long; `stop` ends the rest."""
+        assert self._engine is not None, "not started"
+        await self._engine.stop(drain_ms=drain_ms)
+
     async def settled(self, *, deadline_ms: int) -> bool:
         """Wait until everything computed so far was given to the store; False at the deadline."""
         return self._link is None or await self._link.drained(deadline_ms=deadline_ms)
@@ -153,6 +159,7 @@ class WorkerServer:
         config = self.config
         model = await asyncio.to_thread(_load, config)
         spec, block_bytes = model.spec, model.spec.layout.block_bytes
+        self.model_name = spec.name
         pages = config.pool_bytes // block_bytes
         if pages == 0:
             raise BadInput(f"pool_bytes {config.pool_bytes} is below one block of {block_bytes}")

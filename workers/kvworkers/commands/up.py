@@ -14,6 +14,7 @@ import click
 from kvstore.cli.values import Address
 from kvstore.core.errors import Unreachable
 from kvworkers.cluster.config import ClusterConfig
+from kvworkers.cluster.declared import load_declared
 from kvworkers.cluster.rundir import new_run_dir, user_dir
 from kvworkers.cluster.state import State, StateFile
 from kvworkers.cluster.supervisor import (
@@ -28,8 +29,10 @@ from kvworkers.commands.options import (
     check_memory,
     clear,
     cluster_options,
-    free_address,
     make_directory,
+    refuse_with_config,
+    scope_options,
+    with_free_ports,
 )
 
 _READY_SECONDS: Final = 900.0
@@ -41,6 +44,7 @@ _LOG_POLL_SECONDS: Final = 0.2
 @click.command(short_help="Start a cluster on this machine: node, workers, router, frontends.")
 @cluster_options
 @address_options("127.0.0.1:8000")
+@scope_options
 @click.option("--name", default="default", show_default=True, help="For `down` and `chat`.")
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
@@ -57,32 +61,54 @@ def up(
     nvme_bytes: int | None,
     http: Address,
     grpc: Address,
+    frontends: int,
+    listen: str,
+    security: Path | None,
+    address: str,
+    ray_namespace: str,
+    spare: int,
+    drain_ms: int,
+    config_file: Path | None,
     name: str,
     detach: bool,
     as_json: bool,
     notify_fd: int | None,
 ) -> int:
-    """Start a Ray cluster on this machine and serve a model with its cache.
+    """Start a cluster that serves a model with its cache: a Ray of its own on this machine, or
+    on a Ray cluster that runs already (--address auto).
 
     Runs until Ctrl-C, or in the background with --detach. The first start prepares the model.
     """
+    if config_file is not None:
+        refuse_with_config(click.get_current_context())
+        declared = load_declared(config_file)
+        name, model, config = declared.name, declared.model or None, declared.config
+    else:
+        config = ClusterConfig(
+            model=Path(model or "."),
+            run_dir=Path("/"),
+            workers=workers,
+            arena_bytes=arena,
+            pool_bytes=pool or 0,
+            threads=threads,
+            policy=policy,
+            nvme=nvme,
+            nvme_bytes=nvme_bytes or 0,
+            http=http,
+            grpc=grpc,
+            frontends=frontends,
+            listen=listen,
+            security=security,
+            ray_address=address,
+            ray_namespace=ray_namespace,
+            spare_cpus=spare,
+            drain_ms=drain_ms,
+        )
     state_file = StateFile(user_dir(), name)
-    http, grpc = free_address("--http", http), free_address("--grpc", grpc)
-    check_memory(arena)
-    make_directory("--nvme", nvme)
-    config = ClusterConfig(
-        model=Path(model or "."),
-        run_dir=Path("/"),
-        workers=workers,
-        arena_bytes=arena,
-        pool_bytes=pool or 0,
-        threads=threads,
-        policy=policy,
-        nvme=nvme,
-        nvme_bytes=nvme_bytes or 0,
-        http=http,
-        grpc=grpc,
-    )
+    config = with_free_ports(config)
+    if not config.ray_address:
+        check_memory(config.arena_bytes)
+        make_directory("--nvme", config.nvme)
     if detach:
         return _detach(state_file, as_json=as_json)
     return _hold(config, model, state_file, as_json=as_json, notify_fd=notify_fd)
