@@ -1,7 +1,7 @@
 """Orders on a stage without Ray: what is taken off, in which order, and what is refused."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,17 +41,30 @@ class Places(Placer):
         self._told = told
         self.kept = Orders()
         self.room = True
+        self.alive: set[str] = set()
+        self.avoided: set[str] = set()
 
     async def keep(self, orders: Orders) -> None:
         self.kept = orders
 
-    async def group(self, name: str, count: int) -> None:
+    async def group(self, name: str, count: int, *, avoid: Collection[str] = ()) -> None:
         if not self.room:
             raise Refused("no room")
         self._told.append(f"group {name} {count}")
+        self.avoided = set(avoid)
 
     async def drop_group(self, name: str) -> None:
         self._told.append(f"drop {name}")
+
+    def node(self, name: str, host: str) -> Any:
+        return Actor(self._told, name)
+
+    def frontend(self, name: str, host: str = "") -> Any:
+        self._told.append(f"{name} on {host}")
+        return Actor(self._told, name)
+
+    async def hosts(self) -> set[str]:
+        return self.alive
 
     async def worker(self, name: str, seat: Seat) -> Any:
         return Actor(self._told, name)
@@ -124,8 +137,10 @@ async def test_a_drained_host_is_off_the_list_before_its_workers_finish(
         assert order == sorted(order)
         assert set(made.stage.parts) == {"node-0", "worker-0", "frontend-0"}
         assert made.places.kept.hosts == {"a": "node-0"}
-        assert made.places.kept.drained == {"b"}
+        assert made.places.kept.drained == {"b": "node-1"}
         assert made.operator.order == ""
+        await made.operator.scale(2)
+        assert made.places.avoided == {"b"}, "no worker is placed on a drained host"
 
 
 async def test_what_cannot_be_drained_is_refused_and_nobody_leaves(
@@ -187,3 +202,27 @@ def test_a_leaving_part_says_so() -> None:
     part = Part(name="w", role=Role.WORKER, report=report, leaving=True)
     assert part_status(part).phase == "leaving"
     assert part_status(Part(name="n", role=Role.NODE)).phase == "empty"
+
+
+async def test_with_a_frontend_on_every_host_they_come_and_go_with_them() -> None:
+    told: list[str] = []
+    places = Places(told)
+    config = ClusterConfig(
+        model=Path("m"), run_dir=Path("r"), frontends=0, ray_address="auto",
+    )  # fmt: skip
+    stage = Stage(config, places)
+    places.alive = {"a", "b"}
+    await stage.look_for_hosts()
+    assert {"frontend-0 on a", "frontend-1 on b"} <= set(told)
+    places.alive = {"b", "c"}
+    before = told.count("end")
+    await stage.look_for_hosts()
+    assert told.count("end") == before + 2, "what was on the dead host is ended …"
+    assert "frontend-0 on c" in told, "… before its name is given away"
+    assert set(stage.parts) == {"node-0", "node-1", "frontend-0", "frontend-1"}
+    assert stage.orders.hosts == {"b": "node-1", "c": "node-0"}
+    places.alive = {"b"}
+    await stage.look_for_hosts()
+    assert places.kept.hosts == {"b": "node-1"}, "a controller that starts again knows it"
+    address = config.frontend_address(config.http, 1)
+    assert address == config.http

@@ -20,6 +20,7 @@ def test_hosts_keep_their_names_and_dead_ones_free_theirs() -> None:
 def test_a_drained_host_gets_no_node_again_until_it_has_left() -> None:
     orders = Orders().with_hosts({"a", "b"}).without_host("node-0")
     assert orders.with_hosts({"a", "b"}).hosts == {"b": "node-1"}
+    assert orders.with_hosts({"a", "b", "c"}).hosts["c"] == "node-2", "its name is still taken"
     assert orders.with_hosts({"b"}).with_hosts({"a", "b"}).hosts == {"a": "node-0", "b": "node-1"}
 
 

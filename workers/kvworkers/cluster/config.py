@@ -38,7 +38,8 @@ class ClusterConfig:
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
     the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
     disk in which each node keeps a tier of `nvme_bytes`; None: there is none. Frontend i listens
-    on the ports of `http` and `grpc` plus i. Nodes, workers and controller listen on `loopback` or
+    on the ports of `http` and `grpc` plus i; 0 frontends stands for one on every host, all on the
+    same ports. Nodes, workers and controller listen on `loopback` or
     on their `host`'s address, which needs `security`. A worker that is drained gets `drain_ms`.
     `ray_address` is a running Ray cluster to join; empty: one of our own on this machine.
     Raises `BadInput` naming the flag at fault.
@@ -72,8 +73,10 @@ class ClusterConfig:
             raise BadInput(f"--arena {self.arena_bytes}: at least {MIN_ARENA_BYTES} bytes")
         if self.pool_bytes < 0 or self.threads < 0:
             raise BadInput("--pool and --threads must not be negative")
-        if not 1 <= self.frontends <= MAX_FRONTENDS:
-            raise BadInput(f"--frontends {self.frontends}: must lie in 1..{MAX_FRONTENDS}")
+        if not 0 <= self.frontends <= MAX_FRONTENDS:
+            raise BadInput(f"--frontends {self.frontends}: must lie in 0..{MAX_FRONTENDS}")
+        if self.frontends == 0 and not self.ray_address:
+            raise BadInput("--frontends 0: one per host is for a Ray cluster that is joined")
         if not 0 <= self.drain_ms <= MAX_DRAIN_MS:
             raise BadInput(f"--drain-ms {self.drain_ms}: must lie in 0..{MAX_DRAIN_MS}")
         if not 0 <= self.control_port <= MAX_PORT:
@@ -108,6 +111,8 @@ class ClusterConfig:
 
     def frontend_address(self, address: Address, index: int) -> Address:
         """Return where frontend `index` listens, given where the first one does."""
+        if self.frontends == 0:  # each on a host of its own
+            return address
         return Address(address.host, address.port + index if address.port else 0)
 
     def threads_per_worker(self, cores: int | None = None) -> int:

@@ -17,7 +17,7 @@ from kvstore.rpc.interceptors import Context
 from kvstore.rpc.v1 import cluster_pb2, cluster_pb2_grpc
 from kvworkers.cluster.config import MAX_WORKERS
 from kvworkers.cluster.plan import Part, Phase, Role, heard_of
-from kvworkers.cluster.stage import Stage
+from kvworkers.cluster.stage import Stage, frontend_beside
 
 POLL_SECONDS: Final = 0.1
 HEARD_SECONDS: Final = 30.0
@@ -44,9 +44,13 @@ class Operator:
             if len(workers) == len(self._stage.of(Role.WORKER)):
                 raise BadInput(f"{node} runs every worker: scale or add a host first")
             await self._stage.follow(orders)
+            own = frontend_beside(node)
+            frontends = [] if self._stage.config.frontends else [own]
             await self._empty([*workers, node])
-            await self._stage.drop(*workers, node)
-            return [*workers, node]
+            for name in frontends:  # last: what it was streaming went on elsewhere meanwhile
+                await self._finish(name)
+            await self._stage.drop(*workers, node, *frontends)
+            return [*workers, node, *frontends]
 
     async def scale(self, workers: int) -> list[str]:
         """Change the number of workers; returns those that came or went."""

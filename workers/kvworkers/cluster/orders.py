@@ -1,7 +1,7 @@
 """What the operator has ordered and where things stand: remembered beside Ray's own state. Pure.
 
 hosts      Ray's node → our name of the host, which is its cache node's name
-drained    hosts of Ray that get no cache node any more
+drained    the same for hosts that were taken out of service and are still in Ray
 workers    worker → the placement group that it lives in, and its bundle
 """
 
@@ -25,14 +25,14 @@ class Orders:
     """Everything that a controller must know after its own restart."""
 
     hosts: Mapping[str, str] = field(default_factory=dict)
-    drained: frozenset[str] = frozenset()
+    drained: Mapping[str, str] = field(default_factory=dict)
     workers: Mapping[str, Seat] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return what `from_json` reads back."""
         workers = {name: [seat.group, seat.bundle] for name, seat in self.workers.items()}
         return json.dumps(
-            {"hosts": dict(self.hosts), "drained": sorted(self.drained), "workers": workers}
+            {"hosts": dict(self.hosts), "drained": dict(self.drained), "workers": workers}
         )
 
     @classmethod
@@ -40,15 +40,15 @@ class Orders:
         """Read what `to_json` wrote."""
         raw = json.loads(text)
         workers = {name: Seat(*seat) for name, seat in raw["workers"].items()}
-        return cls(raw["hosts"], frozenset(raw["drained"]), workers)
+        return cls(raw["hosts"], raw["drained"], workers)
 
     def with_hosts(self, alive: Collection[str]) -> "Orders":
         """Return the orders once the hosts of Ray are these: dead ones go, new ones get a name."""
         kept = {host: name for host, name in self.hosts.items() if host in alive}
-        drained = self.drained & set(alive)
+        drained = {host: name for host, name in self.drained.items() if host in alive}
         for host in sorted(alive):
             if host not in kept and host not in drained:
-                kept[host] = _free_name("node", kept.values())
+                kept[host] = _free_name("node", [*kept.values(), *drained.values()])
         return Orders(kept, drained, self.workers)
 
     def without_host(self, name: str) -> "Orders":
@@ -60,7 +60,7 @@ class Orders:
         if len(self.hosts) == 1:
             raise BadInput(f"{name} is the only node: `kvstore down` ends a cluster")
         hosts = {key: value for key, value in self.hosts.items() if key != host}
-        return Orders(hosts, self.drained | {host}, self.workers)
+        return Orders(hosts, {**self.drained, host: name}, self.workers)
 
     def with_workers(self, group: str, count: int) -> "Orders":
         """Return the orders with `count` more workers, seated in a new group."""

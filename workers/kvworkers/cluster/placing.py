@@ -5,7 +5,7 @@ is away, a look-up blocks, and the controller's loop must not.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, TypeVar
 
 from kvstore.core.errors import Refused, Unreachable
@@ -57,8 +57,11 @@ class Placer:
         nodes = await _called(ray.nodes)
         return {str(node["NodeID"]) for node in nodes if node["Alive"]}
 
-    async def group(self, name: str, count: int) -> None:
-        """Make, or find, a group of `count` workers' places; `Refused` when there is no room."""
+    async def group(self, name: str, count: int, *, avoid: Collection[str] = ()) -> None:
+        """Make, or find, a group of `count` workers' places; `Refused` when there is no room.
+
+        None of them is on a host of `avoid`, by Ray's ids of nodes.
+        """
         from ray.util.placement_group import (
             get_placement_group,
             placement_group,
@@ -66,6 +69,8 @@ class Placer:
         )
 
         device = await self._device()
+        selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
+        elsewhere = [selector] * count if avoid else None
 
         def make() -> Any:
             try:
@@ -74,6 +79,7 @@ class Placer:
                 return placement_group(
                     [dict(device) for _ in range(count)],
                     strategy="SPREAD", name=name, lifetime="detached",
+                    bundle_label_selector=elsewhere,
                 )  # fmt: skip
 
         made = await _called(make)
@@ -114,9 +120,12 @@ class Placer:
             name, Role.WORKER, place, CPU=device.get("CPU", 0), GPU=device.get("GPU", 0)
         )
 
-    def frontend(self, name: str) -> Any:
-        """Return the actor of a frontend, on whichever host has the fewest parts."""
-        return self._actor(name, Role.FRONTEND, "SPREAD")
+    def frontend(self, name: str, host: str = "") -> Any:
+        """Return the actor of a frontend: on this host, or on whichever has the fewest parts."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        place = NodeAffinitySchedulingStrategy(host, soft=False) if host else "SPREAD"
+        return self._actor(name, Role.FRONTEND, place)
 
     async def end(self, actor: Any, *, restart: bool) -> None:
         """Kill an actor's process; with `restart` Ray brings it back empty."""

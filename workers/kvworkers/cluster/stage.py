@@ -22,6 +22,7 @@ class Stage:
         self.actors: dict[str, Any] = {}
         self.members = MemberList()
         self.orders = Orders()
+        self._kept: Orders | None = None
         self._placer = placer
 
     async def place(self) -> None:
@@ -37,14 +38,21 @@ class Stage:
 
     async def follow(self, orders: Orders) -> list[str]:
         """Remember these orders and make the parts that they ask for; returns the new ones."""
-        if orders != self.orders:
+        if orders != self._kept:
             await self._placer.keep(orders)
-        self.orders = orders
+        self.orders = self._kept = orders
         new = []
         for host, name in orders.hosts.items():
             if name not in self.parts:
                 self._add(name, Role.NODE, lambda name, host=host: self._placer.node(name, host))
                 new.append(name)
+            beside = frontend_beside(name)
+            if not self.config.frontends and beside not in self.parts:
+                self._add(
+                    beside,
+                    Role.FRONTEND,
+                    lambda name, host=host: self._placer.frontend(name, host),
+                )
         for name, seat in orders.workers.items():
             if name not in self.parts:
                 actor = await self._placer.worker(name, seat)
@@ -54,13 +62,15 @@ class Stage:
 
     async def look_for_hosts(self) -> None:
         """Give hosts that joined Ray a cache node, and let go of those that Ray declared dead."""
-        orders = self.orders.with_hosts(await self._placer.hosts())
-        if orders == self.orders:
-            return
-        gone = set(self.orders.hosts.values()) - set(orders.hosts.values())
-        await self.follow(orders)
-        for name in gone:
-            await self.drop(name)
+        alive = await self._placer.hosts()
+        for name in [name for host, name in self.orders.hosts.items() if host not in alive]:
+            # Before new hosts are named: one of them may get this very name.
+            self.orders = self.orders.with_hosts(
+                {host for host, known in self.orders.hosts.items() if known != name}
+                | set(self.orders.drained)
+            )
+            await self.drop(name, *([] if self.config.frontends else [frontend_beside(name)]))
+        await self.follow(self.orders.with_hosts(alive))
 
     async def add_workers(self, count: int) -> list[str]:
         """Place more workers in a group of their own; `Refused` where Ray has no room."""
@@ -68,7 +78,7 @@ class Stage:
         group = next(
             name for n in range(len(taken) + 1) if (name := f"{FIRST_GROUP}-{n}") not in taken
         )
-        await self._placer.group(group, count)
+        await self._placer.group(group, count, avoid=self.orders.drained)
         return await self.follow(self.orders.with_workers(group, count))
 
     async def drop(self, *names: str) -> None:
@@ -113,6 +123,11 @@ class Stage:
     def _add(self, name: str, role: Role, make: Any) -> None:
         self.parts[name] = Part(name=name, role=role, heard_ms=now_ms())
         self.actors[name] = make(name)
+
+
+def frontend_beside(node: str) -> str:
+    """Return the name of the frontend of a host, where every host has one."""
+    return f"frontend-{node.rpartition('-')[2]}"
 
 
 def now_ms() -> int:
