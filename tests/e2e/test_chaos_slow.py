@@ -78,7 +78,21 @@ class Deployed:
         return found
 
     def part(self, name: str) -> dict[str, Any]:
-        return next(part for part in self.status()["parts"] if part["name"] == name)
+        """Return what is known of a part; nothing while the controller does not answer."""
+        parts = self.status().get("parts", [])
+        return next((part for part in parts if part["name"] == name), {})
+
+    def replaced(self, name: str, pid: int) -> Callable[[], bool]:
+        """Return what says whether another process is this part, and everything serves."""
+        return lambda: self.part(name).get("pid", pid) != pid and bool(self.status()["ready"])
+
+    def respawned(self, words: str, pid: int, count: int) -> Callable[[], bool]:
+        """Return the same for one of `count` processes called so."""
+        return lambda: (
+            pid not in (now := self.pids(words))
+            and len(now) == count
+            and bool(self.status()["ready"])
+        )
 
     def pids(self, words: str) -> list[int]:
         return [pid for pid in marked_processes(self.mark) if words in command_line(pid)]
@@ -192,25 +206,15 @@ async def test_two_hundred_streams_survive_every_loss(
         await asyncio.to_thread(eventually, good_again, seconds=180, what=f"{what} is back")
         recovery[what] = round(time.monotonic() - begun, 1)
 
-    def replaced(name: str, pid: int) -> Callable[[], bool]:
-        return lambda: deployed.part(name)["pid"] != pid and bool(deployed.status()["ready"])
-
-    def respawned(words: str, pid: int, count: int) -> Callable[[], bool]:
-        return lambda: (
-            pid not in (now := deployed.pids(words))
-            and len(now) == count
-            and bool(deployed.status()["ready"])
-        )
-
     try:
         for what, name in (("a worker", "worker-0"), ("a router and its frontend", "frontend-1")):
             pid = int((await asyncio.to_thread(deployed.part, name))["pid"])
-            await loses(what, pid, replaced(name, pid))
+            await loses(what, pid, deployed.replaced(name, pid))
         for what, words in (
             ("a cache node", "kvstore.service.node"), ("a keeper", "kvstore.cli.main node"),
         ):  # fmt: skip
             pids = deployed.pids(words)
-            await loses(what, pids[0], respawned(words, pids[0], len(pids)))
+            await loses(what, pids[0], deployed.respawned(words, pids[0], len(pids)))
         assert not running.done(), "there is load all the way"
         begun = time.monotonic()
         host = (await asyncio.to_thread(deployed.part, "worker-2"))["host"]
@@ -226,6 +230,11 @@ async def test_two_hundred_streams_survive_every_loss(
     )
     assert len(streams.said) == STREAMS
     assert streams.broken <= IN_FLIGHT, "only streams of the killed frontend break"
+    compare(streams, reference, exactness)
+
+
+def compare(streams: Streams, reference: Reference, exactness: Exactness) -> None:
+    """Fail where a reply is not the reference's, token by token."""
     for question, text in streams.said:
         prompt = reference.chat(("user", question))
         expected = reference.reply(prompt, TOKENS)
@@ -243,7 +252,7 @@ def test_a_host_that_dies_is_let_go_and_a_new_one_is_taken_in(deployed: Deployed
         seconds=120, what="the new host gets a cache node",
     )  # fmt: skip
     deployed.run("scale", "3")
-    assert deployed.status()["ready"]
+    eventually(lambda: deployed.status()["ready"], seconds=60, what="three workers serve")
     deployed.ray.order("kill 3")
     eventually(
         lambda: (

@@ -6,12 +6,12 @@ import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from kvstore.cli.values import Address
 from kvstore.core.errors import Unreachable
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.declared import load_declared
@@ -38,6 +38,12 @@ from kvworkers.commands.options import (
 _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
 
+_SAME_NAMES: Final = (
+    "workers", "threads", "policy", "nvme", "http", "grpc", "frontends", "listen", "security",
+    "ray_namespace", "drain_ms",
+)  # fmt: skip
+"""Flags that are called as the fields of `ClusterConfig`."""
+
 _LOG_POLL_SECONDS: Final = 0.2
 
 
@@ -51,28 +57,13 @@ _LOG_POLL_SECONDS: Final = 0.2
 @click.option("--notify-fd", type=int, hidden=True, default=None)
 def up(
     *,
-    model: str | None,
-    workers: int,
-    arena: int,
-    pool: int | None,
-    threads: int,
-    policy: str,
-    nvme: Path | None,
-    nvme_bytes: int | None,
-    http: Address,
-    grpc: Address,
-    frontends: int,
-    listen: str,
-    security: Path | None,
-    address: str,
-    ray_namespace: str,
-    spare: int,
-    drain_ms: int,
     config_file: Path | None,
+    model: str | None,
     name: str,
     detach: bool,
     as_json: bool,
     notify_fd: int | None,
+    **options: Any,
 ) -> int:
     """Start a cluster that serves a model with its cache: a Ray of its own on this machine, or
     on a Ray cluster that runs already (--address auto).
@@ -84,26 +75,7 @@ def up(
         declared = load_declared(config_file)
         name, model, config = declared.name, declared.model or None, declared.config
     else:
-        config = ClusterConfig(
-            model=Path(model or "."),
-            run_dir=Path("/"),
-            workers=workers,
-            arena_bytes=arena,
-            pool_bytes=pool or 0,
-            threads=threads,
-            policy=policy,
-            nvme=nvme,
-            nvme_bytes=nvme_bytes or 0,
-            http=http,
-            grpc=grpc,
-            frontends=frontends,
-            listen=listen,
-            security=security,
-            ray_address=address,
-            ray_namespace=ray_namespace,
-            spare_cpus=spare,
-            drain_ms=drain_ms,
-        )
+        config = _from_flags(model, options)
     state_file = StateFile(user_dir(), name)
     config = with_free_ports(config)
     if not config.ray_address:
@@ -112,6 +84,20 @@ def up(
     if detach:
         return _detach(state_file, as_json=as_json)
     return _hold(config, model, state_file, as_json=as_json, notify_fd=notify_fd)
+
+
+def _from_flags(model: str | None, options: Mapping[str, Any]) -> ClusterConfig:
+    """Return the cluster that the flags of the command line describe."""
+    return ClusterConfig(
+        model=Path(model or "."),
+        run_dir=Path("/"),
+        arena_bytes=options["arena"],
+        pool_bytes=options["pool"] or 0,
+        nvme_bytes=options["nvme_bytes"] or 0,
+        ray_address=options["address"],
+        spare_cpus=options["spare"],
+        **{field: options[field] for field in _SAME_NAMES},
+    )
 
 
 def _hold(
