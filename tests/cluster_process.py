@@ -10,10 +10,11 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any, Final
 
 MARK: Final = "KVSTORE_TEST_MARK"
 """An environment variable that every process of a cluster inherits, however it detaches."""
+
+_LISTENING: Final = "0A"
+"""The state of a listening socket in /proc/net/tcp."""
 
 UP_SECONDS: Final = 170.0
 DOWN_SECONDS: Final = 60.0
@@ -44,6 +48,26 @@ def command_line(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""
+
+
+def listening_addresses(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """Return (host, port) of every TCP socket that these processes listen on."""
+    inodes = set()
+    for pid in pids:
+        with suppress(OSError):
+            for entry in Path(f"/proc/{pid}/fd").iterdir():
+                with suppress(OSError):
+                    inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTENING and fields[9] in inodes:
+                host, _, port = fields[1].rpartition(":")
+                words = [bytes.fromhex(host[at : at + 8])[::-1] for at in range(0, len(host), 8)]
+                written = socket.inet_ntop(family, b"".join(words)).removeprefix("::ffff:")
+                found.add((written, int(port, 16)))
+    return found
 
 
 def eventually(check: Callable[[], Any], *, seconds: float, what: str) -> Any:

@@ -17,12 +17,16 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from kvstore.core.errors import BadInput, KvStoreError, Refused
 from kvstore.core.limits import BLOCK_TOKENS
-from kvstore.core.names import BlockName, Root, chain, pack_tokens
+from kvstore.core.names import BlockName, ExtraKey, Root, chain, pack_tokens
 from kvstore.directory.events import Changed, Loaded, TierKind
 from kvstore.directory.publisher import Publisher
-from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.channel import NO_SECURITY, listen, make_server
+from kvstore.rpc.gate import gate_of
+from kvstore.rpc.security import SecurityConfig
 from kvstore.rpc.v1 import cache_pb2_grpc, types_pb2, watch_pb2, worker_pb2, worker_pb2_grpc
 from kvstore.rpc.watch_server import serve_watch
 
@@ -70,6 +74,7 @@ class ScriptedWorker:
     cancelled: int = 0
     running: int = 0
     address: str = ""
+    security: SecurityConfig = NO_SECURITY
 
     def __post_init__(self) -> None:
         self.shelf = Shelf(self.tier)
@@ -80,12 +85,12 @@ class ScriptedWorker:
             self.publisher.load = Loaded(prefill_tokens_per_s=1_000.0, kv_capacity_bytes=1 << 20)
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
-        self._server, _ = make_server()
+        self._server, _ = make_server(gate=gate_of(self.security, CollectorRegistry()))
         if self.tier is TierKind.HBM:
             worker_pb2_grpc.add_WorkerServicer_to_server(_Worker(self), self._server)
         else:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(_Node(self), self._server)
-        self.address = listen(self._server, address)
+        self.address = listen(self._server, address, self.security)
         await self._server.start()
         return self.address
 
@@ -111,7 +116,7 @@ class ScriptedWorker:
         tokens = array("I", request.tokens)
         if len(tokens) + request.sampling.max_tokens > self.max_model_tokens:
             raise BadInput("over the model's context")
-        names = list(chain(ROOT, request.tokens))
+        names = self.names_of(request.tokens, request.cache_salt)
         done = self._done(tokens)
         first = self._first(len(tokens), names)
         wanted = min(request.sampling.max_tokens, len(self.reply) - done)
@@ -129,6 +134,10 @@ class ScriptedWorker:
         ended = done + wanted == len(self.reply)
         yield worker_pb2.RunReply(finish_reason="stop" if ended else "length")
         self.hold(names)
+
+    def names_of(self, tokens: bytes, salt: bytes) -> list[BlockName]:
+        """Return the names of a prompt's blocks, as a real worker derives them."""
+        return list(chain(ROOT, tokens, extra_keys=[ExtraKey(0, salt)] if salt else ()))
 
     def _done(self, tokens: Sequence[int]) -> int:
         """Return how much of the reply the prompt already ends with."""

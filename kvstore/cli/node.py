@@ -51,6 +51,11 @@ from kvstore.service.keeper import run_keeper
 )
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")
 @click.option(
+    "--security",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Who may connect, and with what proof: docs/security.md. [loopback only]",
+)
+@click.option(
     "--cluster-key-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="32 secret bytes that names are derived with; made where missing. [RUN_DIR/cluster.key]",

@@ -5,15 +5,17 @@ import json
 import signal
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
-from prometheus_client import start_http_server
 
 from kvstore.cli.values import ADDRESS, Address
 from kvstore.core.errors import BadInput
 from kvstore.router.members import Kind, Member, Members, parse_member
 from kvstore.router.router import RouterConfig
 from kvstore.router.server import RouterServer
+from kvstore.rpc.metrics_port import serve_metrics
+from kvstore.rpc.security import SecurityConfig, check_listen, load_security
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class RouterOptions:
     metrics: Address | None
     json: bool
     config: RouterConfig
+    security: SecurityConfig
 
 
 @click.command(short_help="Choose workers for prompts, by what they have cached.")
@@ -53,6 +56,10 @@ class RouterOptions:
     "--weight", "weights", multiple=True, metavar="DOMAIN=WEIGHT",
     help="A domain's share where requests wait; 1 where none is given.",
 )  # fmt: skip
+@click.option(
+    "--security", type=click.Path(path_type=Path, dir_okay=False),
+    help="Who may connect, and with what proof: docs/security.md.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def router(
     workers: tuple[str, ...],
@@ -62,6 +69,7 @@ def router(
     hold_ms: float,
     max_waiting: int,
     weights: tuple[str, ...],
+    security: Path | None,
     as_json: bool,
 ) -> None:
     """Follow workers and cache nodes, and answer where a prompt should go.
@@ -75,7 +83,9 @@ def router(
     config = RouterConfig(
         hold_ms=hold_ms, max_waiting=max_waiting, domain_weights=dict(map(_weight, weights))
     )
-    asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json, config)))
+    rules = load_security(security)
+    check_listen("--listen", str(listen_on), rules)
+    asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json, config, rules)))
 
 
 def _weight(text: str) -> tuple[str, float]:
@@ -99,22 +109,17 @@ async def _serve(options: RouterOptions) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    server = RouterServer(options.members, config=options.config)
+    server = RouterServer(options.members, config=options.config, security=options.security)
     await server.start(options.listen)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop)
         metrics = ""
         if options.metrics is not None:
-            try:
-                http, thread = start_http_server(
-                    options.metrics.port, options.metrics.host, registry=server.registry
-                )
-            except OSError as error:
-                raise BadInput(f"--metrics {options.metrics}: {error}") from error
-            stack.callback(thread.join)
-            stack.callback(http.server_close)
-            stack.callback(http.shutdown)
-            metrics = f"{options.metrics.host}:{http.server_port}"
+            port = serve_metrics(
+                "--metrics", str(options.metrics), server.registry, options.security
+            )
+            stack.callback(port.close)
+            metrics = port.address
         ready = {"router": server.address, "metrics": metrics, "members": len(options.members)}
         if options.json:
             click.echo(json.dumps(ready))

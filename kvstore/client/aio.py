@@ -32,6 +32,7 @@ from kvstore.core.limits import MAX_NAMES_PER_CALL
 from kvstore.core.names import Namespace, Root
 from kvstore.core.outcomes import Outcome, SettleOutcome
 from kvstore.observe.metrics import ClientMetrics
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.v1 import cache_pb2
 
 SOCKET_NAME: Final = "keeper.sock"
@@ -68,11 +69,13 @@ class AsyncClient:
         pids: Sequence[int] = (),
         config: ClientConfig | None = None,
         metrics: ClientMetrics | None = None,
+        credentials: Credentials | None = None,
     ) -> Self:
         """Open a session on a node's run directory (or on its keeper's socket itself).
 
         `payload_bytes` is a block before padding and `shares` its KV heads. `pids` are the
-        processes that write through this session when they are others than this one. Raises
+        processes that write through this session when they are others than this one. A token
+        in `credentials` makes the session one of that identity's share domain. Raises
         `Unreachable` when no keeper or no node answers in time, `Refused`, `BadInput`, `Forbidden`.
         """
         config = config or ClientConfig()
@@ -84,6 +87,7 @@ class AsyncClient:
             share_domain=share_domain,
             name=name or f"pid {os.getpid()}",
             pids=tuple(pids) or (os.getpid(),),
+            credentials=credentials or NO_CREDENTIALS,
         )
         session = await Session.start(access, arena_number=1, deadline_ms=config.connect_ms)
         metrics = metrics or ClientMetrics(CollectorRegistry())

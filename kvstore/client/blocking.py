@@ -16,6 +16,7 @@ from kvstore.core.errors import Unreachable
 from kvstore.core.names import Namespace, Root
 from kvstore.core.outcomes import Outcome, SettleOutcome
 from kvstore.observe.metrics import ClientMetrics
+from kvstore.rpc.credentials import Credentials
 
 _Result = TypeVar("_Result")
 _GRACE_S: Final = 1.0
@@ -86,6 +87,7 @@ class Client:
         pids: Sequence[int] = (),
         config: ClientConfig | None = None,
         metrics: ClientMetrics | None = None,
+        credentials: Credentials | None = None,
     ) -> Self:
         """Open a session; see `AsyncClient.connect`."""
         config = config or ClientConfig()
@@ -101,6 +103,7 @@ class Client:
                 pids=pids,
                 config=config,
                 metrics=metrics,
+                credentials=credentials,
             )
             return cls(thread, thread.run(work, deadline_ms=config.connect_ms))
         except BaseException:

@@ -41,6 +41,7 @@ from kvstore.core.names import Namespace, Root
 from kvstore.core.outcomes import Outcome, SettleOutcome
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import namespace_to_proto
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc
 from kvstore.tiers.sums import SUM_BYTES, block_sum
@@ -60,18 +61,22 @@ class AsyncRemoteClient:
     """
 
     def __init__(
-        self, address: str, opening: cache_pb2.OpenSessionRequest, config: ClientConfig
+        self,
+        address: str,
+        opening: cache_pb2.OpenSessionRequest,
+        config: ClientConfig,
+        credentials: Credentials,
     ) -> None:
         """For `connect`: use that."""
         self.config = config
         self.root = Root(b"")
         self.node = ""
         self._opening = opening
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, credentials)
         self._stub = cache_pb2_grpc.CacheNodeStub(self._channel)
         self._token = b""
         self._reopening = asyncio.Lock()
-        self._transport = BulkTransport()
+        self._transport = BulkTransport(tls=credentials.ssl(), server_name=credentials.server_name)
         self._keeping: asyncio.Task[None] | None = None
         self._session_ms = 0
 
@@ -86,6 +91,7 @@ class AsyncRemoteClient:
         share_domain: str = "",
         name: str = "",
         config: ClientConfig | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> Self:
         """Open a session at `host:port` of a node's gRPC port.
 
@@ -100,7 +106,7 @@ class AsyncRemoteClient:
             shares=shares,
             client=name or f"pid {os.getpid()}",
         )
-        client = cls(address, opening, config or ClientConfig())
+        client = cls(address, opening, config or ClientConfig(), credentials)
         try:
             await client._open(client.config.connect_ms)
         except BaseException:

@@ -25,6 +25,7 @@ from kvstore.core.limits import GRANULE_BYTES, MAX_BLOCK_BYTES
 from kvstore.core.names import Namespace, Root
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import namespace_to_proto
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc
 from kvstore.transport.arena import ArenaMapping
@@ -47,6 +48,7 @@ class Access:
     share_domain: str
     name: str
     pids: tuple[int, ...]
+    credentials: Credentials = NO_CREDENTIALS
 
     def __post_init__(self) -> None:
         if not 0 < self.payload_bytes <= MAX_BLOCK_BYTES:
@@ -78,7 +80,7 @@ class Session:
         self._socket = sock
         self._channel = open_channel(grant.rpc)
         self._stub = cache_pb2_grpc.CacheNodeStub(self._channel)
-        self._metadata = ((SESSION_KEY, grant.token),)
+        self._metadata = ((SESSION_KEY, grant.token), *access.credentials.metadata())
         self._opening = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
 

@@ -12,9 +12,13 @@ from kvstore.router.learning import Actual
 from kvstore.router.members import Members
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router, RouterConfig
-from kvstore.rpc.channel import listen, make_server
+from kvstore.router.watch_source import WatchSource
+from kvstore.rpc.channel import NO_SECURITY, listen, make_server
 from kvstore.rpc.convert import check_id, check_names, root_from_wire
+from kvstore.rpc.credentials import Credentials
+from kvstore.rpc.gate import gate_of
 from kvstore.rpc.interceptors import Context
+from kvstore.rpc.security import SecurityConfig
 from kvstore.rpc.v1 import router_pb2, router_pb2_grpc
 
 MAX_EXCLUDED = 256
@@ -142,19 +146,31 @@ class RouterServicer(router_pb2_grpc.RouterServicer):  # type: ignore[misc]
 class RouterServer:
     """A router and its gRPC server in one process."""
 
-    def __init__(self, members: Members, *, config: RouterConfig | None = None) -> None:
+    def __init__(
+        self,
+        members: Members,
+        *,
+        config: RouterConfig | None = None,
+        security: SecurityConfig = NO_SECURITY,
+    ) -> None:
         self._members = members
-        self._config = config
+        self._security = security
         self.registry = CollectorRegistry()
-        self.router = Router(metrics=RouterMetrics(self.registry), config=config)
+        self._gate = gate_of(security, self.registry)
+        credentials = Credentials.of(security)
+        self.router = Router(
+            metrics=RouterMetrics(self.registry),
+            config=config,
+            source=lambda member: WatchSource(member, credentials=credentials),
+        )
         self.address = ""
         """Where it listens, once started."""
 
     async def start(self, address: str) -> None:
         """Follow the members and serve; raises `BadInput` when `address` cannot be bound."""
-        self._server, self._health = make_server()
+        self._server, self._health = make_server(gate=self._gate)
         router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self.router), self._server)
-        self.address = listen(self._server, address)
+        self.address = listen(self._server, address, self._security)
         self.router.set_members(self._members)
         await self._server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)

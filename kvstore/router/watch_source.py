@@ -4,15 +4,21 @@ from collections.abc import AsyncGenerator
 
 from kvstore.directory.events import Event
 from kvstore.router.members import Member
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.watch_client import WatchClient, WatchConfig
 
 
 class WatchSource:
     """Follows a member; see `kvstore.rpc.watch_client`."""
 
-    def __init__(self, member: Member, config: WatchConfig | None = None) -> None:
+    def __init__(
+        self,
+        member: Member,
+        config: WatchConfig | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
         self.publisher = member.name
-        self._client = WatchClient(member.address, member.kind, config)
+        self._client = WatchClient(member.address, member.kind, config, credentials)
 
     def events(self) -> AsyncGenerator[Event, None]:
         """Yield what the publisher says; see `EventSource`."""

@@ -9,7 +9,13 @@ from grpc_health.v1._async import HealthServicer  # pyright: ignore[reportMissin
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import MAX_MESSAGE_BYTES
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials, server_credentials
+from kvstore.rpc.gate import Gate
 from kvstore.rpc.interceptors import ErrorInterceptor
+from kvstore.rpc.security import SecurityConfig, check_listen
+
+NO_SECURITY: Final = SecurityConfig()
+"""Loopback only, and everyone there is the local user."""
 
 _OPTIONS: Final[list[tuple[str, int]]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -26,17 +32,28 @@ _OPTIONS: Final[list[tuple[str, int]]] = [
 ]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Return a plaintext channel; `address` is `unix:/path` or `host:port` on loopback."""
+def open_channel(address: str, credentials: Credentials = NO_CREDENTIALS) -> grpc.aio.Channel:
+    """Return a channel to `unix:/path` or `host:port`: over TLS where `credentials` name a CA.
+
+    A Unix socket is always plaintext, and so is everything without credentials.
+    """
     # A proxy from the environment must never see loopback or cluster traffic.
-    return grpc.aio.insecure_channel(address, options=[*_OPTIONS, ("grpc.enable_http_proxy", 0)])
+    options = [*_OPTIONS, ("grpc.enable_http_proxy", 0), *credentials.options()]
+    secure = None if address.startswith("unix:") else credentials.channel()
+    if secure is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, secure, options=options)
 
 
 def make_server(
-    *, interceptors: Sequence[Any] = (), max_concurrent: int = 4_096
+    *,
+    gate: Gate | None = None,
+    interceptors: Sequence[Any] = (),
+    max_concurrent: int = 4_096,
 ) -> tuple[grpc.aio.Server, HealthServicer]:
     """Return an unstarted server with error mapping, bounds and the standard health service.
 
+    `gate` decides who may call; without one everyone may, which is for tests and loopback.
     Beyond `max_concurrent` calls in flight gRPC answers RESOURCE_EXHAUSTED by itself.
     """
     options = [
@@ -45,7 +62,7 @@ def make_server(
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ]
     server = grpc.aio.server(
-        interceptors=[ErrorInterceptor(), *interceptors],
+        interceptors=[ErrorInterceptor(gate), *interceptors],
         options=options,
         maximum_concurrent_rpcs=max_concurrent,
     )
@@ -54,13 +71,21 @@ def make_server(
     return server, health
 
 
-def listen(server: grpc.aio.Server, address: str) -> str:
+def listen(server: grpc.aio.Server, address: str, security: SecurityConfig = NO_SECURITY) -> str:
     """Bind `address` (`unix:/path` or `host:port`, port 0 for a free one); return the bound one.
 
-    Raises `BadInput` naming the address when it cannot be bound.
+    Raises `BadInput` naming the address when it cannot be bound, or may not be: beyond loopback
+    a port needs identities and TLS.
     """
+    secure = None
+    if not address.startswith("unix:"):
+        check_listen("address", address, security)
+        secure = server_credentials(security)
     try:
-        port = server.add_insecure_port(address)
+        if secure is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, secure)
     except RuntimeError as error:
         raise BadInput(f"cannot listen on {address}: {error}") from error
     if address.startswith("unix:"):

@@ -3,19 +3,23 @@
 The server decides the identity; nothing a caller writes into a request widens it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
 
 class Role(StrEnum):
-    """What an identity may do besides using its own share domain."""
+    """What an identity may do."""
 
+    CLIENT = "client"
+    """Ask for replies, and use the cache within its own share domain."""
+    FRONTEND = "frontend"
+    """Run requests for every share domain: routers and frontends of the cluster itself."""
     WATCH = "watch"
-    """Subscribe to everything a publisher holds: routers and peers."""
+    """Subscribe to everything a publisher holds, read metrics: routers, peers, monitoring."""
     ADMIN = "admin"
-    """Clear, drain, inspect."""
+    """Clear, record, drain, inspect."""
     PEER = "peer"
     """Read any block that it can name, under any root: other nodes of the cluster."""
     ARENA = "arena"
@@ -35,11 +39,14 @@ class Identity(Protocol):
     """Turns credentials into a principal.
 
     `identify` raises `Unauthenticated` when there is no acceptable credential. It must neither
-    block nor be influenced by anything but credentials: `metadata` (lower-case keys) and `peer`
-    (gRPC's peer string, or `unix:uid=N` for a session socket).
+    block nor be influenced by anything but credentials: `metadata` (lower-case keys), `peer`
+    (gRPC's peer string, or `unix:uid=N` for a session socket) and `certificate`, the names in a
+    client certificate that the transport has verified.
     """
 
-    def identify(self, metadata: Mapping[str, str | bytes], peer: str) -> Principal: ...
+    def identify(
+        self, metadata: Mapping[str, str | bytes], peer: str, certificate: Sequence[str] = ()
+    ) -> Principal: ...
 
 
 class LocalIdentity:
@@ -52,6 +59,8 @@ class LocalIdentity:
     def __init__(self, share_domain: str = "default") -> None:
         self._principal = Principal("local", share_domain, frozenset(Role))
 
-    def identify(self, metadata: Mapping[str, str | bytes], peer: str) -> Principal:
+    def identify(
+        self, metadata: Mapping[str, str | bytes], peer: str, certificate: Sequence[str] = ()
+    ) -> Principal:
         """Return the local principal whoever asks."""
         return self._principal

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
@@ -10,6 +11,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore.core.errors import BadInput, KvStoreError, Unsupported
 from kvstore.rpc.errors import status_of
+from kvstore.rpc.gate import Gate
 
 _log = logging.getLogger(__name__)
 
@@ -22,11 +24,16 @@ else:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Turns `KvStoreError` into its status; anything else is logged and becomes INTERNAL.
+    """Lets callers in by the gate, and turns `KvStoreError` into its status.
+
+    Anything else is logged and becomes INTERNAL. Without a gate everyone may call everything.
 
     The caller of an unexpected failure sees no detail of it: messages of foreign exceptions can
     carry other tenants' data.
     """
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        self._gate = gate
 
     async def intercept_service(
         self,
@@ -44,7 +51,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 if single and decode is not None:
                     inner, decode = _decoding(inner, decode), None
                 guarded: Handler = wrap(
-                    _guard(inner, str(handler_call_details.method)),
+                    _guard(inner, str(handler_call_details.method), self._gate),
                     request_deserializer=decode,
                     response_serializer=handler.response_serializer,
                 )
@@ -76,25 +83,34 @@ def _decoding(inner: Callable[..., Any], decode: Callable[[bytes], Any]) -> Call
     return streaming if inspect.isasyncgenfunction(inner) else single
 
 
-def _guard(inner: Callable[..., Any], method: str) -> Callable[..., Any]:
+def _guard(inner: Callable[..., Any], method: str, gate: Gate | None) -> Callable[..., Any]:
     """Return a handler like `inner` whose failures become statuses.
 
     A streaming handler is an async generator, or a coroutine that writes to its context (the
     standard health service does so); each has to stay what it is.
     """
 
+    def admitted(request: Any, context: Context) -> AbstractContextManager[None]:
+        if gate is None:
+            return nullcontext()
+        # Before a message is decoded, so what strangers send is never looked at.
+        size = len(request) if isinstance(request, bytes) else 0
+        return gate.admitted(method, context, size)
+
     async def single(request: Any, context: Context) -> Any:
         try:
-            answer = inner(request, context)
-            return await answer if inspect.isawaitable(answer) else answer
+            with admitted(request, context):
+                answer = inner(request, context)
+                return await answer if inspect.isawaitable(answer) else answer
         except BaseException as failure:
             await _fail(failure, method, context)
             raise
 
     async def streaming(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
-            async for reply in inner(request, context):
-                yield reply
+            with admitted(request, context):
+                async for reply in inner(request, context):
+                    yield reply
         except GeneratorExit:
             raise
         except BaseException as failure:

@@ -13,6 +13,7 @@ from kvstore.core.limits import MARK_PERIOD_MS
 from kvstore.directory.events import Event, Lost
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import event_from_reply
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import cache_pb2_grpc, watch_pb2, worker_pb2_grpc
 
@@ -44,8 +45,13 @@ class WatchClient:
     """
 
     def __init__(
-        self, address: str, kind: PublisherKind, config: WatchConfig | None = None
+        self,
+        address: str,
+        kind: PublisherKind,
+        config: WatchConfig | None = None,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
+        self._credentials = credentials
         self._address = address
         self._kind = kind
         self._config = config or WatchConfig()
@@ -69,7 +75,7 @@ class WatchClient:
     async def _follow_once(self) -> AsyncGenerator[Event, None]:
         """Yield the events of one call; raises our errors when it fails or stalls."""
         request = watch_pb2.WatchRequest(subscriber=self._config.subscriber)
-        async with open_channel(self._address) as channel:
+        async with open_channel(self._address, self._credentials) as channel:
             call = self._open(channel, request)
             try:
                 while (reply := await self._read(call)) is not None:

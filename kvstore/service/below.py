@@ -12,6 +12,7 @@ from kvstore.directory.events import TierKind
 from kvstore.directory.policies import make_policy
 from kvstore.directory.policy import Prompt
 from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.service.hashing import Hasher
 from kvstore.service.holdings import NodeHoldings, Stored, publish
 from kvstore.service.movement import Lower, Movement
@@ -70,6 +71,8 @@ class NodeParts:
     metrics: NodeMetrics
     tier_metrics: TierMetrics
     peer_metrics: PeerMetrics
+    credentials: Credentials = NO_CREDENTIALS
+    """What other nodes are shown."""
 
 
 class BelowDram:
@@ -87,7 +90,9 @@ class BelowDram:
         ]
         if peers is not None:
             facts = partial(_facts, parts.store)
-            self._peer_tier = PeerTier(peers, facts, parts.tier_metrics)
+            self._peer_tier = PeerTier(
+                peers, facts, parts.tier_metrics, credentials=parts.credentials
+            )
             lowers.append(
                 Lower(TierKind.PEER, self._peer_tier, own=False, keeps=False,
                       batch_bytes=_PEER_BATCH)
@@ -102,7 +107,7 @@ class BelowDram:
         table = parts.store.table
         peers = None
         if config.peers is not None:
-            peers = Peers(parts.node, config.peers, parts.peer_metrics)
+            peers = Peers(parts.node, config.peers, parts.peer_metrics, parts.credentials)
             peers.start()
         if stored:
             # The arena is the only way down: it keeps nothing out.

@@ -5,6 +5,7 @@ that belongs to somebody else and nothing is read from one that was given away. 
 node's monotonic milliseconds.
 """
 
+import ssl
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -37,11 +38,11 @@ class BulkPort:
         self._server = BulkServer(self._redeem)
         self.address = ""
 
-    async def start(self, listen: str) -> str:
+    async def start(self, listen: str, tls: ssl.SSLContext | None = None) -> str:
         """Listen on `host:port`; return the bound address. Raises `BadInput` naming a taken one."""
         host, _, port = listen.rpartition(":")
         try:
-            self.address = await self._server.start(host.strip("[]"), int(port))
+            self.address = await self._server.start(host.strip("[]"), int(port), tls)
         except OSError as error:
             raise BadInput(f"cannot listen on {listen} for bulk transfers: {error}") from error
         return self.address

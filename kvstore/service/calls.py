@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from kvstore.core.errors import Forbidden, KvStoreError, SessionLost
+from kvstore.core.errors import Forbidden, KvStoreError, SessionLost, WrongRoot
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.convert import root_from_wire
+from kvstore.rpc.gate import identify
 from kvstore.rpc.identity import Identity, Principal, Role
 from kvstore.service.below import BelowDram
 from kvstore.service.bulk_port import BulkPort
@@ -56,7 +57,7 @@ class Calls:
         return self._store.table.publisher.incarnation
 
     def _principal(self, context: Context) -> Principal:
-        return self._parts.identity.identify(metadata(context), context.peer())
+        return identify(self._parts.identity, context)
 
     def _session(self, context: Context) -> Session:
         """Return the caller's session; raises `SessionLost` for a token unknown here."""
@@ -74,7 +75,11 @@ class Calls:
 
     def _rooted(self, context: Context, root: bytes) -> tuple[Session, RootInfo]:
         session = self._session(context)
-        return session, session.root(root_from_wire(root))
+        info = session.root(root_from_wire(root))
+        if info.domain != self._principal(context).share_domain:
+            # A session's token in another tenant's hands opens nothing; said as for any root.
+            raise WrongRoot("this root was not opened by this session")
+        return session, info
 
     def _needs(self, context: Context, role: Role, what: str) -> Principal:
         """Return the caller when it has a role; raises `Forbidden` saying what needs it."""

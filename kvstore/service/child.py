@@ -123,6 +123,7 @@ class NodeChild:
             "--claim-ms": config.claim_ms,
             "--policy": config.policy,
             "--scrub-bytes-per-s": config.scrub_bytes_per_s,
+            "--security": config.security.absolute() if config.security else "",
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
             "--files": config.files or "",

@@ -8,6 +8,7 @@ from typing import Final
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 from kvstore.service.scrubbing import DEFAULT_BYTES_PER_S
 from kvstore.transport.arena import ArenaSize
@@ -20,7 +21,6 @@ MIN_SLOTS: Final = 256
 MAX_SLOTS: Final = 1 << 22
 KEEPER_SOCKET: Final = "keeper.sock"
 NODE_SOCKET: Final = "node.sock"
-_LOOPBACK: Final = ("127.", "localhost:", "[::1]:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +32,8 @@ class KeeperConfig:
     arena_bytes: int
     listen: str = "127.0.0.1:0"
     metrics: str = "127.0.0.1:0"
+    security: Path | None = None
+    """Who may connect: docs/security.md; None: loopback only."""
     cluster_key_file: Path | None = None
     parent_pid: int = 0
     max_sessions: int = 1_024
@@ -69,12 +71,10 @@ class KeeperConfig:
             raise BadInput(f"--name must be printable and at most {MAX_ID_BYTES} bytes")
         if len(os.fsencode(self.run_dir / KEEPER_SOCKET)) > SOCKET_PATH_BYTES:
             raise BadInput(f"--run-dir {self.run_dir} is too long for a Unix socket's path")
-        for flag, address in (
-            ("--listen", self.listen),
-            ("--metrics", self.metrics),
-            ("--bulk", self.bulk),
-        ):
-            check_loopback(flag, address)
+        security = load_security(self.security)
+        check_listen("--listen", self.listen, security)
+        check_listen("--bulk", self.bulk, security)
+        check_metrics("--metrics", self.metrics, security)
         make_policy(self.policy)
         BelowConfig(
             nvme=self.nvme,
@@ -109,15 +109,3 @@ class KeeperConfig:
     def rpc(self) -> str:
         """gRPC address of the node on this host."""
         return f"unix:{self.run_dir / NODE_SOCKET}"
-
-
-def check_loopback(flag: str, address: str) -> None:
-    """Raise `BadInput` unless `address` is `host:port` on loopback.
-
-    There is no transport security yet: a port that others reach would hand out blocks to anyone.
-    """
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65_535:
-        raise BadInput(f"{flag} {address!r} is not host:port")
-    if not f"{host}:".startswith(_LOOPBACK):
-        raise BadInput(f"{flag} {address!r} is not a loopback address")

@@ -4,6 +4,7 @@ Anything but that request gets 404, malformed or slow ones are dropped; at most 
 """
 
 import asyncio
+import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -20,11 +21,16 @@ class MetricsServer:
         self._server: asyncio.Server | None = None
         self._connections = 0
 
-    async def start(self, address: str) -> str:
+    async def start(self, address: str, tls: ssl.SSLContext | None = None) -> str:
         """Listen on `host:port` (port 0: a free one); returns the address bound."""
         host, _, port = address.rpartition(":")
         self._server = await asyncio.start_server(
-            self._serve, host.strip("[]"), int(port), limit=REQUEST_BYTES, reuse_address=True
+            self._serve,
+            host.strip("[]"),
+            int(port),
+            limit=REQUEST_BYTES,
+            reuse_address=True,
+            ssl=tls,
         )
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 

@@ -24,7 +24,9 @@ from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
-from kvstore.rpc.identity import LocalIdentity
+from kvstore.rpc.credentials import Credentials, ssl_context
+from kvstore.rpc.gate import gate_of
+from kvstore.rpc.security import load_security
 from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.below import BelowConfig, BelowDram, NodeParts
@@ -83,7 +85,8 @@ class Node:
         # A keeper's death starts incarnations anew; the clock goes on.
         self._store = ArenaStore(table, limits, first_lease=time.time_ns())
         self._hasher = Hasher(self._store, self._metrics)
-        self._identity = LocalIdentity()
+        self._security = load_security(Path(options.security) if options.security else None)
+        self._gate = gate_of(self._security, self._registry, local_sockets=True)
         self._recorders = Recorders(self._metrics)
         self._peer_metrics = PeerMetrics(self._registry)
         self._bulk = BulkPort(table, self._peer_metrics, now_ms)
@@ -108,6 +111,7 @@ class Node:
             metrics=self._metrics,
             tier_metrics=TierMetrics(self._registry),
             peer_metrics=self._peer_metrics,
+            credentials=Credentials.of(self._security),
         )
         below = self._below = await BelowDram.start(self._below_config, parts)
         loop.add_reader(self._control.fileno(), self._hear)
@@ -117,17 +121,17 @@ class Node:
             asyncio.create_task(self._scrubbed(), name="scrub"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
-        server, health = make_server()
+        server, health = make_server(gate=self._gate)
         metrics = MetricsServer(exposition(self._registry))
         try:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
             listen(server, self._options.rpc)
             record_pb2_grpc.add_RecorderServicer_to_server(
-                RecorderService(self._recorders, self._identity), server
+                RecorderService(self._recorders, self._gate.identity), server
             )
-            bound = listen(server, self._options.listen)
-            metrics_bound = await metrics.start(self._options.metrics)
-            bulk_bound = await self._bulk.start(self._options.bulk)
+            bound = listen(server, self._options.listen, self._security)
+            metrics_bound = await metrics.start(self._options.metrics, ssl_context(self._security))
+            bulk_bound = await self._bulk.start(self._options.bulk, ssl_context(self._security))
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
             self._say("ready", listen=bound, metrics=metrics_bound, bulk=bulk_bound)
@@ -153,7 +157,7 @@ class Node:
                 hasher=self._hasher,
                 below=below,
                 metrics=self._metrics,
-                identity=self._identity,
+                identity=self._gate.identity,
                 recorders=self._recorders,
                 bulk=self._bulk,
                 remote=self._remote,
@@ -309,6 +313,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--scrub-bytes-per-s", type=int, required=True)
     parser.add_argument("--bulk", required=True)
     parser.add_argument("--peers", default="")
+    parser.add_argument("--security", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
     parser.add_argument("--files", default="")

@@ -20,6 +20,7 @@ from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Lost, TierKind
 from kvstore.directory.view import ClusterView, Health
 from kvstore.observe.metrics import PeerMetrics
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.watch_client import WatchClient, WatchConfig
 from kvstore.tiers.peer import Neighbour
 
@@ -62,7 +63,14 @@ def parse_peers(text: str, own_name: str) -> list[Neighbour]:
 class Peers:
     """Follows the list and everyone on it. `holders` answers from memory."""
 
-    def __init__(self, own_name: str, file: Path, metrics: PeerMetrics) -> None:
+    def __init__(
+        self,
+        own_name: str,
+        file: Path,
+        metrics: PeerMetrics,
+        credentials: Credentials = NO_CREDENTIALS,
+    ) -> None:
+        self._credentials = credentials
         self._own_name = own_name
         self._file = file
         self._metrics = metrics
@@ -170,7 +178,7 @@ class Peers:
     async def _follow(self, neighbour: Neighbour) -> None:
         """Apply one neighbour's events until cancelled, anew after each hole."""
         config = WatchConfig(subscriber=f"node {self._own_name}"[:MAX_ID_BYTES])
-        client = WatchClient(neighbour.address, "node", config)
+        client = WatchClient(neighbour.address, "node", config, self._credentials)
         while True:
             try:
                 reason = await self._follow_until_hole(neighbour.name, client)

@@ -20,6 +20,7 @@ from kvstore.core.errors import Forbidden, Refused
 from kvstore.core.limits import BLOCK_TOKENS, NAME_BYTES
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.convert import check_id
+from kvstore.rpc.gate import identify
 from kvstore.rpc.identity import Identity, Role
 from kvstore.rpc.v1 import record_pb2, record_pb2_grpc
 
@@ -129,9 +130,8 @@ class RecorderService(record_pb2_grpc.RecorderServicer):  # type: ignore[misc]
         self, request: record_pb2.RecordRequest, context: Context
     ) -> AsyncIterator[record_pb2.RecordReply]:
         """Stream accesses until the subscriber goes; the first reply says that it has begun."""
-        metadata = dict(context.invocation_metadata() or ())
         # It shows how all tenants use the cache, though not what they say.
-        if Role.ADMIN not in self._identity.identify(metadata, context.peer()).roles:
+        if Role.ADMIN not in identify(self._identity, context).roles:
             raise Forbidden("recording needs the admin role")
         check_id(request.subscriber, "subscriber")
         recording = self._recorders.begin()

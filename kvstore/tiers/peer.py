@@ -22,6 +22,7 @@ from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
 from kvstore.observe.metrics import TierMetrics
 from kvstore.rpc.channel import open_channel
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc
 from kvstore.tiers.base import ReadItem, WriteItem
@@ -91,12 +92,16 @@ class PeerTier:
         metrics: TierMetrics,
         *,
         streams: int = 4,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         """`streams` bulk connections move at once."""
         self._neighbours = neighbours
         self._facts_of = facts_of
         self._metrics = metrics
-        self._transport = BulkTransport(streams=streams)
+        self._credentials = credentials
+        self._transport = BulkTransport(
+            streams=streams, tls=credentials.ssl(), server_name=credentials.server_name
+        )
         self._lines: dict[Neighbour, _Line] = {}
         self._reading: set[asyncio.Task[list[Outcome]]] = set()
         self._closed = False
@@ -281,7 +286,9 @@ class PeerTier:
     def _line(self, neighbour: Neighbour) -> _Line:
         line = self._lines.get(neighbour)
         if line is None:
-            line = self._lines[neighbour] = _Line(open_channel(neighbour.address))
+            line = self._lines[neighbour] = _Line(
+                open_channel(neighbour.address, self._credentials)
+            )
         return line
 
     def _may_ask(self, neighbour: Neighbour) -> bool:

@@ -8,8 +8,10 @@ let go of the caller's buffers, also when it was cancelled: nothing is ever writ
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -29,11 +31,23 @@ Verify = Callable[[int, memoryview], bool]
 class BulkTransport:
     """Fetches from and sends to bulk ports."""
 
-    def __init__(self, *, streams: int = DEFAULT_STREAMS) -> None:
+    def __init__(
+        self,
+        *,
+        streams: int = DEFAULT_STREAMS,
+        tls: ssl.SSLContext | None = None,
+        server_name: str = "",
+    ) -> None:
+        """With `tls` every connection is encrypted, to a holder that proves its address.
+
+        `server_name` is what it has to prove instead, where that is set.
+        """
         assert streams > 0
+        self._tls = tls
+        self._server_name = server_name
         self._threads = ThreadPoolExecutor(streams, thread_name_prefix="bulk")
         self._turns = asyncio.Semaphore(streams)
-        self._open: set[socket.socket] = set()
+        self._open: set[_Line] = set()
         self._closed = False
 
     async def fetch(
@@ -66,8 +80,8 @@ class BulkTransport:
     async def close(self) -> None:
         """Close connections; calls in flight end with LATE, later ones with REFUSED."""
         self._closed = True
-        for sock in self._open:
-            _end(sock)
+        for line in self._open:
+            line.end()
         await asyncio.to_thread(self._threads.shutdown)
 
     async def _move(
@@ -88,15 +102,14 @@ class BulkTransport:
         async with self._turns:
             if self._closed:
                 return [Outcome.REFUSED] * len(blocks)
-            sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-            self._open.add(sock)
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            line = _Line(socket.socket(family))
+            self._open.add(line)
 
             def run() -> None:
                 # What did not arrive stays LATE: a dead, hung or confused holder is no error.
                 with contextlib.suppress(OSError, BadInput):
-                    mover = Mover(sock, stall_s=stall_s)
-                    sock.connect(address)
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    mover = self._connect(line, address, stall_s)
                     mover.put(request.encode())
                     work(mover, blocks, outcomes)
 
@@ -104,16 +117,30 @@ class BulkTransport:
             try:
                 await asyncio.shield(moving)
             except asyncio.CancelledError:
-                _end(sock)
+                line.end()
                 # The thread notices at once; the buffers are the caller's again only then.
                 while not moving.done():  # cancelled twice is cancelled once
                     with contextlib.suppress(asyncio.CancelledError):
                         await asyncio.wait([moving])
                 raise
             finally:
-                self._open.discard(sock)
-                sock.close()
+                self._open.discard(line)
+                line.sock.close()
         return outcomes
+
+    def _connect(self, line: "_Line", address: tuple[str, int], stall_s: float) -> Mover:
+        """Connect and shake hands, in the thread; raises `OSError`."""
+        line.sock.settimeout(stall_s)
+        line.sock.connect(address)
+        line.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._tls is not None:
+            name = self._server_name or address[0]
+            # Two steps: while hands are shaken the connection can be ended from outside.
+            line.sock = wrapped = self._tls.wrap_socket(
+                line.sock, server_hostname=name, do_handshake_on_connect=False
+            )
+            wrapped.do_handshake()
+        return Mover(line.sock, stall_s=stall_s)
 
 
 def _fetch(
@@ -142,9 +169,16 @@ def _send(
     outcomes[:] = [known.get(value, Outcome.LATE) for value in answered]
 
 
-def _end(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # not connected yet, or gone already
-        sock.shutdown(socket.SHUT_RDWR)
+@dataclass(slots=True, eq=False)
+class _Line:
+    """One connection; TLS replaces its socket by one that owns the same descriptor."""
+
+    sock: socket.socket
+
+    def end(self) -> None:
+        """Let whoever waits for it notice at once."""
+        with contextlib.suppress(OSError):  # not connected yet, or gone already
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 def _parse(address: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ never a thread.
 import asyncio
 import contextlib
 import socket
+import ssl
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from kvstore.transport.bulk_wire import (
 MAX_CONNECTIONS: Final = 256
 """Open at once; one more is closed unanswered."""
 _THREADS: Final = 8
+_DOORMEN: Final = 8
 _BACKLOG: Final = 128
 _T = TypeVar("_T")
 
@@ -71,11 +73,15 @@ class BulkServer:
         self._serving: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
+        self._tls: ssl.SSLContext | None = None
+        # Apart from those that move bytes: strangers may shake hands for a stall deadline each.
+        self._doormen = ThreadPoolExecutor(_DOORMEN, thread_name_prefix="bulk-door")
         self.ended: Counter[str] = Counter()
 
-    async def start(self, host: str, port: int) -> str:
-        """Listen; return the address bound. Raises `OSError` when it is taken."""
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> str:
+        """Listen, over TLS with `tls`; return the address bound. Raises `OSError` when taken."""
         assert self._listener is None, "started twice"
+        self._tls = tls
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
         listener.setblocking(False)
@@ -92,7 +98,8 @@ class BulkServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
-        await asyncio.to_thread(self._threads.shutdown)
+        for pool in (self._doormen, self._threads):
+            await asyncio.to_thread(pool.shutdown)
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -115,8 +122,12 @@ class BulkServer:
     async def _serve(self, sock: socket.socket, host: str) -> None:
         how = "cancelled"
         try:
-            sock.setblocking(False)
-            request = await self._request(sock)
+            if self._tls is None:
+                sock.setblocking(False)
+                request = await self._request(sock)
+            else:
+                sock = self._wrapped(sock, self._tls)
+                request = await self._work(sock, partial(self._let_in, sock), self._doormen)
             how = await self._answer(sock, request, host)
         except TimeoutError:
             how = "stalled"
@@ -127,6 +138,16 @@ class BulkServer:
         finally:
             sock.close()
             self.ended[how] += 1
+
+    def _wrapped(self, sock: socket.socket, tls: ssl.SSLContext) -> ssl.SSLSocket:
+        sock.settimeout(self._stall_s)
+        return tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+
+    def _let_in(self, sock: socket.socket) -> Request:
+        """Shake hands and read the request, in a thread."""
+        assert isinstance(sock, ssl.SSLSocket)
+        sock.do_handshake()
+        return decode_request(Mover(sock, stall_s=self._stall_s).take_bytes(REQUEST_BYTES))
 
     async def _request(self, sock: socket.socket) -> Request:
         frame = bytearray()
@@ -189,14 +210,16 @@ class BulkServer:
         await self._work(sock, lambda: mover.put(bytes(outcomes)))
         return "taken" if set(outcomes) == {Outcome.HIT} else "taken_in_part"
 
-    async def _work(self, sock: socket.socket, work: Callable[[], _T]) -> _T:
+    async def _work(
+        self, sock: socket.socket, work: Callable[[], _T], pool: ThreadPoolExecutor | None = None
+    ) -> _T:
         """Run `work` in a thread; at a cancellation wait until the thread has let go."""
-        working = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        working = asyncio.get_running_loop().run_in_executor(pool or self._threads, work)
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
             while not working.done():  # cancelled twice is cancelled once
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([working])

@@ -13,6 +13,7 @@ What is sent has no lease, so its sum travels behind it. Numbers are little-endi
 """
 
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -79,6 +80,10 @@ class Mover:
         self._sock = sock
         self._stall_s = stall_s
         self._ends = time.monotonic() + stall_s
+        self._wrapped = isinstance(sock, ssl.SSLSocket)
+        if self._wrapped:  # knows neither gathering nor the kernel's timeouts
+            sock.settimeout(stall_s)
+            return
         # The kernel's own timeouts: with Python's the socket would not block, and every piece that
         # the kernel has at hand would be a call, a poll and two fights for the interpreter.
         sock.setblocking(True)
@@ -98,6 +103,11 @@ class Mover:
         """Send all parts, gathered; never through `sendfile`, which would queue pages."""
         views = [memoryview(part) for part in parts if len(part)]
         self._allow(sum(map(len, views)))
+        if self._wrapped:
+            for view in views:
+                self._sock.sendall(view)
+                self._check()
+            return
         while views:
             try:
                 sent = self._sock.sendmsg(views[:_GATHER])
@@ -115,7 +125,8 @@ class Mover:
         at = 0
         while at < len(into):
             try:
-                moved = self._sock.recv_into(into[at:], 0, socket.MSG_WAITALL)
+                flags = 0 if self._wrapped else socket.MSG_WAITALL
+                moved = self._sock.recv_into(into[at:], 0, flags)
             except BlockingIOError:
                 raise TimeoutError("nothing came for a stall deadline") from None
             if not moved:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from kvstore.core.errors import Unauthenticated
 from kvstore.rpc.identity import Identity, LocalIdentity, Principal, Role
+from kvstore.rpc.security import IdentityEntry
+from kvstore.rpc.tokens import KnownIdentities, digest_of
 
 Metadata = Mapping[str, str | bytes]
 PEERS = ("unix:", "unix:uid=1000", "ipv4:127.0.0.1:5000", "ipv6:[::1]:5000", "")
@@ -26,9 +28,31 @@ class Case:
     refused: Metadata | None = None
 
 
+TOKEN = "0123456789abcdef-of-team-a"
+TENANT = IdentityEntry(
+    name="team-a",
+    share_domain="team-a",
+    roles=frozenset({Role.CLIENT}),
+    tokens_sha256=(digest_of(TOKEN),),
+    certificates=("team-a.example",),
+)
+
 IDENTITIES = {
     "local": Case(LocalIdentity, {}),
     "local in a domain of its own": Case(lambda: LocalIdentity("team-a"), {}),
+    "bearer token": Case(
+        lambda: KnownIdentities([TENANT]),
+        {"authorization": f"Bearer {TOKEN}"},
+        {"authorization": "Bearer somebody-elses-token"},
+    ),
+    "bearer token as bytes": Case(
+        lambda: KnownIdentities([TENANT]), {"authorization": f"bearer {TOKEN}".encode()}, {}
+    ),
+    "bearer token over a Unix socket": Case(
+        lambda: KnownIdentities([TENANT], local_sockets=True),
+        {"authorization": f"Bearer {TOKEN}"},
+        {"authorization": "Basic dXNlcjpwYXNz"},
+    ),
 }
 
 CLAIMS = ("kvstore-share-domain", "kvstore-role", "x-forwarded-user", "share-domain", "principal")
@@ -84,3 +108,24 @@ def test_unacceptable_credentials_are_refused(case: Case) -> None:
 def test_the_local_domain_is_the_configured_one() -> None:
     assert LocalIdentity("team-a").identify({}, "unix:").share_domain == "team-a"
     assert LocalIdentity().identify({}, "unix:").share_domain == "default"
+
+
+def test_a_certificate_identifies_where_no_token_is_shown() -> None:
+    identity = KnownIdentities([TENANT])
+    assert identity.identify({}, "ipv4:10.0.0.1:5", ("x", "team-a.example")).name == "team-a"
+    with pytest.raises(Unauthenticated):
+        identity.identify({}, "ipv4:10.0.0.1:5", ("team-b.example",))
+    with pytest.raises(Unauthenticated):  # a wrong token is not mended by a right certificate
+        identity.identify({"authorization": "Bearer wrong"}, "ipv4:1:5", ("team-a.example",))
+
+
+def test_a_unix_socket_is_the_local_users_unless_a_token_says_whose() -> None:
+    identity = KnownIdentities([TENANT], local_sockets=True)
+    assert identity.identify({}, "unix:") == LocalIdentity().identify({}, "unix:")
+    tenant = identity.identify({"authorization": f"Bearer {TOKEN}"}, "unix:")
+    assert tenant.share_domain == "team-a"
+    assert tenant.roles == frozenset({Role.CLIENT, Role.ARENA})
+    with pytest.raises(Unauthenticated):
+        identity.identify({}, "ipv4:127.0.0.1:5")
+    with pytest.raises(Unauthenticated):
+        KnownIdentities([TENANT]).identify({}, "unix:")

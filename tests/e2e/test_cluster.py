@@ -6,6 +6,7 @@ The tests run in this order on purpose: the faults come last, and each leaves a 
 import os
 import signal
 import threading
+from ipaddress import ip_address
 from typing import Any
 
 import httpx
@@ -13,7 +14,13 @@ import openai
 import pytest
 from kvworkers.demo.script import document
 
-from tests.cluster_process import ClusterProcess, command_line, eventually
+from tests.cluster_process import (
+    ClusterProcess,
+    command_line,
+    eventually,
+    listening_addresses,
+    marked_processes,
+)
 from tests.exactness import Exactness, Reference
 from tests.inference_client import Said, generate, run_worker
 
@@ -74,6 +81,15 @@ def test_the_openai_client_chats_and_sees_what_was_cached(
     assert usage is not None and usage.prompt_tokens_details is not None
     cached = usage.prompt_tokens_details.cached_tokens
     assert cached is not None and cached >= (first.usage.prompt_tokens - 1) // 16 * 16
+
+
+def test_a_default_start_listens_on_loopback_only(cluster: ClusterProcess) -> None:
+    listening = listening_addresses(marked_processes(cluster.mark))
+    ports = {port for _, port in listening}
+    assert {int(cluster.http.rpartition(":")[2]), int(cluster.grpc.rpartition(":")[2])} <= ports
+    assert len(ports) > 6, "Ray's own ports are looked at too"
+    beyond = {(host, port) for host, port in listening if not ip_address(host).is_loopback}
+    assert not beyond
 
 
 SITUATIONS = (

@@ -371,7 +371,7 @@ async def test_a_taken_port_is_named(model: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(BadInput, match=address):
             await FrontendServer(FrontendConfig(model=model, http=address)).start()
-    with pytest.raises(BadInput, match="HOST:PORT"):
+    with pytest.raises(BadInput, match="not host:port"):
         FrontendConfig(model=model, grpc="nowhere")
 
 

@@ -1,7 +1,7 @@
 """Who may record, and how many at once, over gRPC (`kvstore.service.recorder`)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import grpc
@@ -21,7 +21,9 @@ from kvstore.service.recorder import MAX_RECORDINGS, Recorders, RecorderService
 class WatcherIdentity:
     """Everyone may watch and nothing else."""
 
-    def identify(self, metadata: Mapping[str, str | bytes], peer: str) -> Principal:
+    def identify(
+        self, metadata: Mapping[str, str | bytes], peer: str, certificate: Sequence[str] = ()
+    ) -> Principal:
         return Principal("router", "default", frozenset({Role.WATCH}))
 
 

@@ -20,7 +20,7 @@ from typing import Final
 
 import click
 import torch
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from kvstore.client import AsyncClient, ClientConfig
 from kvstore.core.errors import BadInput, KvStoreError
@@ -32,6 +32,9 @@ from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.convert import check_id
+from kvstore.rpc.gate import gate_of
+from kvstore.rpc.metrics_port import serve_metrics
+from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.rpc.v1 import worker_pb2_grpc
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.engine.engine import Engine
@@ -65,6 +68,8 @@ class WorkerConfig:
     listen: str = "127.0.0.1:0"
     metrics: str = "127.0.0.1:0"
     """Where Prometheus metrics are served."""
+    security: Path | None = None
+    """Who may connect: docs/security.md; None: loopback only."""
     device: str = "cpu"
     pool_bytes: int = 512 << 20
     """Pages of the device, in bytes."""
@@ -99,7 +104,9 @@ class WorkerConfig:
         if self.threads is not None and self.threads <= 0:
             raise BadInput(f"threads must be positive, got {self.threads}")
         make_policy(self.policy)
-        _host_port(self.metrics, "metrics")
+        security = load_security(self.security)
+        check_listen("listen", self.listen, security)
+        check_metrics("metrics", self.metrics, security)
 
 
 class WorkerServer:
@@ -111,6 +118,7 @@ class WorkerServer:
         self.address = ""
         """Where gRPC is served, once started."""
         self.metrics_address = ""
+        self.model_name = ""
         self.incarnation = config.incarnation or time.time_ns() // 1_000_000
         self._metrics = WorkerMetrics(self.registry)
         self._client_metrics = ClientMetrics(self.registry)
@@ -138,6 +146,11 @@ class WorkerServer:
         """Drain for `drain_ms`, then end everything. Harmless when repeated."""
         await self._stack.aclose()
 
+    async def drain(self, *, drain_ms: int) -> None:
+        """Refuse new requests and let running ones finish for so long; `stop` ends the rest."""
+        assert self._engine is not None, "not started"
+        await self._engine.stop(drain_ms=drain_ms)
+
     async def settled(self, *, deadline_ms: int) -> bool:
         """Wait until everything computed so far was given to the store; False at the deadline."""
         return self._link is None or await self._link.drained(deadline_ms=deadline_ms)
@@ -146,6 +159,7 @@ class WorkerServer:
         config = self.config
         model = await asyncio.to_thread(_load, config)
         spec, block_bytes = model.spec, model.spec.layout.block_bytes
+        self.model_name = spec.name
         pages = config.pool_bytes // block_bytes
         if pages == 0:
             raise BadInput(f"pool_bytes {config.pool_bytes} is below one block of {block_bytes}")
@@ -193,22 +207,13 @@ class WorkerServer:
         )
 
     async def _serve(self, state: WorkerState) -> None:
-        host, port = _host_port(self.config.metrics, "metrics")
-        try:
-            http, thread = start_http_server(port, addr=host, registry=self.registry)
-        except OSError as error:
-            raise BadInput(f"metrics cannot listen on {self.config.metrics}: {error}") from error
-
-        def end_http() -> None:
-            http.shutdown()
-            http.server_close()
-            thread.join(timeout=5)
-
-        self._stack.push_async_callback(asyncio.to_thread, end_http)
-        self.metrics_address = f"{host}:{http.server_port}"
-        server, health = make_server()
+        security = load_security(self.config.security)
+        port = serve_metrics("metrics", self.config.metrics, self.registry, security)
+        self._stack.push_async_callback(asyncio.to_thread, port.close)
+        self.metrics_address = port.address
+        server, health = make_server(gate=gate_of(security, self.registry))
         worker_pb2_grpc.add_WorkerServicer_to_server(WorkerService(state), server)
-        self.address = listen(server, self.config.listen)
+        self.address = listen(server, self.config.listen, security)
         await server.start()
         self._stack.push_async_callback(server.stop, 1.0)
         # Draining comes before the server's end, so running streams reach their callers.
@@ -314,19 +319,13 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _host_port(address: str, field: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65_535:
-        raise BadInput(f"{field} must be HOST:PORT, got {address!r}")
-    return host, int(port)
-
-
 @click.command()
 @click.option("--model", help="Hugging Face directory or GGUF file; default: SmolLM2-135M.")
 @click.option("--node", help="Run directory of this host's cache node; without it, no store.")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="Where to serve gRPC.")
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="Prometheus metrics.")
 @click.option("--name", default="worker-0", show_default=True)
+@click.option("--security", type=click.Path(path_type=Path), help="Who may connect, as TOML.")
 @click.option("--host", default="", help="Who shares an arena; default: the node's name.")
 @click.option("--pool-bytes", default=512 << 20, show_default=True, help="Memory of the pages.")
 @click.option("--threads", type=int, help="Compute threads; default: torch's choice.")

@@ -19,6 +19,10 @@ COMMANDS = {
     "chat": "kvworkers.commands.chat",
     "demo": "kvworkers.commands.demo",
     "model": "kvworkers.commands.model",
+    "status": "kvworkers.commands.operate",
+    "drain": "kvworkers.commands.operate",
+    "scale": "kvworkers.commands.operate",
+    "restart": "kvworkers.commands.operate",
 }
 
 

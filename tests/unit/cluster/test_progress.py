@@ -24,7 +24,7 @@ def test_a_log_gets_one_line_per_change() -> None:
     progress.amount("model", "Unpacking", 9, 10)
     lines = [line.split("] ", 1)[1] for line in out.getvalue().splitlines()]
     assert lines == [
-        "ray: running, loopback only done",
+        "ray: running done",
         "worker-0: process started …",
         "worker-0: starting …",
         "worker-0: serving on h:1 done",

@@ -7,11 +7,18 @@ from typing import Any
 from kvworkers.frontends.generation import Chunk
 from kvworkers.frontends.openai import EventStream, make_app
 from kvworkers.frontends.replies import Started, begin
+from prometheus_client import CollectorRegistry
+
+from kvstore.rpc.gate import gate_of
+from kvstore.rpc.security import SecurityConfig
 
 
 async def test_a_client_that_leaves_in_its_own_body_is_no_failure() -> None:
     nothing: Any = None  # the body never gets as far as the pipeline
-    app = make_app(nothing, metrics=bytes, ready=lambda: True, max_body_bytes=64, created=0)
+    app = make_app(
+        nothing, metrics=bytes, ready=lambda: True, max_body_bytes=64, created=0,
+        gate=gate_of(SecurityConfig(), CollectorRegistry()), apart=False,
+    )  # fmt: skip
     sent: list[Any] = []
 
     async def receive() -> dict[str, Any]:

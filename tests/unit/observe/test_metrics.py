@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.observe.metrics import (
+    AccessMetrics,
     ClientMetrics,
     ClusterMetrics,
     NodeMetrics,
@@ -28,6 +29,7 @@ BUNDLES = {
     "worker": WorkerMetrics,
     "client": ClientMetrics,
     "cluster": ClusterMetrics,
+    "access": AccessMetrics,
 }
 
 

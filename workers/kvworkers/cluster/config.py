@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 
 MAX_WORKERS: Final = 1_024
@@ -16,6 +18,14 @@ MAX_WORKERS: Final = 1_024
 
 MIN_ARENA_BYTES: Final = 64 << 20
 """The smallest chunk of the arena (DESIGN §5, Chunks): less holds no block at all."""
+
+MAX_FRONTENDS: Final = 64
+MAX_DRAIN_MS: Final = 3_600_000
+MAX_PORT: Final = 65_535
+LOOPBACK: Final = "loopback"
+HOST: Final = "host"
+DEFAULT_NAMESPACE: Final = "kvstore"
+_NAMESPACE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", re.ASCII)
 
 DEFAULT_HTTP: Final = Address("127.0.0.1", 8000)
 DEFAULT_GRPC: Final = Address("127.0.0.1", 0)
@@ -27,7 +37,11 @@ class ClusterConfig:
 
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
     the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
-    disk in which each node keeps a tier of `nvme_bytes`; None: there is none.
+    disk in which each node keeps a tier of `nvme_bytes`; None: there is none. Frontend i listens
+    on the ports of `http` and `grpc` plus i; 0 frontends stands for one on every host, all on the
+    same ports. Nodes, workers and controller listen on `loopback` or
+    on their `host`'s address, which needs `security`. A worker that is drained gets `drain_ms`.
+    `ray_address` is a running Ray cluster to join; empty: one of our own on this machine.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -42,6 +56,15 @@ class ClusterConfig:
     nvme_bytes: int = 0
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
+    frontends: int = 1
+    control_port: int = 0
+    drain_ms: int = 30_000
+    listen: str = LOOPBACK
+    security: Path | None = None
+    ray_address: str = ""
+    ray_namespace: str = DEFAULT_NAMESPACE
+    spare_cpus: int = 0
+    """Logical processors of our own Ray that `kvstore scale` may give to more workers."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= MAX_WORKERS:
@@ -50,8 +73,47 @@ class ClusterConfig:
             raise BadInput(f"--arena {self.arena_bytes}: at least {MIN_ARENA_BYTES} bytes")
         if self.pool_bytes < 0 or self.threads < 0:
             raise BadInput("--pool and --threads must not be negative")
+        if not 0 <= self.frontends <= MAX_FRONTENDS:
+            raise BadInput(f"--frontends {self.frontends}: must lie in 0..{MAX_FRONTENDS}")
+        if self.frontends == 0 and not self.ray_address:
+            raise BadInput("--frontends 0: one per host is for a Ray cluster that is joined")
+        if not 0 <= self.drain_ms <= MAX_DRAIN_MS:
+            raise BadInput(f"--drain-ms {self.drain_ms}: must lie in 0..{MAX_DRAIN_MS}")
+        if not 0 <= self.control_port <= MAX_PORT:
+            raise BadInput(f"--control-port {self.control_port}: must lie in 0..{MAX_PORT}")
+        if not 0 <= self.spare_cpus <= MAX_WORKERS:
+            raise BadInput(f"--spare {self.spare_cpus}: must lie in 0..{MAX_WORKERS}")
+        if not _NAMESPACE.fullmatch(self.ray_namespace):
+            raise BadInput(f"--ray-namespace {self.ray_namespace!r}: letters, digits and dashes")
+        self._check_addresses()
         make_policy(self.policy)
         BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
+
+    def _check_addresses(self) -> None:
+        security = load_security(self.security)
+        if self.listen not in (LOOPBACK, HOST):
+            raise BadInput(f"--listen {self.listen!r}: must be {LOOPBACK} or {HOST}")
+        if self.listen == HOST:
+            check_listen("--listen host:", "0.0.0.0:0", security)
+            check_metrics("--listen host:", "0.0.0.0:0", security)
+        for flag, address in (("--http", self.http), ("--grpc", self.grpc)):
+            check_listen(flag, str(address), security)
+            if address.port and address.port + self.frontends - 1 > MAX_PORT:
+                raise BadInput(f"{flag} {address}: no port is left for frontend {self.frontends}")
+
+    def listen_host(self) -> str:
+        """Return where a part listens on the machine that runs this; asks Ray where it may be."""
+        if self.listen == LOOPBACK:
+            return "127.0.0.1"
+        from ray.util import get_node_ip_address
+
+        return str(get_node_ip_address())
+
+    def frontend_address(self, address: Address, index: int) -> Address:
+        """Return where frontend `index` listens, given where the first one does."""
+        if self.frontends == 0:  # each on a host of its own
+            return address
+        return Address(address.host, address.port + index if address.port else 0)
 
     def threads_per_worker(self, cores: int | None = None) -> int:
         """Return the compute threads of one worker: an equal part of the machine by default."""
@@ -64,6 +126,7 @@ class ClusterConfig:
             model=str(self.model),
             run_dir=str(self.run_dir),
             nvme=str(self.nvme) if self.nvme else None,
+            security=str(self.security) if self.security else None,
             http=str(self.http),
             grpc=str(self.grpc),
         )
@@ -78,6 +141,7 @@ class ClusterConfig:
                 model=Path(fields["model"]),
                 run_dir=Path(fields["run_dir"]),
                 nvme=Path(fields["nvme"]) if fields["nvme"] else None,
+                security=Path(fields["security"]) if fields["security"] else None,
                 http=Address.parse(fields["http"]),
                 grpc=Address.parse(fields["grpc"]),
             )

@@ -13,17 +13,22 @@ from typing import Any, Final
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import KvStoreError
 from kvstore.observe.metrics import ClusterMetrics
-from kvstore.rpc.channel import open_channel
+from kvstore.rpc.channel import listen, make_server, open_channel
+from kvstore.rpc.credentials import Credentials
 from kvstore.rpc.errors import error_from
+from kvstore.rpc.gate import gate_of
+from kvstore.rpc.metrics_port import serve_metrics
+from kvstore.rpc.security import load_security
+from kvstore.rpc.v1 import cluster_pb2_grpc
 from kvworkers.cluster.config import ClusterConfig
-from kvworkers.cluster.parts import SHELLS
+from kvworkers.cluster.operate import ClusterService, Operator
+from kvworkers.cluster.placing import Placer
 from kvworkers.cluster.plan import (
     Action,
-    MemberList,
     Part,
     Phase,
     Push,
@@ -36,6 +41,7 @@ from kvworkers.cluster.plan import (
     next_members,
     ready,
 )
+from kvworkers.cluster.stage import Stage, now_ms
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +55,8 @@ _HEALTH_SECONDS: Final = 2.0
 
 _STOP_SECONDS: Final = 10.0
 
-_PLACE_SECONDS: Final = 60.0
-"""How long the placement group may wait for its bundles before the cluster gives up."""
+_LOOK_SECONDS: Final = 5.0
+"""Between two looks for hosts that joined Ray or were declared dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class Status:
     members_version: int
     metrics: str = ""
     """Where the controller's own metrics are served."""
+    control: str = ""
+    """Where it takes orders: `kvstore.rpc.v1.Cluster`."""
 
 
 class Controller:
@@ -70,31 +78,44 @@ class Controller:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._parts: dict[str, Part] = {}
-        self._actors: dict[str, Any] = {}
-        self._members = MemberList()
-        registry = CollectorRegistry()
-        self._metrics = ClusterMetrics(registry)
-        server, _ = start_http_server(0, addr="127.0.0.1", registry=registry)
-        self._metrics_address = f"127.0.0.1:{server.server_port}"
+        self._stage = Stage(config, Placer(config))
+        self._registry = CollectorRegistry()
+        self._metrics = ClusterMetrics(self._registry)
+        self._security = load_security(config.security)
+        self._host = config.listen_host()
+        self._metrics_port = serve_metrics(
+            "metrics", f"{self._host}:0", self._registry, self._security
+        )
+        self._control: grpc.aio.Server | None = None
+        self._control_address = ""
+        self._operator = Operator(self._stage, self._metrics)
+        self._look_s = 0.0
         self._busy: dict[str, asyncio.Task[None]] = {}
         self._loop_task: asyncio.Task[None] | None = None
         self._fault = ""
-        self._health = _Health()
-        self._hosts: dict[str, str] = {}
-        """Ray's node id → our name of the host, which is its cache node's name."""
+        self._health = _Health(Credentials.of(self._security))
 
     async def status(self) -> Status:
         """Return what is known now; the first call after a (re)start sets the loop going."""
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run(), name="controller")
         return Status(
-            parts=tuple(part.report for part in self._parts.values() if part.report is not None),
-            ready=bool(self._parts) and ready(self._parts.values(), self._members),
-            hopeless=self._fault or hopeless(self._parts.values()),
-            members_version=self._members.version,
-            metrics=self._metrics_address,
+            parts=tuple(
+                part.report for part in self._stage.parts.values() if part.report is not None
+            ),
+            ready=self._ready(),
+            hopeless=self._hopeless(),
+            members_version=self._stage.members.version,
+            metrics=self._metrics_port.address,
+            control=self._control_address,
         )
+
+    def _ready(self) -> bool:
+        stage = self._stage
+        return bool(stage.parts) and ready(stage.parts.values(), stage.members)
+
+    def _hopeless(self) -> str:
+        return self._fault or hopeless(self._stage.parts.values())
 
     async def stop(self) -> None:
         """End all parts in good order: frontends first, so that nothing new comes in."""
@@ -103,8 +124,17 @@ class Controller:
         for task in self._busy.values():
             task.cancel()
         for role in (Role.FRONTEND, Role.WORKER, Role.NODE):
-            actors = [self._actors[p.name] for p in self._parts.values() if p.role is role]
+            actors = [
+                self._stage.actors[p.name] for p in self._stage.parts.values() if p.role is role
+            ]
             await asyncio.gather(*(self._end(actor) for actor in actors))
+        if self._control is not None:
+            await self._control.stop(0)
+
+    async def clear(self) -> None:
+        """Leave nothing in Ray: for a cluster that others started and that goes on without us."""
+        await self.stop()
+        await self._stage.clear()
 
     async def _end(self, actor: Any) -> None:
         from ray.exceptions import RayError
@@ -116,7 +146,8 @@ class Controller:
 
     async def _run(self) -> None:
         try:
-            await self._place()
+            await self._serve_control()
+            await self._stage.place()
         except Exception as error:  # task boundary: becomes the cluster's reason not to come up
             self._fault = f"placing the parts failed: {type(error).__name__}: {error}"
             return
@@ -129,76 +160,42 @@ class Controller:
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _round(self) -> None:
-        await asyncio.gather(*(self._hear(part) for part in self._parts.values()))
-        now_ms = _now_ms()
-        self._members = next_members(self._members, self._parts.values())
+        await asyncio.gather(*(self._hear(part) for part in list(self._stage.parts.values())))
+        if self._look_s <= time.monotonic() and not self._operator.order:
+            self._look_s = time.monotonic() + _LOOK_SECONDS
+            await self._stage.look_for_hosts()
+        self._stage.members = next_members(self._stage.members, self._stage.parts.values())
         self._count()
-        for action in next_actions(self._parts, self._members, now_ms=now_ms):
+        for action in next_actions(self._stage.parts, self._stage.members, now_ms=now_ms()):
             self._begin(action)
 
+    async def _serve_control(self) -> None:
+        """Listen for the operator's orders."""
+        server, health = make_server(gate=gate_of(self._security, self._registry))
+        service = ClusterService(
+            self._stage, self._operator, ready=self._ready, hopeless=self._hopeless
+        )
+        cluster_pb2_grpc.add_ClusterServicer_to_server(service, server)
+        wanted = f"{self._host}:{self._config.control_port}"
+        self._control_address = listen(server, wanted, self._security)
+        await server.start()
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        self._control = server
+
     def _count(self) -> None:
-        self._metrics.members_version.set(self._members.version)
+        self._metrics.members_version.set(self._stage.members.version)
         standing = Counter(
-            (part.role, part.report.phase) for part in self._parts.values() if part.report
+            (part.role, part.report.phase) for part in self._stage.parts.values() if part.report
         )
         for role in Role:
             for phase in Phase:
                 self._metrics.parts.labels(role, phase).set(standing[role, phase])
 
-    async def _place(self) -> None:
-        """Make (or after a restart find) one node per host, the workers and a frontend."""
-        import ray
-        from ray.util.scheduling_strategies import (
-            NodeAffinitySchedulingStrategy,
-            PlacementGroupSchedulingStrategy,
-        )
-
-        hosts = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
-        for index, ray_node in enumerate(hosts):
-            name = self._hosts[ray_node] = f"node-{index}"
-            self._add(name, Role.NODE, NodeAffinitySchedulingStrategy(ray_node, soft=False))
-        device = {"GPU": 1} if ray.cluster_resources().get("GPU", 0) >= 1 else {"CPU": 1}
-        group = await self._placement_group(device)
-        for index in range(self._config.workers):
-            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-            self._add(f"worker-{index}", Role.WORKER, place, **device)
-        self._add("frontend-0", Role.FRONTEND, "DEFAULT")
-
-    async def _placement_group(self, device: dict[str, int]) -> Any:
-        from ray.util.placement_group import get_placement_group, placement_group
-
-        try:
-            group = get_placement_group("workers")
-        except ValueError:  # the first life of this controller
-            bundles = [dict[str, float](device) for _ in range(self._config.workers)]
-            group = placement_group(bundles, strategy="SPREAD", name="workers", lifetime="detached")
-        await _answer(group.ready(), _PLACE_SECONDS)
-        return group
-
-    def _add(self, name: str, role: Role, place: Any, *, CPU: float = 0, GPU: float = 0) -> None:
-        import ray
-
-        self._parts[name] = Part(name=name, role=role, heard_ms=_now_ms())
-        self._actors[name] = (
-            ray.remote(SHELLS[role])
-            .options(
-                name=name,
-                lifetime="detached",  # lives on when the controller dies
-                get_if_exists=True,
-                max_restarts=-1,
-                max_task_retries=0,
-                num_cpus=CPU,
-                num_gpus=GPU,
-                scheduling_strategy=place,
-            )
-            .remote(name, self._config)
-        )
-
     async def _hear(self, part: Part) -> None:
         """Take in a part's report, and its gRPC health where it says that it serves."""
         from ray.exceptions import RayActorError, RayError
 
-        reference = self._actors[part.name].report.remote()
+        reference = self._stage.actors[part.name].report.remote()
         try:
             report: Report = await _answer(reference, _REPORT_SECONDS)
             if report.phase is Phase.SERVING:
@@ -211,30 +208,32 @@ class Controller:
             self._metrics.failures.labels("silent").inc()
         else:
             before = part.restarts
-            part.hear(report, now_ms=_now_ms())
+            part.hear(report, now_ms=now_ms())
             self._metrics.restarts.labels(part.name).inc(part.restarts - before)
 
     def _begin(self, action: Action) -> None:
         """Carry an action out beside the loop, one at a time per part."""
         if (running := self._busy.get(action.name)) is not None and not running.done():
             return
-        self._parts[action.name].told_ms = _now_ms()
+        self._stage.parts[action.name].told_ms = now_ms()
         self._busy[action.name] = asyncio.create_task(self._carry_out(action), name=action.name)
 
     async def _carry_out(self, action: Action) -> None:
         import ray
 
-        part, actor = self._parts[action.name], self._actors[action.name]
+        part, actor = self._stage.parts[action.name], self._stage.actors[action.name]
         match action:
             case Start():
                 report = part.report
-                host = self._hosts.get(report.ray_node, "") if report is not None else ""
+                host = self._stage.orders.hosts.get(report.ray_node, "") if report else ""
+                if not host and part.role is Role.WORKER:
+                    return  # its host has just joined: the next look gives it a name
                 await self._told("start", actor.start.remote(action.incarnation, host))
             case Push():
-                await self._told("push", actor.set_members.remote(self._members))
+                await self._told("push", actor.set_members.remote(self._stage.members))
             case Restart():
                 self._metrics.failures.labels("hung").inc()
-                part.heard_ms = _now_ms()
+                part.heard_ms = now_ms()
                 ray.kill(actor, no_restart=False)
 
     async def _told(self, what: str, reference: Any) -> None:
@@ -250,14 +249,15 @@ class Controller:
 class _Health:
     """Asks gRPC health services, over one kept channel per address."""
 
-    def __init__(self) -> None:
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def check(self, address: str) -> None:
         """Return when the server at `address` answers; raises `Unreachable` when it does not."""
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = open_channel(address)
+            channel = self._channels[address] = open_channel(address, self._credentials)
         try:
             stub = health_pb2_grpc.HealthStub(channel)
             await stub.Check(health_pb2.HealthCheckRequest(), timeout=_HEALTH_SECONDS)
@@ -270,7 +270,3 @@ class _Health:
 async def _answer(reference: Any, seconds: float) -> Any:
     async with asyncio.timeout(seconds):
         return await reference
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -6,15 +6,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-import grpc
-
 from kvstore.core.errors import Unreachable
-from kvstore.rpc.errors import error_from
-from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc
+from kvstore.rpc.security import load_security
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.controller import Controller, Status
 from kvworkers.cluster.plan import Phase, Report, Role
-from kvworkers.cluster.ray_runtime import local_ray
+from kvworkers.cluster.ray_runtime import joined_ray, local_ray
 
 READY_SECONDS: Final = 240.0
 """Everything must serve by then: a cold start on two busy cores took 60 s."""
@@ -42,7 +39,8 @@ class Endpoints:
 class RunningCluster:
     """A cluster that is up. Made by `running_cluster`."""
 
-    def __init__(self, ray: Any, controller: Any) -> None:
+    def __init__(self, ray: Any, controller: Any, *, scheme: str = "http") -> None:
+        self._scheme = scheme
         self._ray = ray
         self._controller = controller
 
@@ -68,11 +66,12 @@ class RunningCluster:
         status = self.status()
         reports = status.parts
         parts = [{field: getattr(report, field) for field in _TOLD} for report in reports]
-        parts.append({"name": "controller", "role": "controller", "metrics": status.metrics})
+        control = {"address": status.control, "metrics": status.metrics}
+        parts.append({"name": "controller", "role": "controller", **control})
+        model = next((report.model for report in reports if report.model), "")
         for report in reports:
             if report.role is Role.FRONTEND and report.phase is Phase.SERVING:
-                model = _served_model(report.address)
-                return Endpoints(f"http://{report.http}", report.address, model, parts)
+                return Endpoints(f"{self._scheme}://{report.http}", report.address, model, parts)
         raise Unreachable("no frontend serves")
 
     def wait_ready(
@@ -101,31 +100,41 @@ class RunningCluster:
         except self._ray.exceptions.RayError as error:
             raise Unreachable(f"the controller did not end the parts: {error}") from error
 
-
-def _served_model(address: str) -> str:
-    """Ask a frontend what it calls its model."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-        stub = inference_pb2_grpc.InferenceStub(channel)
+    def leave(self) -> None:
+        """End all parts and the controller, and leave nothing of them in a Ray that goes on."""
         try:
-            listed = stub.ListModels(inference_pb2.ListModelsRequest(), timeout=_STATUS_SECONDS)
-        except grpc.RpcError as failure:
-            raise error_from(failure) from failure
-    return str(listed.models[0].id) if listed.models else ""
+            self._ray.get(self._controller.clear.remote(), timeout=_STOP_SECONDS)
+        except self._ray.exceptions.RayError as error:
+            raise Unreachable(f"the controller did not end the parts: {error}") from error
+        finally:
+            self._ray.kill(self._controller, no_restart=True)
 
 
 @contextmanager
 def running_cluster(config: ClusterConfig) -> Iterator[RunningCluster]:
-    """Start Ray and the controller; on the way out end everything. Does not wait for readiness."""
-    with local_ray(config.run_dir, workers=config.workers) as ray:
+    """Start the controller on a Ray of our own, or on the one that `config` names; end everything
+    on the way out. Does not wait for readiness.
+    """
+    joins = bool(config.ray_address)
+    started = (
+        joined_ray(config.ray_address, namespace=config.ray_namespace)
+        if joins
+        else local_ray(config.run_dir, workers=config.workers + config.spare_cpus)
+    )
+    with started as ray:
         controller = (
             ray.remote(Controller)
-            .options(name="controller", lifetime="detached", max_restarts=-1, num_cpus=0)
+            .options(
+                name="controller", lifetime="detached", get_if_exists=True, max_restarts=-1,
+                num_cpus=0,
+            )
             .remote(config)
-        )
-        cluster = RunningCluster(ray, controller)
+        )  # fmt: skip
+        tls = load_security(config.security).certificate is not None
+        cluster = RunningCluster(ray, controller, scheme="https" if tls else "http")
         try:
             yield cluster
         finally:
-            # Half-started parts may have nothing to stop; Ray ends their processes after this.
+            # Half-started parts may have nothing to stop; our own Ray ends their processes after.
             with suppress(Unreachable):
-                cluster.stop()
+                cluster.leave() if joins else cluster.stop()

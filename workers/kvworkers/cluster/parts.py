@@ -112,13 +112,22 @@ class NodeShell(Shell):
             *("--cluster-key-file", str(nvme / "cluster.key")),
         )
 
+    def _security_flags(self) -> tuple[str, ...]:
+        host = self._config.listen_host()
+        where = ("--listen", f"{host}:0", "--metrics", f"{host}:0")
+        security = self._config.security
+        return where if security is None else (*where, "--security", str(security))
+
     async def _launch(self) -> None:
+        # Another host of the cluster has no run directory yet.
+        self._config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         command = [
             *(sys.executable, "-m", "kvstore.cli.main", "node", "--json"),
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
             *("--arena-bytes", str(self._config.arena_bytes)),
             *("--policy", self._config.policy),
             *self._nvme_flags(),
+            *self._security_flags(),
             *("--parent-pid", str(os.getpid())),
         ]
         log = self._config.run_dir / f"{self._report.name}.log"
@@ -200,6 +209,7 @@ class WorkerShell(Shell):
             phase=Phase.SERVING,
             address=self._server.address,
             metrics=self._server.metrics_address,
+            model=self._server.model_name,
         )
         self._end = asyncio.create_task(self._end_when_broken(), name="broken")
 
@@ -223,7 +233,7 @@ class WorkerShell(Shell):
         """Import the engine and make the server; imports alone take seconds."""
         from kvworkers.worker import WorkerConfig, WorkerServer
 
-        chosen = self._config
+        chosen, where = self._config, self._config.listen_host()
         config = WorkerConfig(
             model=str(chosen.model),
             node=str(self._node_dir),
@@ -233,10 +243,20 @@ class WorkerShell(Shell):
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
             drain_ms=_DRAIN_MS,
+            listen=f"{where}:0",
+            metrics=f"{where}:0",
+            security=chosen.security,
         )
         if chosen.pool_bytes:
             config = replace(config, pool_bytes=chosen.pool_bytes)
         return WorkerServer(config)
+
+    async def drain(self, drain_ms: int) -> None:
+        """Refuse new requests and finish those that run, for so long; then it serves no more."""
+        if self._end is not None:
+            self._end.cancel()
+        if self._server is not None:
+            await self._server.drain(drain_ms=drain_ms)
 
     async def stop(self) -> None:
         """End the server inside; requests still running get a moment to finish."""
@@ -262,17 +282,28 @@ class FrontendShell(Shell):
         await self._server.start()
         self._note(
             phase=Phase.SERVING,
-            address=self._server.grpc_address,
-            http=self._server.http_address,
+            address=self._reached(self._server.grpc_address),
+            http=self._reached(self._server.http_address),
         )
 
     def _build(self) -> Any:
         from kvworkers.frontends.server import FrontendConfig, FrontendServer
 
+        chosen, index = self._config, int(self._report.name.rpartition("-")[2])
         config = FrontendConfig(
-            model=self._config.model, http=str(self._config.http), grpc=str(self._config.grpc)
+            model=chosen.model,
+            http=str(chosen.frontend_address(chosen.http, index)),
+            grpc=str(chosen.frontend_address(chosen.grpc, index)),
+            security=chosen.security,
         )
         return FrontendServer(config)
+
+    def _reached(self, address: str) -> str:
+        """Return an address that others can call, where it listens on all of the host's."""
+        host, _, port = address.rpartition(":")
+        if host not in ("0.0.0.0", "[::]"):
+            return address
+        return f"{self._config.listen_host()}:{port}"
 
     async def report(self) -> Report:
         """Return what this part says of itself, and whether a worker could take a request now."""

@@ -57,6 +57,7 @@ class Report:
     incarnation: int = 0
     address: str = ""
     http: str = ""
+    model: str = ""
     metrics: str = ""
     pid: int = 0
     members_version: int = 0
@@ -75,6 +76,8 @@ class Part:
     failed_starts: int = 0
     told_ms: int = 0
     restarts: int = 0
+    leaving: bool = False
+    """Being drained: nobody is sent there, and it is not started again."""
 
     def hear(self, report: Report, *, now_ms: int) -> None:
         """Take in a report."""
@@ -136,6 +139,7 @@ def next_members(current: MemberList, parts: Iterable[Part]) -> MemberList:
             if part.report is not None
             and part.report.phase is Phase.SERVING
             and part.role is not Role.FRONTEND
+            and not part.leaving
         ),
         key=lambda report: (report.role.value, report.name),
     )
@@ -159,6 +163,8 @@ def next_actions(
     actions: list[Action] = []
     for part in parts.values():
         report = part.report
+        if part.leaving:
+            continue
         if now_ms - part.heard_ms > HUNG_AFTER_MS:
             actions.append(Restart(part.name))
             continue
@@ -196,4 +202,16 @@ def ready(parts: Iterable[Part], members: MemberList) -> bool:
         and part.report.usable
         and (part.role is not Role.FRONTEND or part.report.members_version == members.version)
         for part in parts
+        if not part.leaving
+    )
+
+
+def heard_of(parts: Iterable[Part], members: MemberList) -> bool:
+    """Say whether every frontend that serves knows the newest members."""
+    return all(
+        part.report.members_version == members.version
+        for part in parts
+        if part.role is Role.FRONTEND
+        and part.report is not None
+        and part.report.phase is Phase.SERVING
     )

@@ -60,7 +60,7 @@ class StartProgress:
 
     def show(self, status: Status) -> None:
         """Show what the controller reports."""
-        self.note(_RAY, "running, loopback only", done=True)
+        self.note(_RAY, "running", done=True)
         for report in status.parts:
             self.note(report.name, _words(report), done=report.phase is Phase.SERVING)
 

@@ -71,3 +71,29 @@ def local_ray(run_dir: Path, *, workers: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def joined_ray(address: str, *, namespace: str) -> Iterator[Any]:
+    """Join a Ray cluster that runs already (`auto` or `host:port`); yields the `ray` module.
+
+    Its authentication token and the rest of its environment are the caller's. On the way out only
+    this process leaves. Raises `Unreachable` when there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    try:
+        ray.init(
+            address=address,
+            namespace=namespace,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
+        raise Unreachable(f"no Ray cluster at {address!r}: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

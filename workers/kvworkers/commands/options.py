@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import click
 from kvstore.cli.values import ADDRESS, BYTES, Address
 from kvstore.core.errors import BadInput
 from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
+from kvworkers.cluster.config import ClusterConfig
 
 _OUR_PORTS: Final = range(20_000, 32_000)
 _PORT_TRIES: Final = 32
@@ -66,6 +68,71 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a cluster that is more than one machine's, or more than its user's."""
+    for option in (
+        click.option(
+            "--config", "config_file", type=click.Path(path_type=Path, dir_okay=False),
+            help="The whole cluster declared in YAML: docs/deploy.md.",
+        ),
+        click.option(
+            "--drain-ms", default=30_000, show_default=True,
+            help="How long a worker that is drained may finish what it runs.",
+        ),
+        click.option(
+            "--spare", default=0, show_default=True,
+            help="Places beyond --workers that `kvstore scale` may use, on a Ray of our own.",
+        ),
+        click.option(
+            "--ray-namespace", default="kvstore", show_default=True,
+            help="Separates clusters of ours on one Ray cluster.",
+        ),
+        click.option(
+            "--address", default="", metavar="auto|HOST:PORT",
+            help="Join this Ray cluster. [a Ray of our own on this machine]",
+        ),
+        click.option(
+            "--security", type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+            help="Who may connect, and with what proof: docs/security.md.",
+        ),
+        click.option(
+            "--listen", type=click.Choice(["loopback", "host"]), default="loopback",
+            show_default=True, help="Where nodes, workers and controller listen.",
+        ),
+        click.option("--frontends", default=1, show_default=True, help="HTTP and gRPC servers."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+_WITH_CONFIG: Final = frozenset({"config_file", "detach", "as_json", "notify_fd"})
+
+
+def refuse_with_config(context: click.Context) -> None:
+    """Raise `BadInput` where a flag says what the file of --config says."""
+    for parameter in context.command.params:
+        said = context.get_parameter_source(parameter.name or "")
+        if said is click.core.ParameterSource.COMMANDLINE and parameter.name not in _WITH_CONFIG:
+            raise BadInput(f"{parameter.opts[0]} and --config exclude each other: write it there")
+
+
+def with_free_ports(config: ClusterConfig) -> ClusterConfig:
+    """Return the cluster with real ports, which restarted parts come back to.
+
+    On a Ray cluster of many hosts nobody can look: there the ports have to be named.
+    """
+    if config.ray_address and not (config.http.port and config.grpc.port):
+        raise BadInput("--address needs ports: name them in --http and --grpc")
+    changes: dict[str, Any] = {}
+    for flag, field in (("--http", "http"), ("--grpc", "grpc")):
+        given: Address = getattr(config, field)
+        if not config.ray_address:
+            changes[field] = free_address(flag, given)
+    if not config.control_port:
+        changes["control_port"] = free_address("--control-port", Address("127.0.0.1", 0)).port
+    return replace(config, **changes)
 
 
 def address_options(http: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -6,14 +6,15 @@ import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from kvstore.cli.values import Address
 from kvstore.core.errors import Unreachable
 from kvworkers.cluster.config import ClusterConfig
+from kvworkers.cluster.declared import load_declared
 from kvworkers.cluster.rundir import new_run_dir, user_dir
 from kvworkers.cluster.state import State, StateFile
 from kvworkers.cluster.supervisor import (
@@ -28,12 +29,20 @@ from kvworkers.commands.options import (
     check_memory,
     clear,
     cluster_options,
-    free_address,
     make_directory,
+    refuse_with_config,
+    scope_options,
+    with_free_ports,
 )
 
 _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
+
+_SAME_NAMES: Final = (
+    "workers", "threads", "policy", "nvme", "http", "grpc", "frontends", "listen", "security",
+    "ray_namespace", "drain_ms",
+)  # fmt: skip
+"""Flags that are called as the fields of `ClusterConfig`."""
 
 _LOG_POLL_SECONDS: Final = 0.2
 
@@ -41,51 +50,54 @@ _LOG_POLL_SECONDS: Final = 0.2
 @click.command(short_help="Start a cluster on this machine: node, workers, router, frontends.")
 @cluster_options
 @address_options("127.0.0.1:8000")
+@scope_options
 @click.option("--name", default="default", show_default=True, help="For `down` and `chat`.")
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 @click.option("--notify-fd", type=int, hidden=True, default=None)
 def up(
     *,
+    config_file: Path | None,
     model: str | None,
-    workers: int,
-    arena: int,
-    pool: int | None,
-    threads: int,
-    policy: str,
-    nvme: Path | None,
-    nvme_bytes: int | None,
-    http: Address,
-    grpc: Address,
     name: str,
     detach: bool,
     as_json: bool,
     notify_fd: int | None,
+    **options: Any,
 ) -> int:
-    """Start a Ray cluster on this machine and serve a model with its cache.
+    """Start a cluster that serves a model with its cache: a Ray of its own on this machine, or
+    on a Ray cluster that runs already (--address auto).
 
     Runs until Ctrl-C, or in the background with --detach. The first start prepares the model.
     """
+    if config_file is not None:
+        refuse_with_config(click.get_current_context())
+        declared = load_declared(config_file)
+        name, model, config = declared.name, declared.model or None, declared.config
+    else:
+        config = _from_flags(model, options)
     state_file = StateFile(user_dir(), name)
-    http, grpc = free_address("--http", http), free_address("--grpc", grpc)
-    check_memory(arena)
-    make_directory("--nvme", nvme)
-    config = ClusterConfig(
-        model=Path(model or "."),
-        run_dir=Path("/"),
-        workers=workers,
-        arena_bytes=arena,
-        pool_bytes=pool or 0,
-        threads=threads,
-        policy=policy,
-        nvme=nvme,
-        nvme_bytes=nvme_bytes or 0,
-        http=http,
-        grpc=grpc,
-    )
+    config = with_free_ports(config)
+    if not config.ray_address:
+        check_memory(config.arena_bytes)
+        make_directory("--nvme", config.nvme)
     if detach:
         return _detach(state_file, as_json=as_json)
     return _hold(config, model, state_file, as_json=as_json, notify_fd=notify_fd)
+
+
+def _from_flags(model: str | None, options: Mapping[str, Any]) -> ClusterConfig:
+    """Return the cluster that the flags of the command line describe."""
+    return ClusterConfig(
+        model=Path(model or "."),
+        run_dir=Path("/"),
+        arena_bytes=options["arena"],
+        pool_bytes=options["pool"] or 0,
+        nvme_bytes=options["nvme_bytes"] or 0,
+        ray_address=options["address"],
+        spare_cpus=options["spare"],
+        **{field: options[field] for field in _SAME_NAMES},
+    )
 
 
 def _hold(

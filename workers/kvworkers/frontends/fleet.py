@@ -14,6 +14,7 @@ from kvstore.core.names import Root
 from kvstore.router.members import Member, Members
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import root_from_wire
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import worker_pb2, worker_pb2_grpc
 
@@ -54,7 +55,8 @@ class Offer:
 class Fleet:
     """Knows the workers of the member list; asks each what it serves until it answers."""
 
-    def __init__(self, share_domain: str) -> None:
+    def __init__(self, share_domain: str, credentials: Credentials = NO_CREDENTIALS) -> None:
+        self._credentials = credentials
         self._share_domain = share_domain
         self._members = Members()
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -71,7 +73,7 @@ class Fleet:
             self._leave(member.name)
         self._members = workers
         for member in change.new:
-            self._channels[member.name] = open_channel(member.address)
+            self._channels[member.name] = open_channel(member.address, self._credentials)
             again = self._again[member.name] = asyncio.Event()
             self._asking[member.name] = asyncio.create_task(
                 self._ask(member, again), name=f"describe {member.name}"

@@ -91,6 +91,8 @@ class Generation:
     deadline_ms: int = 0
     """0: the frontend's default."""
     priority: int = 0
+    share_domain: str = ""
+    """Whose queue it waits in; empty: the frontend's own. The server decides, never the caller."""
 
     def __post_init__(self) -> None:
         given = sum(part is not None for part in (self.messages, self.text, self.tokens))

@@ -8,17 +8,24 @@ from contextlib import aclosing
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import MAX_PROMPT_TOKENS
 from kvstore.rpc.convert import check_id
+from kvstore.rpc.gate import identify
+from kvstore.rpc.identity import Identity
 from kvstore.rpc.interceptors import Context
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from kvworkers.frontends.generation import Chunk, Generation, SamplingChoice
 from kvworkers.frontends.pipeline import Pipeline
+from kvworkers.frontends.tenancy import for_tenant
 from kvworkers.frontends.tokenizer import Message
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[misc]
     """Generate and ListModels over the pipeline."""
 
-    def __init__(self, pipeline: Pipeline, *, created: int) -> None:
+    def __init__(
+        self, pipeline: Pipeline, *, created: int, identity: Identity, apart: bool
+    ) -> None:
+        self._identity = identity
+        self._apart = apart
         self._pipeline = pipeline
         self._created = created
 
@@ -26,7 +33,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[m
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateReply]:
         """Stream the reply; a caller that cancels frees the worker."""
-        running = await self._pipeline.prepare(generation_of(request))
+        running = await self._pipeline.prepare(
+            for_tenant(generation_of(request), identify(self._identity, context), apart=self._apart)
+        )
         async with aclosing(self._pipeline.run(running)) as chunks:
             async for chunk in chunks:
                 yield reply_of(chunk)

@@ -14,9 +14,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from kvstore.core.errors import KvStoreError, TooLarge
+from kvstore.rpc.gate import Gate
+from kvworkers.frontends.access import Access, caller_of
 from kvworkers.frontends.openai_wire import ChatBody, ChatReply, failure, parse
 from kvworkers.frontends.pipeline import Pipeline, Running
 from kvworkers.frontends.replies import Started, begin, whole
+from kvworkers.frontends.tenancy import for_tenant
 
 CLIENT_CLOSED: Final = 499
 """What a log shows for a request whose client went away; nobody receives it."""
@@ -34,9 +37,15 @@ def make_app(
     ready: Callable[[], bool],
     max_body_bytes: int,
     created: int,
+    gate: Gate,
+    apart: bool,
 ) -> FastAPI:
-    """Return the application. `ready` says whether any worker could take a request now."""
+    """Return the application. `ready` says whether any worker could take a request now.
+
+    `gate` admits callers, and `apart` says that it knows them: tenants then share nothing.
+    """
     app = FastAPI(title="kvstore", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Access, gate=gate)
     app.add_exception_handler(KvStoreError, _explain)
     app.add_exception_handler(HTTPException, _explain_http)
 
@@ -49,7 +58,8 @@ def make_app(
             return Response(status_code=CLIENT_CLOSED)
         body = parse(raw)
         request_id = uuid.uuid4().hex
-        running = await pipeline.prepare(body.generation(request_id))
+        generation = for_tenant(body.generation(request_id), caller_of(request.scope), apart=apart)
+        running = await pipeline.prepare(generation)
         reply = ChatReply(
             model=running.offer.model,
             request_id=request_id,

@@ -237,10 +237,12 @@ class Pipeline:
             names = self._router.names(running.offer.root, packed)
         tokens, keeps = len(packed) // 4, not running.request.no_store
 
+        domain = running.request.share_domain or self._config.share_domain
+
         def prompt(exclude: Sequence[str]) -> Prompt:
             return Prompt(
                 running.offer.root, names, tokens, frozenset(exclude), running.offer.workers,
-                keeps, domain=self._config.share_domain, priority=running.request.priority,
+                keeps, domain=domain, priority=running.request.priority,
             )  # fmt: skip
 
         left_ms = running.left_s * 1_000

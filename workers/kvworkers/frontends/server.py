@@ -18,7 +18,11 @@ from kvstore.directory.view import Health
 from kvstore.observe.metrics import RouterMetrics, exposition
 from kvstore.router.members import Member, Members
 from kvstore.router.router import Router, RouterConfig
+from kvstore.router.watch_source import WatchSource
 from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.credentials import Credentials, ssl_context
+from kvstore.rpc.gate import gate_of
+from kvstore.rpc.security import check_listen, load_security
 from kvstore.rpc.v1 import inference_pb2_grpc
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.grpc_frontend import InferenceServicer
@@ -35,6 +39,8 @@ class FrontendConfig:
     """A model directory: only its tokenizer and chat template are read here."""
     http: str = "127.0.0.1:0"
     grpc: str = "127.0.0.1:0"
+    security: Path | None = None
+    """Who may connect: docs/security.md; None: loopback only."""
     max_body_bytes: int = 8 << 20
     """Of an HTTP request: a conversation of a million tokens has about 5 MB."""
     stop_grace_ms: int = 2_000
@@ -42,10 +48,9 @@ class FrontendConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
 
     def __post_init__(self) -> None:
+        security = load_security(self.security)
         for name in ("http", "grpc"):
-            host, _, port = str(getattr(self, name)).rpartition(":")
-            if not host or not port.isdigit() or int(port) > 65_535:
-                raise BadInput(f"frontend {name} {getattr(self, name)!r} is not HOST:PORT")
+            check_listen(f"frontend {name}", str(getattr(self, name)), security)
         if self.max_body_bytes <= 0 or self.stop_grace_ms < 0:
             raise BadInput("frontend max_body_bytes must be positive, stop_grace_ms not negative")
 
@@ -69,6 +74,8 @@ class FrontendServer:
         self._tokenizer = ChatTokenizer(Path(config.model))
         self.registry = CollectorRegistry()
         self._metrics = RouterMetrics(self.registry)
+        self._security = load_security(config.security)
+        self._gate = gate_of(self._security, self.registry)
         self.http_address = ""
         """`host:port`, once started."""
         self.grpc_address = ""
@@ -78,8 +85,13 @@ class FrontendServer:
         """Listen on both ports. Raises `BadInput` naming an address that cannot be bound."""
         config = self._config
         created = int(time.time())
-        self._router = Router(metrics=self._metrics, config=config.router)
-        self._fleet = Fleet(config.pipeline.share_domain)
+        credentials = Credentials.of(self._security)
+        self._router = Router(
+            metrics=self._metrics,
+            config=config.router,
+            source=lambda member: WatchSource(member, credentials=credentials),
+        )
+        self._fleet = Fleet(config.pipeline.share_domain, credentials)
         pipeline = Pipeline(
             config=config.pipeline,
             tokenizer=self._tokenizer,
@@ -88,12 +100,14 @@ class FrontendServer:
             metrics=self._metrics,
         )
         listening = _bind(config.http)
-        self._server, self._health = make_server()
-        inference_pb2_grpc.add_InferenceServicer_to_server(
-            InferenceServicer(pipeline, created=created), self._server
+        self._server, self._health = make_server(gate=self._gate)
+        apart = self._security.authenticates
+        servicer = InferenceServicer(
+            pipeline, created=created, identity=self._gate.identity, apart=apart
         )
+        inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
         try:
-            self.grpc_address = listen(self._server, config.grpc)
+            self.grpc_address = listen(self._server, config.grpc, self._security)
         except BadInput:
             listening.close()
             raise
@@ -105,6 +119,8 @@ class FrontendServer:
             ready=self.ready,
             max_body_bytes=config.max_body_bytes,
             created=created,
+            gate=self._gate,
+            apart=apart,
         )
         await self._start_http(app, listening)
 
@@ -151,6 +167,8 @@ class FrontendServer:
             access_log=False,
             timeout_graceful_shutdown=max(1, self._config.stop_grace_ms // 1_000),
         )
+        settings.load()
+        settings.ssl = ssl_context(self._security)
         self._http = _Uvicorn(settings)
         self._http_task = asyncio.create_task(
             self._http.serve(sockets=[listening]), name="http server"

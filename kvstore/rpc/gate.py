@@ -1,0 +1,179 @@
+"""The door of every server: who calls, whether that role may, how often, and what is written down.
+
+    call ──▶ identify ──▶ role for the method ──▶ rate of the domain ──▶ handler
+              │ UNAUTHENTICATED  │ PERMISSION_DENIED   │ RESOURCE_EXHAUSTED
+
+A method that the table does not name is refused: a new one has to be thought about.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.core.errors import Forbidden, KvStoreError, Refused, Unauthenticated
+from kvstore.core.limits import MAX_ID_BYTES
+from kvstore.observe.audit import AuditLog
+from kvstore.observe.metrics import AccessMetrics
+from kvstore.rpc.identity import Identity, Principal, Role
+from kvstore.rpc.rate import RateLimiter
+from kvstore.rpc.security import SecurityConfig
+from kvstore.rpc.tokens import identity_of
+
+if TYPE_CHECKING:  # generic in the type stubs only
+    import grpc.aio
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+_PACKAGE: Final = "/kvstore.rpc.v1."
+OPEN_PREFIX: Final = "/grpc.health.v1.Health/"
+"""Probes come without credentials and learn only that a server lives."""
+
+_CALLS: Final[Mapping[Role, Mapping[str, str]]] = {
+    Role.CLIENT: {
+        "CacheNode": "OpenSession CloseSession Acquire Settle Wait Lookup Pin Prefetch"
+        " Ticket Get Put",
+        "Inference": "Generate ListModels",
+    },
+    Role.FRONTEND: {"Router": "Route Complete Explain", "Worker": "Describe Run"},
+    Role.WATCH: {"CacheNode": "Stats Watch", "Worker": "Watch", "Cluster": "Status"},
+    Role.PEER: {"CacheNode": "Lend"},
+    Role.ADMIN: {
+        "CacheNode": "Clear",
+        "Recorder": "Record",
+        "Cluster": "Drain Scale Restart",
+    },
+}
+
+REQUIRED: Final[Mapping[str, Role]] = {
+    f"{_PACKAGE}{service}/{method}": role
+    for role, services in _CALLS.items()
+    for service, methods in services.items()
+    for method in methods.split()
+}
+"""The role that each method needs."""
+
+_UNLIMITED: Final = frozenset({Role.FRONTEND, Role.WATCH, Role.PEER, Role.ARENA})
+"""The cluster's own parts act for every domain: tenants are limited where they come in."""
+
+
+class Gate:
+    """Admits calls to one server."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        limiter: RateLimiter,
+        audit: AuditLog,
+        metrics: AccessMetrics,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.identity = identity
+        self._limiter = limiter
+        self._audit = audit
+        self._metrics = metrics
+        self._clock_s = clock_s
+
+    @contextmanager
+    def admitted(self, method: str, context: "Context", request_bytes: int) -> Iterator[None]:
+        """Hold a gRPC call; raises `Unauthenticated`, `Forbidden` or `Refused` at the door."""
+        if method.startswith(OPEN_PREFIX):
+            yield
+            return
+        role = REQUIRED.get(method)
+        with self.audited(role, method, context.peer()) as note:
+            caller = self.admit(role, lambda: identify(self.identity, context))
+            note(caller)
+            self.charge(caller, request_bytes)
+            yield
+
+    def admit(self, role: Role | None, who: Callable[[], Principal]) -> Principal:
+        """Return the caller when it has `role` and its domain has calls left.
+
+        `who` finds the principal. None as a role: nobody has it.
+        """
+        try:
+            caller = who()
+            if role is None or role not in caller.roles:
+                raise Forbidden(f"{caller.name} lacks the role {role or 'for this'}")
+            if not caller.roles & _UNLIMITED:
+                self._limiter.admit(caller.share_domain, self._clock_s())
+        except (Unauthenticated, Forbidden, Refused) as error:
+            self._metrics.denied.labels(type(error).__name__).inc()
+            raise
+        return caller
+
+    def charge(self, caller: Principal, request_bytes: int) -> None:
+        """Count a request's bytes against its domain."""
+        if not caller.roles & _UNLIMITED:
+            self._limiter.charge(caller.share_domain, request_bytes, self._clock_s())
+
+    @contextmanager
+    def audited(
+        self, role: Role | None, method: str, peer: str
+    ) -> Iterator[Callable[[Principal], None]]:
+        """Write a line about a call that needs the admin role, however it ends."""
+        caller = Principal("", "")
+        if role is not Role.ADMIN:
+            yield lambda principal: None
+            return
+
+        def note(principal: Principal) -> None:
+            nonlocal caller
+            caller = principal
+
+        outcome = "cancelled"
+        try:
+            yield note
+            outcome = "ok"
+        except KvStoreError as error:
+            outcome = type(error).__name__
+            raise
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            self._metrics.admin_calls.labels(outcome).inc()
+            self._audit.write(
+                principal=caller.name, share_domain=caller.share_domain, peer=peer,
+                method=method, outcome=outcome,
+            )  # fmt: skip
+
+
+def gate_of(
+    security: SecurityConfig, registry: CollectorRegistry, *, local_sockets: bool = False
+) -> Gate:
+    """Return the door that a configuration describes."""
+    by_domain = {
+        entry.share_domain: entry.rate for entry in security.identities if entry.rate is not None
+    }
+    return Gate(
+        identity_of(security, local_sockets=local_sockets),
+        limiter=RateLimiter(security.limits, by_domain),
+        audit=AuditLog(security.audit_log),
+        metrics=AccessMetrics(registry),
+    )
+
+
+def identify(identity: Identity, context: "Context") -> Principal:
+    """Return who makes a gRPC call."""
+    metadata = {
+        key: value for key, value in context.invocation_metadata() or () if len(key) <= MAX_ID_BYTES
+    }
+    peer = context.peer()
+    # Local calls are on the serving path, and their transport knows no certificates.
+    names = () if peer.startswith("unix:") else _certificate_names(context)
+    return identity.identify(metadata, peer, names)
+
+
+def _certificate_names(context: "Context") -> list[str]:
+    """Return the names in the client's certificate, which the handshake has verified."""
+    properties = context.auth_context()
+    return [
+        raw.decode("utf-8", "replace") if isinstance(raw, bytes) else str(raw)
+        for key in ("x509_subject_alternative_name", "x509_common_name")
+        for raw in properties.get(key, ())
+    ]

@@ -1,0 +1,265 @@
+"""Three raylets: deployed from YAML, scraped, and shot at while 200 streams run.
+
+The cluster is joined over Ray's address and ordered about by the commands that operators type;
+requests come from the `openai` client. Nothing may hang, fail or say a wrong token.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster_process import KVSTORE, MARK, command_line, eventually, marked_processes
+from tests.exactness import Exactness, Reference
+from tests.raylets import Raylets, raylets
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STREAMS: Final = 200
+IN_FLIGHT: Final = 24
+"""Streams at once: what two busy cores serve within the client's patience."""
+TOKENS: Final = 24
+QUESTIONS: Final = (
+    "Name a river in France.", "Name a lake in Italy.", "What is a cache?", "Who wrote Faust?",
+    "What is two and two?", "Name a colour.", "What does a baker make?", "Name a planet.",
+)  # fmt: skip
+HTTP: Final = 21_810
+TRANSPORT_ERROR: Final[type[Exception]] = import_module(
+    openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
+).TransportError
+"""What a broken connection is to the `openai` client, whichever HTTP library it stands on."""
+
+CONFIG = """
+name: {name}
+ray: {{address: "{address}"}}
+drain_ms: 20000
+workers: {{count: 3, pool: 128MiB, threads: 1}}
+nodes: {{arena: 128MiB}}
+frontends: {{count: 2, http: "127.0.0.1:{http}", grpc: "127.0.0.1:{grpc}"}}
+"""
+
+
+@dataclass
+class Deployed:
+    """The cluster, and what its operator types."""
+
+    name: str
+    mark: str
+    ray: Raylets
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, *words: str) -> str:
+        done = subprocess.run(
+            [*KVSTORE, *words, "--name", self.name], env=self.ray.environment,
+            capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def status(self) -> dict[str, Any]:
+        done = subprocess.run(
+            [*KVSTORE, "status", "--json", "--name", self.name], env=self.ray.environment,
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"ready": False}
+        return found
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Return what is known of a part; nothing while the controller does not answer."""
+        parts = self.status().get("parts", [])
+        return next((part for part in parts if part["name"] == name), {})
+
+    def replaced(self, name: str, pid: int) -> Callable[[], bool]:
+        """Return what says whether another process is this part, and everything serves."""
+        return lambda: self.part(name).get("pid", pid) != pid and bool(self.status()["ready"])
+
+    def respawned(self, words: str, pid: int, count: int) -> Callable[[], bool]:
+        """Return the same for one of `count` processes called so."""
+        return lambda: (
+            pid not in (now := self.pids(words))
+            and len(now) == count
+            and bool(self.status()["ready"])
+        )
+
+    def pids(self, words: str) -> list[int]:
+        return [pid for pid in marked_processes(self.mark) if words in command_line(pid)]
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    mark, name = secrets.token_hex(8), f"test-{secrets.token_hex(4)}"
+    file = tmp_path_factory.mktemp("chaos") / "cluster.yaml"
+    with raylets(3, mark={MARK: mark}) as ray:
+        file.write_text(CONFIG.format(name=name, address=ray.address, http=HTTP, grpc=HTTP + 10))
+        up = subprocess.run(
+            [*KVSTORE, "up", "--detach", "--json", "--config", str(file)], env=ray.environment,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert up.returncode == 0, up.stderr
+        made = Deployed(name, mark, ray, json.loads(up.stdout))
+        try:
+            yield made
+        finally:
+            made.run("down")
+            Path(made.facts["log"]).unlink()
+    left = {pid: command_line(pid) for pid in marked_processes(mark)}
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def test_it_is_deployed_from_the_file_on_three_hosts(deployed: Deployed) -> None:
+    status = deployed.status()
+    assert status["ready"]
+    hosts = {p["host"] for p in status["parts"] if p["role"] == "worker"}
+    assert hosts == {"node-0", "node-1", "node-2"}, "one worker per host"
+    for part in status["parts"]:
+        address = part["metrics"] or part["http"]
+        text = httpx.get(f"http://{address}/metrics", timeout=10).text
+        assert "kvstore_" in text, part["name"]
+
+
+class Streams:
+    """200 conversations with the `openai` client, and what became of each."""
+
+    def __init__(self, deployed: Deployed) -> None:
+        urls = [f"http://127.0.0.1:{HTTP + index}/v1" for index in range(2)]
+        self._clients = [
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=180)
+            for url in urls
+        ]
+        self._model = deployed.facts["model"]
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self.said: list[tuple[str, str]] = []
+        self.broken = 0
+        """Streams that ended before their end: their frontend was killed."""
+        self.turned_away = 0
+        """Connections refused while it was away."""
+        self.done = asyncio.Event()
+
+    async def all(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(STREAMS):
+                group.create_task(self._one(number))
+        for client in self._clients:
+            await client.close()
+        self.done.set()
+
+    async def _one(self, number: int) -> None:
+        question = QUESTIONS[number % len(QUESTIONS)]
+        async with self._slots:
+            self.said.append((question, await self._ask(question, number)))
+
+    async def _ask(self, question: str, number: int) -> str:
+        """Ask one frontend; where that very process was killed, ask the other as a client would."""
+        for attempt in range(3):
+            client = self._clients[(number + attempt) % 2]
+            try:
+                return await self._stream(client, question)
+            except (openai.APIConnectionError, TRANSPORT_ERROR) as error:
+                cause = error.__cause__ or error
+                if type(cause).__name__ == "ConnectError":
+                    self.turned_away += 1
+                else:
+                    self.broken += 1
+        pytest.fail(f"no frontend took stream {number}")
+
+    async def _stream(self, client: openai.AsyncOpenAI, question: str) -> str:
+        stream = await client.chat.completions.create(
+            model=self._model, messages=[{"role": "user", "content": question}],
+            max_tokens=TOKENS, temperature=0, stream=True,
+        )  # fmt: skip
+        text, ended = "", ""
+        async for event in stream:
+            for choice in event.choices:
+                text += choice.delta.content or ""
+                ended = choice.finish_reason or ended
+        if not ended:
+            raise TRANSPORT_ERROR("the stream broke before its end")
+        return text
+
+
+async def test_two_hundred_streams_survive_every_loss(
+    deployed: Deployed, reference: Reference, exactness: Exactness
+) -> None:
+    streams = Streams(deployed)
+    running = asyncio.create_task(streams.all())
+    recovery: dict[str, float] = {}
+
+    async def loses(what: str, pid: int, good_again: Callable[[], bool]) -> None:
+        assert not running.done(), "there is load all the way"
+        begun = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.to_thread(eventually, good_again, seconds=180, what=f"{what} is back")
+        recovery[what] = round(time.monotonic() - begun, 1)
+
+    try:
+        for what, name in (("a worker", "worker-0"), ("a router and its frontend", "frontend-1")):
+            pid = int((await asyncio.to_thread(deployed.part, name))["pid"])
+            await loses(what, pid, deployed.replaced(name, pid))
+        for what, words in (
+            ("a cache node", "kvstore.service.node"), ("a keeper", "kvstore.cli.main node"),
+        ):  # fmt: skip
+            pids = deployed.pids(words)
+            await loses(what, pids[0], deployed.respawned(words, pids[0], len(pids)))
+        assert not running.done(), "there is load all the way"
+        begun = time.monotonic()
+        host = (await asyncio.to_thread(deployed.part, "worker-2"))["host"]
+        await asyncio.to_thread(deployed.run, "drain", host)
+        recovery["a drained host"] = round(time.monotonic() - begun, 1)
+        async with asyncio.timeout(500):
+            await running
+    finally:
+        running.cancel()
+    sys.stderr.write(
+        f"recovery seconds: {json.dumps(recovery)}; {streams.broken} streams broken"
+        f" with their frontend, {streams.turned_away} connections refused meanwhile\n"
+    )
+    assert len(streams.said) == STREAMS
+    assert streams.broken <= IN_FLIGHT, "only streams of the killed frontend break"
+    compare(streams, reference, exactness)
+
+
+def compare(streams: Streams, reference: Reference, exactness: Exactness) -> None:
+    """Fail where a reply is not the reference's, token by token."""
+    for question, text in streams.said:
+        prompt = reference.chat(("user", question))
+        expected = reference.reply(prompt, TOKENS)
+        said = reference.tokenizer(text, add_special_tokens=False)["input_ids"]
+        wanted = reference.tokenizer.decode(expected, skip_special_tokens=True)
+        exactness.check(question, prompt, expected, expected if text == wanted else said)
+
+
+def test_a_host_that_dies_is_let_go_and_a_new_one_is_taken_in(deployed: Deployed) -> None:
+    before = {p["name"] for p in deployed.status()["parts"] if p["role"] == "node"}
+    deployed.ray.order("add")
+    eventually(
+        lambda: {p["name"] for p in deployed.status().get("parts", []) if p["role"] == "node"}
+        > before,
+        seconds=120, what="the new host gets a cache node",
+    )  # fmt: skip
+    deployed.run("scale", "3")
+    eventually(lambda: deployed.status()["ready"], seconds=60, what="three workers serve")
+    deployed.ray.order("kill 3")
+    eventually(
+        lambda: (
+            {p["name"] for p in deployed.status().get("parts", []) if p["role"] == "node"} == before
+            and bool(deployed.status()["ready"])
+        ),
+        seconds=180, what="the dead host's node is let go and its worker is elsewhere",
+    )  # fmt: skip
+    workers = [p for p in deployed.status()["parts"] if p["role"] == "worker"]
+    assert len(workers) == 3 and {p["host"] for p in workers} <= before

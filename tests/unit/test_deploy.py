@@ -1,0 +1,234 @@
+"""What lies in deploy/: each file against a schema or a dry run, and every command line in it
+against the commands themselves.
+
+Helm is not needed: the chart uses a handful of constructs, which this file renders itself and
+refuses to guess at; what it cannot show is that Helm's own parser agrees. The manifests are checked
+for shape and consistency, not against a cluster's own schemas.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import jsonschema
+import pytest
+import yaml
+from kvworkers.cluster.declared import load_declared
+from kvworkers.commands.up import up
+
+from kvstore.cli.node import node
+from kvstore.core.errors import BadInput
+from kvstore.rpc.security import load_security
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+CHART = DEPLOY / "helm" / "kvstore"
+COMMANDS = {"up": up, "node": node}
+LABEL = "app.kubernetes.io/name"
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Return the words of every `kvstore …` line in a text."""
+    return [
+        shlex.split(line[line.index("kvstore ") :])
+        for line in text.splitlines()
+        if re.search(r"(entrypoint: |ExecStart=/usr/bin/env )kvstore ", line)
+    ]
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """Return what our own command makes of its words; fails where it would refuse them."""
+    program, name, *arguments = words
+    assert program == "kvstore"
+    context: click.Context = COMMANDS[name].make_context(name, list(arguments))
+    return context.params
+
+
+def test_the_declared_cluster_starts_as_it_stands() -> None:
+    declared = load_declared(DEPLOY / "cluster.yaml")
+    assert declared.config.workers == 2
+    assert str(declared.config.http) == "127.0.0.1:8000"
+
+
+def test_the_launchers_file_fits_rays_own_schema() -> None:
+    ray = pytest.importorskip("ray")
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    config = yaml.safe_load((DEPLOY / "ray" / "launcher.yaml").read_text())
+    jsonschema.validate(config, schema)
+    starts = config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]
+    assert all("RAY_AUTH_MODE=token" in start for start in starts)
+
+
+@pytest.mark.parametrize("unit", sorted((DEPLOY / "systemd").glob("*.service")))
+def test_a_unit_is_sound_and_its_command_is_ours(unit: Path) -> None:
+    (words,) = commands_of(unit.read_text())
+    parse(words)
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze here")
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)],
+        capture_output=True, text=True, timeout=15, check=False,
+    )  # fmt: skip
+    said = [line for line in verified.stderr.splitlines() if unit.name in line]
+    assert not said, verified.stderr
+
+
+def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:
+    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
+    assert any(re.fullmatch(r"FROM python:3\.11-slim-\w+", line) for line in lines)
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied
+    for path in copied:
+        assert (ROOT / path).exists(), path
+    assert "USER 10001" in lines
+    assert 'ENTRYPOINT ["kvstore"]' in lines
+    assert lines.index("USER 10001") < lines.index('ENTRYPOINT ["kvstore"]')
+
+
+def test_compose_publishes_loopback_only_and_says_so_to_the_frontends() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    service = compose["services"]["kvstore"]
+    given = parse(["kvstore", *(w for w in service["command"] if "/etc/" not in w)])
+    ports = {given["http"].port, given["grpc"].port}
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert {int(port.rpartition(":")[2]) for port in service["ports"]} == ports
+    mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
+    assert (DEPLOY / "compose-security.toml").is_file()
+    assert mounts["./compose-security.toml"] in " ".join(service["command"])
+    assert load_security(DEPLOY / "compose-security.toml").insecure_listen
+    assert set(mounts) - {"./compose-security.toml"} == set(compose["volumes"])
+    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
+
+
+TAG = re.compile(r"\{\{(-?) *(.*?) *(-?)\}\}")
+
+
+def rendered(text: str, values: dict[str, Any], release: str = "kvstore") -> str:
+    """Return a template filled in: `{{ .Values.… }}`, `{{ .Release.Name }}`, `{{- if … }}`."""
+    lines: list[str] = []
+    shown = [True]
+    for line in text.splitlines():
+        tag = TAG.fullmatch(line.strip())
+        word = tag.group(2) if tag else ""
+        if word.startswith("if "):
+            shown.append(shown[-1] and bool(looked_up(word[3:], values, release)))
+        elif word == "end":
+            shown.pop()
+        elif shown[-1]:
+            lines.append(
+                TAG.sub(lambda found: str(looked_up(found.group(2), values, release)), line)
+            )
+    assert shown == [True], "an `if` without its `end`"
+    return "\n".join(lines)
+
+
+def looked_up(path: str, values: dict[str, Any], release: str) -> Any:
+    assert re.fullmatch(r"\.(Values|Release)(\.\w+)+", path), f"{{{{ {path} }}}} is not understood"
+    found: Any = {"Values": values, "Release": {"Name": release}}
+    for word in path.split(".")[1:]:
+        found = found[word]
+    return found
+
+
+def values() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
+    return found
+
+
+def manifests(chosen: dict[str, Any]) -> list[dict[str, Any]]:
+    templates = sorted((CHART / "templates").glob("*.yaml"))
+    assert templates
+    return [
+        document
+        for template in templates
+        for document in yaml.safe_load_all(rendered(template.read_text(), chosen))
+    ]
+
+
+def plain() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kuberay" / "kvstore.yaml").read_text()))
+
+
+@pytest.mark.parametrize("made", [plain(), manifests(values())], ids=["kuberay", "helm"])
+def test_the_manifests_agree_with_one_another(made: list[dict[str, Any]], tmp_path: Path) -> None:
+    kinds = {document["kind"]: document for document in made}
+    assert set(kinds) == {"ConfigMap", "RayJob", "Service", "NetworkPolicy"}
+    assert all(document["apiVersion"] and document["metadata"]["name"] for document in made)
+    job = kinds["RayJob"]["spec"]
+    command = job["entrypoint"].split()
+    config_path = command[command.index("--config") + 1]
+    groups = [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]
+    selector = kinds["Service"]["spec"]["selector"]
+    for template in (group["template"] for group in groups):
+        labels = template["metadata"]["labels"]
+        assert selector.items() <= labels.items()
+        assert template["spec"]["securityContext"]["runAsNonRoot"]
+        (container,) = template["spec"]["containers"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        assert set(mounts) == set(volumes)
+        assert config_path.startswith(mounts["config"])
+        name = volumes["config"]["configMap"]["name"]
+        assert name == kinds["ConfigMap"]["metadata"]["name"]
+    declared = read_config(kinds["ConfigMap"]["data"]["cluster.yaml"], tmp_path)
+    served = {port["port"] for port in kinds["Service"]["spec"]["ports"]}
+    assert served == {declared.http.port, declared.grpc.port}
+    assert declared.frontends == 0, "the Service may choose any pod, so each has a frontend"
+    policy = kinds["NetworkPolicy"]["spec"]
+    opened = {p["port"] for rule in policy["ingress"] for p in rule.get("ports", ())}
+    assert opened == served
+    assert policy["podSelector"]["matchLabels"] == selector
+
+
+def read_config(text: str, directory: Path) -> Any:
+    """Return the configuration that a ConfigMap holds, with a security file in its place."""
+    secured = directory / "security.toml"
+    secured.write_text("insecure_listen = true\n")
+    file = directory / "cluster.yaml"
+    file.write_text(re.sub(r"security: /\S+", f"security: {secured}", text))
+    config = load_declared(file).config
+    assert config.listen == "host" and config.ray_address == "auto"
+    secured.write_text("")
+    with pytest.raises(BadInput, match="loopback"):
+        load_declared(file)  # and without security it would not start at all
+    return config
+
+
+def test_the_charts_values_fit_its_schema_and_a_wrong_one_does_not() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    jsonschema.Draft7Validator.check_schema(schema)
+    jsonschema.validate(values(), schema)
+    for wrong in ({"frontends": 2}, {"nonsense": 1}, {"drainMs": -1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(values() | wrong, schema)
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert (chart["apiVersion"], chart["name"]) == ("v2", "kvstore")
+
+
+def used_values(text: str) -> Iterator[str]:
+    yield from re.findall(r"\.Values\.([\w.]+)", text)
+
+
+def test_every_value_is_used_and_every_use_has_a_value() -> None:
+    def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+    texts = [path.read_text() for path in (CHART / "templates").glob("*.yaml")]
+    assert {name for text in texts for name in used_values(text)} == set(leaves(values()))
+
+
+def test_a_chart_without_redis_has_no_word_of_it() -> None:
+    chosen = values() | {"redis": {"address": ""}}
+    made = {document["kind"]: document for document in manifests(chosen)}
+    assert "gcsFaultToleranceOptions" not in made["RayJob"]["spec"]["rayClusterSpec"]
+    assert "gcsFaultToleranceOptions" in str(manifests(values()))
