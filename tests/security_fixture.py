@@ -16,7 +16,7 @@ TOKENS: Mapping[str, str] = {
     for name in ("cluster", "team-a", "team-b", "monitor", "operator")
 }
 ROLES = {
-    "cluster": ["frontend", "watch"],
+    "cluster": ["frontend", "watch", "peer"],
     "team-a": ["client"],
     "team-b": ["client"],
     "monitor": ["watch"],

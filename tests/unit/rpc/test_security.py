@@ -35,7 +35,7 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     assert config.certificate == tmp_path / "server.pem"
     assert config.limits.calls_per_s == 5
     roles = {entry.name: entry.roles for entry in config.identities}
-    assert roles["cluster"] == {Role.FRONTEND, Role.WATCH}
+    assert roles["cluster"] == {Role.FRONTEND, Role.WATCH, Role.PEER}
     assert config.token() == TOKENS["cluster"]
     assert server_credentials(config) is not None
     assert ssl_context(config) is not None

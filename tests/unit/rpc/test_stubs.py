@@ -27,7 +27,7 @@ SERVICES = {
         cache_pb2,
         {
             "Acquire", "Clear", "CloseSession", "Get", "Lookup", "OpenSession", "Pin", "Prefetch",
-            "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
+            "Lend", "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
         },
     ),
     "Worker": (worker_pb2, {"Describe", "Run", "Watch"}),
