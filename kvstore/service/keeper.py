@@ -165,10 +165,15 @@ def prepare_run_dir(run_dir: Path) -> None:
 def prepare_key(path: Path) -> None:
     """Make the cluster key's file where it is missing; `BadInput` when it is not a private key."""
     try:
-        with contextlib.suppress(FileExistsError):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        if not path.exists():
+            # Whole from the first moment: several nodes of one host may make it at once.
+            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(fd, "wb") as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
+            with contextlib.suppress(FileExistsError):
+                os.link(fresh, path)
+            fresh.unlink()
         found = path.stat()
     except OSError as error:
         raise BadInput(f"--cluster-key-file {path}: {error.strerror}") from error
