@@ -215,10 +215,12 @@ class Router:
         metrics.predicted_hit_error_tokens.observe(abs(expected.hit_tokens - actual.hit_tokens))
         metrics.routed_hit_tokens.labels(kind="predicted").inc(expected.hit_tokens)
         metrics.routed_hit_tokens.labels(kind="actual").inc(actual.hit_tokens)
+        metrics.false_hit_tokens.inc(max(0, expected.hit_tokens - actual.hit_tokens))
         if actual.ttft_ms > 0:
             error_s = abs(expected.ttft_s - actual.ttft_ms / 1_000)
             metrics.predicted_ttft_seconds.observe(expected.ttft_s)
             metrics.predicted_ttft_error_seconds.observe(error_s)
+            metrics.actual_ttft_seconds.observe(actual.ttft_ms / 1_000)
         now_ms = self._now_ms()
         self._placement.learned.observe(made.worker, expected, actual, now_ms)
 

@@ -54,6 +54,7 @@ class Node:
         arena.incarnation += 1
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
+        self._metrics.info.labels(options.name).set(1)
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
@@ -254,11 +255,21 @@ class Node:
         metrics.queued.labels("seal").set(len(self._store.to_seal))
         metrics.queued.labels("verify").set(self._hasher.unverified)
         metrics.queued.labels("watch").set(table.publisher.subscribers)
+        self._measure_space()
         if self._below is not None:
             self._below.measure()
         for state in SlotState:
             if state is not SlotState.FREE:
                 metrics.slots.labels(state.name.lower()).set(table.counts[state])
+
+    def _measure_space(self) -> None:
+        space, pins, metrics = self._store.table.space, self._store.pins, self._metrics
+        metrics.pinned_blocks.set(len(pins))
+        metrics.pinned_bytes.set(pins.total_bytes)
+        free = space.free_bytes
+        metrics.free_bytes.labels("extents").set(free)
+        metrics.free_bytes.labels("slots").set(space.free_slot_bytes)
+        metrics.fragmentation.set(1 - space.largest_free_bytes / free if free else 0.0)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

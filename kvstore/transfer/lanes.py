@@ -62,8 +62,13 @@ class Lanes(Generic[Item]):
         limits: Mapping[Lane, LaneLimits],
         *,
         batches: int,
+        on_failed: Callable[[Lane], None] = lambda lane: None,
     ) -> None:
-        """`carry` moves one batch and must not raise; `batches` run at once over all lanes."""
+        """`carry` moves one batch and must not raise; `batches` run at once over all lanes.
+
+        Where it raises all the same, `on_failed` is told, to count it.
+        """
+        self._on_failed = on_failed
         self._carry = carry
         self._batches = batches
         self._queues: dict[Lane, _Queue[Item]] = {
@@ -143,6 +148,7 @@ class Lanes(Generic[Item]):
             queue.running_bytes -= size
             if not task.cancelled() and (error := task.exception()) is not None:
                 _log.error("a %s batch failed", lane.name.lower(), exc_info=error)
+                self._on_failed(lane)
             if not self._closed:
                 self._start_some()
             if not self._tasks and not any(one.waiting for one in self._queues.values()):

@@ -33,6 +33,7 @@ from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
 from kvworkers.frontends.fleet import Fleet, Offer
 from kvworkers.frontends.generation import CacheAccount, Chunk, Generation, TokenChance
+from kvworkers.frontends.ledger import Entry, Ledger
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
 
@@ -82,6 +83,8 @@ class Running:
     detokeniser: Detokeniser
     matcher: StopMatcher
     output: "array[int]"
+    entry: Entry | None = None
+    """Its line in the ledger, once it runs."""
     retries: int = 0
     ttft_ms: float = 0.0
     cache: CacheAccount | None = None
@@ -107,6 +110,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.fleet = fleet
         self._config = config
+        self.ledger = Ledger(metrics)
         self._router = router
         self._metrics = metrics
         self._in_flight = 0
@@ -126,7 +130,7 @@ class Pipeline:
                 raise Refused(f"{running} requests are running here already", 1_000)
             return await self._prepare(request)
         except KvStoreError as error:
-            self._metrics.requests.labels(outcome=type(error).__name__).inc()
+            self.ledger.refused(type(error).__name__)
             raise
         finally:
             self._preparing -= 1
@@ -163,11 +167,16 @@ class Pipeline:
         or none is alive, `Unreachable` when workers were lost too often or the deadline passed.
         """
         if self._in_flight >= self._config.max_in_flight:
-            self._metrics.requests.labels(outcome="Refused").inc()
+            self.ledger.refused("Refused")
             raise Refused(f"{self._in_flight} requests are running here already", 1_000)
         self._in_flight += 1
         self._metrics.in_flight.set(self._in_flight)
-        self._metrics.prompt_tokens.inc(len(running.prompt))
+        entry = running.entry = self.ledger.begin(
+            running.request.request_id,
+            domain=self._config.share_domain,
+            model=running.offer.model,
+            prompt_tokens=len(running.prompt),
+        )
         outcome = "cancelled"
         try:
             async with aclosing(self._chunks(running)) as chunks:
@@ -181,8 +190,8 @@ class Pipeline:
         finally:
             self._in_flight -= 1
             self._metrics.in_flight.set(self._in_flight)
-            self._metrics.requests.labels(outcome=outcome).inc()
-            self._observe_pace(running)
+            lasted_s = time.monotonic() - running.arrived
+            self.ledger.end(entry, outcome, output_tokens=len(running.output), lasted_s=lasted_s)
 
     async def _tokenise(self, request: Generation) -> "array[int]":
         if request.messages is not None:
@@ -200,6 +209,8 @@ class Pipeline:
         failed: set[str] = set()
         while True:
             decision = await self._place(running, failed)
+            if running.entry is not None:
+                running.entry.decision, running.entry.retries = decision, running.retries
             try:
                 async with aclosing(self._from_worker(running, decision)) as chunks:
                     async for chunk in chunks:
@@ -325,15 +336,15 @@ class Pipeline:
         tokens = array("I", reply.tokens)
         if reply.HasField("cache") and running.cache is None:
             running.cache = CacheAccount.from_proto(reply.cache)
-            self._count_cache(running.cache)
+            if running.entry is not None:
+                self.ledger.found(running.entry, running.cache)
         # A reply may end before any token: its end is what its caller waited for, then.
         first = bool(tokens or reply.finish_reason) and not running.output
         running.output.extend(tokens)
         if first:
             running.ttft_ms = (time.monotonic() - running.arrived) * 1_000
-            cached = running.cache is not None and running.cache.cached_tokens > 0
-            label = "yes" if cached else "no"
-            self._metrics.ttft_seconds.labels(cached=label).observe(running.ttft_ms / 1_000)
+            if running.entry is not None:
+                self.ledger.first_token(running.entry, running.ttft_ms)
         text, stopped = running.matcher.push(running.detokeniser.push(tokens) if tokens else "")
         if stopped or reply.finish_reason:
             reason = "stop" if stopped else reply.finish_reason
@@ -371,18 +382,6 @@ class Pipeline:
             else:
                 text += running.matcher.finish()
         return self._plain(running, worker, text, reply, first=first, finish_reason=reason)
-
-    def _count_cache(self, cache: CacheAccount) -> None:
-        for tier, tokens in cache.by_tier.items():
-            self._metrics.cached_tokens.labels(tier=tier.name.lower()).inc(tokens)
-        self._metrics.misses.labels(reason=cache.miss_reason.name.lower()).inc()
-
-    def _observe_pace(self, running: Running) -> None:
-        """Record the time per token after the first, where there was more than one."""
-        after_first = len(running.output) - 1
-        if after_first > 0:
-            spent = time.monotonic() - running.arrived - running.ttft_ms / 1_000
-            self._metrics.tpot_seconds.observe(spent / after_first)
 
 
 def _chances(reply: worker_pb2.RunReply) -> tuple[TokenChance, ...]:
