@@ -24,6 +24,8 @@ _OWN: Final = {
     "record": "kvstore.cli.record:record",
     "router": "kvstore.cli.router:router",
     "simulate": "kvstore.cli.simulate:simulate",
+    "targets": "kvstore.cli.targets:targets",
+    "top": "kvstore.cli.top:top",
 }
 
 _DONE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130

@@ -64,6 +64,10 @@ class NodeMetrics:
         self._add_movement(registry)
         self._add_gauges(registry)
         self._add_space(registry)
+        # Alerts watch these: an increase from nothing at all is none to Prometheus.
+        self.corrupt.labels("dram")
+        for reason in ("room", "chunk", "corrupt", "cleared"):
+            self.evictions.labels("dram", reason)
 
     def _add_hits(self, registry: CollectorRegistry) -> None:
         """Add what was found and what was not, by whom it was asked for."""
@@ -316,6 +320,8 @@ class WorkerMetrics:
             "kvstore_worker_store_failures", "Cache calls that failed; requests went on without",
             ["call", "error"], registry=registry,
         )  # fmt: skip
+        for call in ("connect", "acquire", "load", "settle"):  # from the start: alerts watch it
+            self.store_failures.labels(call, "Unreachable")
         self.evictions = Counter(
             "kvstore_worker_evicted_pages", "Pages dropped from HBM", registry=registry
         )

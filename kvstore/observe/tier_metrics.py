@@ -40,6 +40,15 @@ class TierMetrics:
         self.in_device = Gauge(
             "kvstore_tier_in_device", "Operations inside the device", ["tier"], registry=registry
         )
+        self.disk_free_bytes = Gauge(
+            "kvstore_tier_disk_free_bytes",
+            "Bytes that the file system of a tier has left for anybody",
+            ["tier"],
+            registry=registry,
+        )
+        self.disk_bytes = Gauge(
+            "kvstore_tier_disk_bytes", "Bytes of that file system", ["tier"], registry=registry
+        )
         self.queued = Gauge(
             "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
         )

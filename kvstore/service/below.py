@@ -1,5 +1,7 @@
 """The tiers below DRAM of one node, wired to its table, its policies and its watchers."""
 
+import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from kvstore.tiers.nvme_space import Held
 _SEAL_S: Final = 1.0
 _FLUSH_S: Final = 2.0
 """How long a node that ends in good order may hash, and write below, what is not there yet."""
+_DISK_LOOK_S: Final = 10.0
+"""Between two looks at how full the disk is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,10 +53,16 @@ class BelowDram:
     """What lies below one arena, and the movement between. Made by `start`."""
 
     def __init__(
-        self, store: ArenaStore, hasher: Hasher, metrics: NodeMetrics, nvme: NvmeTier | None
+        self,
+        store: ArenaStore,
+        hasher: Hasher,
+        metrics: NodeMetrics,
+        nvme: NvmeTier | None,
+        disk: "asyncio.Task[None] | None" = None,
     ) -> None:
-        """For `start`: use that."""
+        """For `start`: use that. `disk` is the task that looks how full the disk is."""
         self._metrics = metrics
+        self._disk = disk
         self._hasher = hasher
         self.nvme = nvme
         lowers = [] if nvme is None else [Lower(TierKind.NVME, nvme)]
@@ -74,16 +84,18 @@ class BelowDram:
         def tell(held: Sequence[Held], deleted: bool) -> None:
             publish(store.table.publisher, held, deleted=deleted)
 
+        tier_metrics = TierMetrics(registry)
         nvme = await NvmeTier.start(
             NvmeConfig(directory=config.nvme, capacity_bytes=config.nvme_bytes),
             make_policy(config.policy),
-            TierMetrics(registry),
+            tier_metrics,
             listener=tell,
         )
         store.on_request = nvme.request
         store.table.bypass = False
         store.table.publisher.holdings = NodeHoldings(store.table, nvme)
-        return cls(store, hasher, metrics, nvme)
+        disk = asyncio.create_task(_watch_disk(config.nvme, tier_metrics), name="disk space")
+        return cls(store, hasher, metrics, nvme, disk)
 
     def bits(self, root: Root, name: BlockName) -> int:
         """Return which tiers below hold a block: bit (1 << tier) for each."""
@@ -103,9 +115,26 @@ class BelowDram:
 
         The hasher has to run still: what has no sum is not written.
         """
+        if self._disk is not None:
+            self._disk.cancel()
+            await asyncio.gather(self._disk, return_exceptions=True)
         if self.nvme is not None:
             await self._hasher.sealed(_SEAL_S)
         await self.movement.flush(_FLUSH_S)
         await self.movement.close()
         if self.nvme is not None:
             await self.nvme.close()
+
+
+async def _watch_disk(directory: Path, metrics: TierMetrics) -> None:
+    """Say now and then how full a tier's file system is; a disk that hangs holds up nobody else."""
+    while True:
+        try:
+            found = await asyncio.to_thread(os.statvfs, directory)
+        except OSError as error:
+            kind = os.strerror(error.errno) if error.errno else "other"
+            metrics.device_errors.labels("nvme", "statvfs", kind).inc()
+        else:
+            metrics.disk_free_bytes.labels("nvme").set(found.f_bavail * found.f_frsize)
+            metrics.disk_bytes.labels("nvme").set(found.f_blocks * found.f_frsize)
+        await asyncio.sleep(_DISK_LOOK_S)

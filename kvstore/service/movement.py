@@ -91,6 +91,11 @@ class Movement:
             for lower in lowers
         }
         self._rates = {lower.kind: Rate(_ASSUMED_BYTES_PER_S) for lower in lowers}
+        for lane in Lane:  # from the start: alerts watch it
+            metrics.failed_batches.labels(lane.name.lower())
+        for lower in lowers:
+            for reason in ("queue", "evicted"):
+                metrics.unwritten.labels(lower.kind.name.lower(), reason)
         self._draining: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self.promoter = Promoter(store.reserver, self)

@@ -1,5 +1,6 @@
 """How a disk fares: breakers for reads and writes, and what is counted of its operations."""
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -21,6 +22,8 @@ class NvmeHealth:
         self._metrics = metrics
         self._now_ms = now_ms
         self._breakers = {"read": Breaker(), "write": Breaker()}
+        for operation in self._breakers:  # from the start: alerts watch it
+            metrics.device_errors.labels(_TIER, operation, os.strerror(errno.EIO))
         self.reads: Counter[int] = Counter()
         """Blocks read so far, by the number of their outcome."""
 

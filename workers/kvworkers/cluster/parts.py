@@ -264,6 +264,7 @@ class FrontendShell(Shell):
             phase=Phase.SERVING,
             address=self._server.grpc_address,
             http=self._server.http_address,
+            metrics=self._server.http_address,
         )
 
     def _build(self) -> Any:
