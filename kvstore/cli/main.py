@@ -19,6 +19,7 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 
 _OWN: Final = {
     "bench": "kvstore.cli.bench:bench",
+    "faults": "kvstore.cli.faults:faults",
     "node": "kvstore.cli.node:node",
     "plan": "kvstore.cli.plan:plan",
     "record": "kvstore.cli.record:record",

@@ -7,17 +7,21 @@ from typing import Any
 
 import click
 
+from kvstore.cli.inspection import inspect
 from kvstore.cli.values import BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper import run_keeper
 
 
-@click.command(short_help="Run this host's cache: a keeper and its cache node.")
+@click.group(
+    invoke_without_command=True,
+    subcommand_metavar="[inspect ...]",
+    short_help="Run this host's cache: a keeper and its cache node.",
+)
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    required=True,
     help="Directory of sockets, node.json and the cluster key; made with mode 0700.",
 )
 @click.option("--name", default="node", show_default=True, help="Name of this node.")
@@ -84,6 +88,11 @@ def node(as_json: bool, **options: Any) -> None:
     Workers and clients of this host open sessions on RUN_DIR/keeper.sock. The node is restarted
     when it dies; blocks survive that. Ends on SIGTERM or Ctrl-C.
     """
+    context = click.get_current_context()
+    if context.invoked_subcommand is not None:
+        return
+    if options["run_dir"] is None:
+        raise click.UsageError("Missing option '--run-dir'.", context)
     config = KeeperConfig(**{**options, "nvme_bytes": options["nvme_bytes"] or 0})
 
     def ready(described: dict[str, Any]) -> None:
@@ -95,6 +104,9 @@ def node(as_json: bool, **options: Any) -> None:
         sys.stdout.flush()
 
     run_keeper(config, on_ready=ready, on_progress=_Progress(config.name))
+
+
+node.add_command(inspect)
 
 
 class _Progress:

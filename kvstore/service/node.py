@@ -25,11 +25,12 @@ from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
-from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
+from kvstore.rpc.v1 import cache_pb2_grpc, inspect_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.below import BelowConfig, BelowDram
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
+from kvstore.service.inspection import InspectorService
 from kvstore.service.metrics_http import MetricsServer
 from kvstore.service.recorder import Recorders, RecorderService
 from kvstore.service.servicer import CacheNodeService, ServiceParts
@@ -107,6 +108,9 @@ class Node:
             listen(server, self._options.rpc)
             record_pb2_grpc.add_RecorderServicer_to_server(
                 RecorderService(self._recorders, self._identity), server
+            )
+            inspect_pb2_grpc.add_InspectorServicer_to_server(
+                InspectorService(self._store, below, self._identity), server
             )
             bound = listen(server, self._options.listen)
             metrics_bound = await metrics.start(self._options.metrics)
