@@ -2,7 +2,7 @@
 
 import pytest
 from kvworkers.frontends.generation import CacheAccount
-from kvworkers.frontends.ledger import Ledger
+from kvworkers.frontends.ledger import Ledger, Usage
 from prometheus_client import CollectorRegistry
 
 from kvstore.core.outcomes import MissReason
@@ -63,3 +63,16 @@ def test_many_domains_cost_few_series(registry: CollectorRegistry) -> None:
     text = [s for m in registry.collect() for s in m.samples if s.name.startswith("kvstore_domain")]
     assert len({s.labels["domain"] for s in text}) == 65
     assert registry.get_sample_value("kvstore_domain_requests_total", {"domain": "other"}) == 936
+
+
+def test_totals_and_usage_are_what_the_console_shows(registry: CollectorRegistry) -> None:
+    ledger = Ledger(RouterMetrics(registry))
+    entry = ledger.begin("r", domain="acme", model="m", prompt_tokens=100)
+    assert ledger.running == 1 == registry.get_sample_value("kvstore_requests_in_flight")
+    ledger.found(entry, ACCOUNT)
+    ledger.first_token(entry, 250.0)
+    ledger.end(entry, "stop", output_tokens=5, lasted_s=1.0)
+    assert ledger.running == 0 and ledger.usage["acme"] == Usage(1, 100, 48, 5)
+    totals = ledger.totals
+    assert (totals.ended, totals.prompt_tokens, totals.by_tier[TierKind.HBM]) == (1, 100, 32)
+    assert (totals.ttft_ms, totals.first_tokens) == (250.0, 1)

@@ -215,3 +215,16 @@ class Chunk:
     """Workers lost on the way, so far."""
     finish_reason: str = ""
     """With the last one: `stop` or `length`."""
+
+
+def chances_of(reply: worker_pb2.RunReply) -> tuple[TokenChance, ...]:
+    """Return the log-probabilities in a worker's message."""
+    return tuple(
+        TokenChance(
+            token=entry.token_ids[0],
+            logprob=entry.logprobs[0],
+            top=tuple(zip(entry.token_ids, entry.logprobs, strict=True)),
+        )
+        for entry in reply.logprobs
+        if entry.token_ids
+    )

@@ -32,7 +32,7 @@ from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
 from kvworkers.frontends.fleet import Fleet, Offer
-from kvworkers.frontends.generation import CacheAccount, Chunk, Generation, TokenChance
+from kvworkers.frontends.generation import CacheAccount, Chunk, Generation, chances_of
 from kvworkers.frontends.ledger import Entry, Ledger
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
@@ -170,7 +170,6 @@ class Pipeline:
             self.ledger.refused("Refused")
             raise Refused(f"{self._in_flight} requests are running here already", 1_000)
         self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
         entry = running.entry = self.ledger.begin(
             running.request.request_id,
             domain=self._config.share_domain,
@@ -189,7 +188,6 @@ class Pipeline:
             raise
         finally:
             self._in_flight -= 1
-            self._metrics.in_flight.set(self._in_flight)
             lasted_s = time.monotonic() - running.arrived
             self.ledger.end(entry, outcome, output_tokens=len(running.output), lasted_s=lasted_s)
 
@@ -360,7 +358,7 @@ class Pipeline:
         return Chunk(
             text=text,
             tokens=tuple(array("I", reply.tokens)) if reply is not None else (),
-            chances=_chances(reply) if reply is not None else (),
+            chances=chances_of(reply) if reply is not None else (),
             cache=running.cache if first or finish_reason else None,
             ttft_ms=running.ttft_ms if first or finish_reason else 0.0,
             worker=worker,
@@ -382,16 +380,3 @@ class Pipeline:
             else:
                 text += running.matcher.finish()
         return self._plain(running, worker, text, reply, first=first, finish_reason=reason)
-
-
-def _chances(reply: worker_pb2.RunReply) -> tuple[TokenChance, ...]:
-    """Return the log-probabilities in a worker's message."""
-    return tuple(
-        TokenChance(
-            token=entry.token_ids[0],
-            logprob=entry.logprobs[0],
-            top=tuple(zip(entry.token_ids, entry.logprobs, strict=True)),
-        )
-        for entry in reply.logprobs
-        if entry.token_ids
-    )

@@ -20,6 +20,7 @@ from kvstore.router.members import Member, Members
 from kvstore.router.router import Router, RouterConfig
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.v1 import inference_pb2_grpc
+from kvworkers.frontends.console import Console, add_console, is_loopback_address
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.grpc_frontend import InferenceServicer
 from kvworkers.frontends.openai import make_app
@@ -106,6 +107,9 @@ class FrontendServer:
             max_body_bytes=config.max_body_bytes,
             created=created,
         )
+        console = Console(pipeline, self._router)
+        add_console(app, console, loopback_only=is_loopback_address(config.http))
+        self._history_task = asyncio.create_task(console.run(), name="console history")
         await self._start_http(app, listening)
 
     def ready(self) -> bool:
@@ -129,6 +133,8 @@ class FrontendServer:
             return
         self._started = False
         self._http.should_exit = True
+        self._history_task.cancel()
+        await asyncio.gather(self._history_task, return_exceptions=True)
         grace_s = self._config.stop_grace_ms / 1_000
         await self._server.stop(grace_s)
         try:
