@@ -81,6 +81,9 @@ from kvstore.service.keeper import run_keeper
     show_default=True,
     help="Clients at once; more are refused.",
 )
+@click.option(
+    "--trace", default="", metavar="URL", help="Send spans to this OTLP collector: docs/tracing.md."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.

@@ -120,6 +120,7 @@ class NodeChild:
             "--lease-ms": config.lease_ms,
             "--claim-ms": config.claim_ms,
             "--policy": config.policy,
+            "--trace": config.trace,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
         }

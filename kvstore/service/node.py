@@ -23,8 +23,10 @@ from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, exposition
+from kvstore.observe.tracing import start_tracing
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
+from kvstore.rpc.trace_interceptor import TraceInterceptor
 from kvstore.rpc.v1 import cache_pb2_grpc, inspect_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.below import BelowConfig, BelowDram
@@ -101,7 +103,10 @@ class Node:
             asyncio.create_task(self._keep_house(), name="housekeeping"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
-        server, health = make_server()
+        tracing = start_tracing(
+            self._options.trace, service="kvstore-node", name=self._options.name
+        )
+        server, health = make_server(interceptors=[TraceInterceptor(tracing)] if tracing.on else ())
         metrics = MetricsServer(exposition(self._registry))
         try:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
@@ -126,6 +131,7 @@ class Node:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await metrics.stop()
+            await asyncio.to_thread(tracing.close)
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
 
@@ -288,6 +294,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--lease-ms", type=int, required=True)
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
+    parser.add_argument("--trace", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
     return parser.parse_args(arguments)

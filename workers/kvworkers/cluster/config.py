@@ -28,6 +28,7 @@ class ClusterConfig:
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
     the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
     disk in which each node keeps a tier of `nvme_bytes`; None: there is none.
+    `trace` is the OTLP collector that every part sends spans to; empty: none does.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -40,6 +41,7 @@ class ClusterConfig:
     policy: str = DEFAULT_POLICY
     nvme: Path | None = None
     nvme_bytes: int = 0
+    trace: str = ""
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
 

@@ -118,6 +118,7 @@ class NodeShell(Shell):
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
             *("--arena-bytes", str(self._config.arena_bytes)),
             *("--policy", self._config.policy),
+            *("--trace", self._config.trace),
             *self._nvme_flags(),
             *("--parent-pid", str(os.getpid())),
         ]
@@ -232,6 +233,7 @@ class WorkerShell(Shell):
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
+            trace=chosen.trace,
             drain_ms=_DRAIN_MS,
         )
         if chosen.pool_bytes:
@@ -271,7 +273,10 @@ class FrontendShell(Shell):
         from kvworkers.frontends.server import FrontendConfig, FrontendServer
 
         config = FrontendConfig(
-            model=self._config.model, http=str(self._config.http), grpc=str(self._config.grpc)
+            model=self._config.model,
+            http=str(self._config.http),
+            grpc=str(self._config.grpc),
+            trace=self._config.trace,
         )
         return FrontendServer(config)
 

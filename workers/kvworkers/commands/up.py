@@ -42,6 +42,7 @@ _LOG_POLL_SECONDS: Final = 0.2
 @cluster_options
 @address_options("127.0.0.1:8000")
 @click.option("--name", default="default", show_default=True, help="For `down` and `chat`.")
+@click.option("--trace", default="", metavar="URL", help="Send spans to this OTLP collector.")
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 @click.option("--notify-fd", type=int, hidden=True, default=None)
@@ -58,6 +59,7 @@ def up(
     http: Address,
     grpc: Address,
     name: str,
+    trace: str,
     detach: bool,
     as_json: bool,
     notify_fd: int | None,
@@ -80,6 +82,7 @@ def up(
         policy=policy,
         nvme=nvme,
         nvme_bytes=nvme_bytes or 0,
+        trace=trace,
         http=http,
         grpc=grpc,
     )

@@ -91,6 +91,8 @@ class Generation:
     deadline_ms: int = 0
     """0: the frontend's default."""
     priority: int = 0
+    traceparent: str = ""
+    """Whose trace it belongs to; empty: one of its own, where tracing is on."""
 
     def __post_init__(self) -> None:
         given = sum(part is not None for part in (self.messages, self.text, self.tokens))

@@ -5,6 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -14,9 +15,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from kvstore.core.errors import KvStoreError, TooLarge
+from kvstore.observe.tracing import HEADER, checked
 from kvworkers.frontends.openai_wire import ChatBody, ChatReply, failure, parse
-from kvworkers.frontends.pipeline import Pipeline, Running
+from kvworkers.frontends.pipeline import Pipeline
 from kvworkers.frontends.replies import Started, begin, whole
+from kvworkers.frontends.running import Running
 
 CLIENT_CLOSED: Final = 499
 """What a log shows for a request whose client went away; nobody receives it."""
@@ -49,7 +52,9 @@ def make_app(
             return Response(status_code=CLIENT_CLOSED)
         body = parse(raw)
         request_id = uuid.uuid4().hex
-        running = await pipeline.prepare(body.generation(request_id))
+        generation = body.generation(request_id)
+        traceparent = checked(request.headers.get(HEADER))
+        running = await pipeline.prepare(replace(generation, traceparent=traceparent))
         reply = ChatReply(
             model=running.offer.model,
             request_id=request_id,

@@ -26,19 +26,24 @@ from kvstore.core.errors import (
 )
 from kvstore.core.names import BlockName, ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
+from kvstore.observe.tracing import OFF, Tracing
 from kvstore.router.learning import Actual
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
-from kvworkers.frontends.fleet import Fleet, Offer
-from kvworkers.frontends.generation import CacheAccount, Chunk, Generation, chances_of
-from kvworkers.frontends.ledger import Entry, Ledger
+from kvworkers.frontends.fleet import Fleet
+from kvworkers.frontends.generation import CacheAccount, Chunk, Generation
+from kvworkers.frontends.ledger import Ledger
+from kvworkers.frontends.running import Running
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
 
 WORTH_RETRYING: Final = (Unreachable, SessionLost, Refused, Corrupt)
 """Failures that another worker, or the same one later, need not repeat."""
+
+SERVED: Final = ("stop", "length", "cancelled")
+"""Outcomes that are nobody's fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,32 +74,6 @@ class PipelineConfig:
             raise BadInput("frontend retries, wait_ms and other_wait_ms must not be negative")
 
 
-@dataclass(slots=True)
-class Running:
-    """A request on its way: what was asked, and what came of it so far."""
-
-    request: Generation
-    offer: Offer
-    prompt: "array[int]"
-    max_tokens: int
-    arrived: float
-    """`time.monotonic()` seconds."""
-    deadline: float
-    detokeniser: Detokeniser
-    matcher: StopMatcher
-    output: "array[int]"
-    entry: Entry | None = None
-    """Its line in the ledger, once it runs."""
-    retries: int = 0
-    ttft_ms: float = 0.0
-    cache: CacheAccount | None = None
-
-    @property
-    def left_s(self) -> float:
-        """Return the seconds until the deadline."""
-        return self.deadline - time.monotonic()
-
-
 class Pipeline:
     """Serves requests over a router and a fleet of workers."""
 
@@ -106,11 +85,13 @@ class Pipeline:
         router: Router,
         fleet: Fleet,
         metrics: RouterMetrics,
+        tracing: Tracing = OFF,
     ) -> None:
         self.tokenizer = tokenizer
         self.fleet = fleet
         self._config = config
         self.ledger = Ledger(metrics)
+        self._tracing = tracing
         self._router = router
         self._metrics = metrics
         self._in_flight = 0
@@ -176,6 +157,7 @@ class Pipeline:
             model=running.offer.model,
             prompt_tokens=len(running.prompt),
         )
+        running.span = self._tracing.begin("request", **running.facts())
         outcome = "cancelled"
         try:
             async with aclosing(self._chunks(running)) as chunks:
@@ -188,6 +170,8 @@ class Pipeline:
             raise
         finally:
             self._in_flight -= 1
+            running.span.set(outcome=outcome, output_tokens=len(running.output))
+            running.span.end("" if outcome in SERVED else outcome)
             lasted_s = time.monotonic() - running.arrived
             self.ledger.end(entry, outcome, output_tokens=len(running.output), lasted_s=lasted_s)
 
@@ -206,20 +190,28 @@ class Pipeline:
         """Ask one worker after the other until the reply is whole."""
         failed: set[str] = set()
         while True:
-            decision = await self._place(running, failed)
+            traceparent = running.span.traceparent
+            with self._tracing.begin("route", traceparent) as placing:
+                decision = await self._place(running, failed)
+                placing.set(
+                    worker=decision.worker, hit_tokens=decision.hit_tokens,
+                    predicted_ttft_ms=decision.predicted_ttft_ms,
+                )  # fmt: skip
             if running.entry is not None:
                 running.entry.decision, running.entry.retries = decision, running.retries
             try:
-                async with aclosing(self._from_worker(running, decision)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-                        if chunk.finish_reason:
-                            return
+                with self._tracing.begin("attempt", traceparent, worker=decision.worker) as span:
+                    chunks = self._from_worker(running, decision, span.traceparent)
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
+                            yield chunk
+                            if chunk.finish_reason:
+                                return
             except WORTH_RETRYING as error:
                 if reason := self._ended(running):
                     # It was lost after its last token: only the end was not said.
                     self._router.complete(decision.booking, failed=True)
-                    yield self._last(running, decision.worker, reason, stopped=False)
+                    yield running.last(decision.worker, reason, stopped=False)
                     return
                 self._count_failure(running, decision, error, failed)
 
@@ -277,7 +269,7 @@ class Pipeline:
         self._metrics.retries.labels(reason=type(error).__name__).inc()
 
     async def _from_worker(
-        self, running: Running, decision: Decision
+        self, running: Running, decision: Decision, traceparent: str
     ) -> AsyncGenerator[Chunk, None]:
         """Yield what one worker adds to the reply."""
         request = running.request
@@ -298,6 +290,7 @@ class Pipeline:
             timeout_s=max(0.001, running.left_s),
             silence_ms=lambda: self._router.silence_ms(decision.worker),
             lost_after_ms=self._config.lost_after_ms,
+            traceparent=traceparent,
         )
         sent = time.monotonic()
         try:
@@ -346,37 +339,7 @@ class Pipeline:
         text, stopped = running.matcher.push(running.detokeniser.push(tokens) if tokens else "")
         if stopped or reply.finish_reason:
             reason = "stop" if stopped else reply.finish_reason
-            return self._last(running, worker, reason, text, reply, stopped=stopped, first=first)
+            return running.last(worker, reason, text, reply, stopped=stopped, first=first)
         if not tokens:
             return None
-        return self._plain(running, worker, text, reply, first=first)
-
-    def _plain(
-        self, running: Running, worker: str, text: str, reply: worker_pb2.RunReply | None,
-        *, first: bool, finish_reason: str = "",
-    ) -> Chunk:  # fmt: skip
-        return Chunk(
-            text=text,
-            tokens=tuple(array("I", reply.tokens)) if reply is not None else (),
-            chances=chances_of(reply) if reply is not None else (),
-            cache=running.cache if first or finish_reason else None,
-            ttft_ms=running.ttft_ms if first or finish_reason else 0.0,
-            worker=worker,
-            output_tokens=len(running.output),
-            retries=running.retries,
-            finish_reason=finish_reason,
-        )
-
-    def _last(
-        self, running: Running, worker: str, reason: str, text: str = "",
-        reply: worker_pb2.RunReply | None = None, *, stopped: bool, first: bool = False,
-    ) -> Chunk:  # fmt: skip
-        """Return the last chunk: with what was held back, unless a stop string ended the text."""
-        if not stopped:
-            rest, stopped_now = running.matcher.push(running.detokeniser.finish())
-            text += rest
-            if stopped_now:
-                reason = "stop"
-            else:
-                text += running.matcher.finish()
-        return self._plain(running, worker, text, reply, first=first, finish_reason=reason)
+        return running.piece(worker, text, reply, first=first)

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput
 from kvstore.directory.view import Health
 from kvstore.observe.metrics import RouterMetrics, exposition
+from kvstore.observe.tracing import start_tracing
 from kvstore.router.members import Member, Members
 from kvstore.router.router import Router, RouterConfig
 from kvstore.rpc.channel import listen, make_server
@@ -36,6 +37,8 @@ class FrontendConfig:
     """A model directory: only its tokenizer and chat template are read here."""
     http: str = "127.0.0.1:0"
     grpc: str = "127.0.0.1:0"
+    trace: str = ""
+    """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     max_body_bytes: int = 8 << 20
     """Of an HTTP request: a conversation of a million tokens has about 5 MB."""
     stop_grace_ms: int = 2_000
@@ -70,6 +73,7 @@ class FrontendServer:
         self._tokenizer = ChatTokenizer(Path(config.model))
         self.registry = CollectorRegistry()
         self._metrics = RouterMetrics(self.registry)
+        self._tracing = start_tracing(config.trace, service="kvstore-frontend", name="frontend")
         self.http_address = ""
         """`host:port`, once started."""
         self.grpc_address = ""
@@ -87,6 +91,7 @@ class FrontendServer:
             router=self._router,
             fleet=self._fleet,
             metrics=self._metrics,
+            tracing=self._tracing,
         )
         listening = _bind(config.http)
         self._server, self._health = make_server()
@@ -146,6 +151,7 @@ class FrontendServer:
             await asyncio.gather(self._http_task, return_exceptions=True)
         await self._router.close()
         await self._fleet.close()
+        await asyncio.to_thread(self._tracing.close)
 
     async def _start_http(self, app: FastAPI, listening: socket.socket) -> None:
         settings = uvicorn.Config(
