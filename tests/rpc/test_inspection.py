@@ -82,6 +82,8 @@ def test_many_blocks_of_one_beginning_are_cut_off(node: RunningNode) -> None:
         reply = ask(node, inspect_pb2.InspectRequest(name=bytes(4)))
         assert len(reply.slots) == MAX_SLOTS and reply.more
         assert {slot.name for slot in reply.slots} < set(names)
+        only = ask(node, inspect_pb2.InspectRequest(name=names[5][:8]))
+        assert [slot.name for slot in only.slots] == [names[5]] and not only.more
 
 
 @pytest.mark.parametrize("name", [b"", b"abc", b"x" * 33])
