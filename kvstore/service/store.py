@@ -17,7 +17,7 @@ from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
 from kvstore.directory.events import TierKind
 from kvstore.directory.policy import Prompt
-from kvstore.observe.bounded import BoundedLabels
+from kvstore.service.counting import HitCounts
 from kvstore.service.pins import Pins
 from kvstore.service.promotion import Load, Promoter
 from kvstore.service.reserver import Reserver, Wanted
@@ -79,7 +79,7 @@ class ArenaStore:
         self.pins = Pins(table, table.space.data_bytes // _PINNED_SHARE)
         self._requests: list[Prompt] = []
         """What was asked for and not told to the policy yet: Acquire defers it past its answer."""
-        self._domains = BoundedLabels()
+        self._counts = HitCounts(table.metrics)
         self.hit_blocks = 0
         self.misses = 0
 
@@ -310,17 +310,11 @@ class ArenaStore:
             self.flush_requests()
 
     def _count(self, info: RootInfo, answer: Acquired, asked: int) -> None:
-        metrics = self.table.metrics
         self.hit_blocks += len(answer.slots)
         by_tier = Counter(answer.tiers)
         by_tier[TierKind.DRAM] += answer.ready
-        domain = self._domains.label(info.domain)
-        for tier, blocks in by_tier.items():
-            metrics.hit_blocks.labels(tier.name.lower(), domain).inc(blocks)
-            metrics.hit_bytes.labels(tier.name.lower(), domain).inc(blocks * info.shape.block_bytes)
+        self._counts.hit(info.domain, by_tier, info.shape.block_bytes)
         if answer.reason is not MissReason.NONE:
             self.misses += 1
-            reason = answer.reason.name.lower()
-            metrics.misses.labels(reason, domain).inc()
-            metrics.missed_blocks.labels(reason, domain).inc(asked - len(answer.slots))
-        metrics.reserved_blocks.inc(len(answer.reserved_slots))
+            self._counts.miss(info.domain, answer.reason, asked - len(answer.slots))
+        self.table.metrics.reserved_blocks.inc(len(answer.reserved_slots))

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 
-import grpc
+import grpc.aio
 import pytest
 
 from kvstore.cli import inspection

@@ -44,7 +44,7 @@ def test_spans_are_children_of_what_came_and_carry_their_facts() -> None:
     tracing.close()
     second, first = exporter.get_finished_spans()
     assert first.name == "outer" and first.parent is not None and second.parent is not None
-    assert first.parent.span_id == int("cd" * 8, 16)
+    assert first.context is not None and first.parent.span_id == int("cd" * 8, 16)
     assert second.parent.span_id == first.context.span_id
     assert first.attributes == {"kvstore.tokens": 3}
     assert second.attributes == {"kvstore.worker": "w", "kvstore.hit": True}
