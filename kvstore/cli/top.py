@@ -41,18 +41,20 @@ def top(
     cluster that `kvstore up` runs on this machine. Fails when nothing at all answers.
     """
     found = find_targets(places, cluster)
+    pages, unreachable = look(found)
+    if not pages:
+        raise Unreachable("; ".join(unreachable))
     if once:
-        pages, unreachable = look(found)
         _print(pages, {}, None, unreachable, as_json=as_json)
         return
     if as_json or not sys.stdout.isatty():
-        _follow(found, interval, as_json=as_json)
+        _follow(found, pages, interval, as_json=as_json)
     else:
-        _live(found, interval)
+        _live(found, pages, unreachable, interval)
 
 
 def look(targets: Sequence[Target]) -> tuple[dict[Target, Figures], list[str]]:
-    """Return every page that answers and a line for every other; raises when none answers."""
+    """Return every page that answers, and a line for every other target."""
     pages: dict[Target, Figures] = {}
     unreachable: list[str] = []
     with ThreadPoolExecutor(min(_AT_ONCE, len(targets))) as pool:
@@ -61,8 +63,6 @@ def look(targets: Sequence[Target]) -> tuple[dict[Target, Figures], list[str]]:
                 pages[target] = page
             else:
                 unreachable.append(page)
-    if not pages:
-        raise Unreachable("; ".join(unreachable))
     return pages, unreachable
 
 
@@ -73,8 +73,9 @@ def _fetch(target: Target) -> Figures | str:
         return str(error)
 
 
-def _follow(targets: Sequence[Target], interval: float, *, as_json: bool) -> None:
-    before, _ = look(targets)
+def _follow(
+    targets: Sequence[Target], before: dict[Target, Figures], interval: float, *, as_json: bool
+) -> None:
     last = time.monotonic()
     while True:
         time.sleep(interval)
@@ -84,8 +85,12 @@ def _follow(targets: Sequence[Target], interval: float, *, as_json: bool) -> Non
         before, last = pages, now
 
 
-def _live(targets: Sequence[Target], interval: float) -> None:
-    before, unreachable = look(targets)
+def _live(
+    targets: Sequence[Target],
+    before: dict[Target, Figures],
+    unreachable: list[str],
+    interval: float,
+) -> None:
     last = time.monotonic()
     first = draw(summarise(before, {}, None), unreachable)
     with Live(first, screen=True, auto_refresh=False) as live:

@@ -119,6 +119,27 @@ def test_it_follows_until_it_is_interrupted(
     assert all(line["seconds"] > 0 for line in lines)
 
 
+def test_it_goes_on_while_nothing_answers(
+    registry: CollectorRegistry,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, thread = start_http_server(0, addr="127.0.0.1", registry=registry)
+    looks = iter([None])
+
+    def sleep(_: float) -> None:
+        if next(looks, True):
+            raise KeyboardInterrupt
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert run(["top", "--json", f"127.0.0.1:{server.server_port}"]) == 130
+    line = json.loads(capsys.readouterr().out)
+    assert len(line["unreachable"]) == 1 and line["nodes"] == []
+
+
 def test_nothing_that_answers_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["top", "--once", "127.0.0.1:1"]) == 1
     assert "127.0.0.1:1" in capsys.readouterr().err
