@@ -81,7 +81,9 @@ def prometheus(cluster: ClusterProcess, directory: Path) -> Iterator[str]:
         cwd=directory, stdout=log, stderr=log,
     )  # fmt: skip
     try:
-        yield f"http://{eventually(lambda: listening(directory), seconds=30, what='a port')}"
+        address = f"http://{eventually(lambda: listening(directory), seconds=30, what='a port')}"
+        eventually(lambda: ready(address), seconds=30, what="Prometheus has loaded its data")
+        yield address
     finally:
         process.terminate()
         process.wait(30)
@@ -92,6 +94,11 @@ def listening(directory: Path) -> str:
     """Return the address that Prometheus says it listens on."""
     found = re.search(r"(?:Listening on\W+address=)(127[\d.:]+)", (directory / "log").read_text())
     return found[1] if found else ""
+
+
+def ready(address: str) -> bool:
+    """Say whether Prometheus answers queries yet: it listens before it has read its data."""
+    return httpx.get(f"{address}/-/ready", timeout=10, trust_env=False).status_code == 200
 
 
 def soon(text: str) -> str:
