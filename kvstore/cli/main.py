@@ -19,11 +19,14 @@ ENTRY_POINT_GROUP: Final = "kvstore.commands"
 
 _OWN: Final = {
     "bench": "kvstore.cli.bench:bench",
+    "faults": "kvstore.cli.faults:faults",
     "node": "kvstore.cli.node:node",
     "plan": "kvstore.cli.plan:plan",
     "record": "kvstore.cli.record:record",
     "router": "kvstore.cli.router:router",
     "simulate": "kvstore.cli.simulate:simulate",
+    "targets": "kvstore.cli.targets:targets",
+    "top": "kvstore.cli.top:top",
 }
 
 _DONE, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130

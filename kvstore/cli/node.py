@@ -7,17 +7,21 @@ from typing import Any
 
 import click
 
+from kvstore.cli.inspection import inspect
 from kvstore.cli.values import BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper import run_keeper
 
 
-@click.command(short_help="Run this host's cache: a keeper and its cache node.")
+@click.group(
+    invoke_without_command=True,
+    subcommand_metavar="[inspect ...]",
+    short_help="Run this host's cache: a keeper and its cache node.",
+)
 @click.option(
     "--run-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    required=True,
     help="Directory of sockets, node.json and the cluster key; made with mode 0700.",
 )
 @click.option("--name", default="node", show_default=True, help="Name of this node.")
@@ -103,6 +107,9 @@ from kvstore.service.keeper import run_keeper
     show_default=True,
     help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
 )
+@click.option(
+    "--trace", default="", metavar="URL", help="Send spans to this OTLP collector: docs/tracing.md."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.
@@ -110,6 +117,11 @@ def node(as_json: bool, **options: Any) -> None:
     Workers and clients of this host open sessions on RUN_DIR/keeper.sock. The node is restarted
     when it dies; blocks survive that. Ends on SIGTERM or Ctrl-C.
     """
+    context = click.get_current_context()
+    if context.invoked_subcommand is not None:
+        return
+    if options["run_dir"] is None:
+        raise click.UsageError("Missing option '--run-dir'.", context)
     config = KeeperConfig(
         **{**options, **{key: options[key] or 0 for key in ("nvme_bytes", "files_bytes")}}
     )
@@ -123,6 +135,9 @@ def node(as_json: bool, **options: Any) -> None:
         sys.stdout.flush()
 
     run_keeper(config, on_ready=ready, on_progress=_Progress(config.name))
+
+
+node.add_command(inspect)
 
 
 class _Progress:

@@ -23,6 +23,7 @@ from kvstore.core.errors import BadInput, KvStoreError, SessionLost, Unreachable
 from kvstore.core.layout import round_up
 from kvstore.core.limits import GRANULE_BYTES, MAX_BLOCK_BYTES
 from kvstore.core.names import Namespace, Root
+from kvstore.observe.tracing import CURRENT, to_metadata
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import namespace_to_proto
 from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
@@ -150,7 +151,8 @@ class Session:
         self, stub: Any, request: Any, ends: float, *, wait_for_ready: bool = False
     ) -> Any:
         left = self._time_left(ends)
-        call = stub(request, timeout=left, metadata=self._metadata, wait_for_ready=wait_for_ready)
+        metadata = (*self._metadata, *to_metadata(CURRENT.get()))
+        call = stub(request, timeout=left, metadata=metadata, wait_for_ready=wait_for_ready)
         try:
             return await call
         except asyncio.CancelledError:

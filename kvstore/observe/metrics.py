@@ -5,32 +5,29 @@ can live in one process (tests, simulation). Units are base units: seconds, byte
 """
 
 from collections.abc import Callable
-from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-_LATENCY_SECONDS: Final = (
-    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
-    60.0,
-)  # fmt: skip
+from kvstore.observe.buckets import LATENCY_SECONDS
+from kvstore.observe.client_metrics import ClientMetrics
+from kvstore.observe.tier_metrics import TierMetrics
+
+__all__ = [
+    "ClientMetrics",
+    "ClusterMetrics",
+    "NodeMetrics",
+    "RouterMetrics",
+    "TierMetrics",
+    "WorkerMetrics",
+    "exposition",
+]
 
 
 class NodeMetrics:
     """What a cache node counts."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.hit_blocks = Counter(
-            "kvstore_node_hit_blocks", "Blocks leased to a caller", ["tier"], registry=registry
-        )
-        self.hit_bytes = Counter(
-            "kvstore_node_hit_bytes", "Bytes leased to a caller", ["tier"], registry=registry
-        )
-        self.misses = Counter(
-            "kvstore_node_misses",
-            "Acquires whose prefix ended early",
-            ["reason"],
-            registry=registry,
-        )
+        self._add_hits(registry)
         self.reserved_blocks = Counter(
             "kvstore_node_reserved_blocks", "Slots handed to writers", registry=registry
         )
@@ -67,14 +64,80 @@ class NodeMetrics:
             registry=registry,
         )
         self._add_calls(registry)
+        self._add_movement(registry)
         self._add_gauges(registry)
+        self._add_space(registry)
+        # Alerts watch these: an increase from nothing at all is none to Prometheus.
+        self.corrupt.labels("dram")
+        for reason in ("room", "chunk", "corrupt", "cleared"):
+            self.evictions.labels("dram", reason)
+
+    def _add_hits(self, registry: CollectorRegistry) -> None:
+        """Add what was found and what was not, by whom it was asked for."""
+        self.hit_blocks = Counter(
+            "kvstore_node_hit_blocks", "Blocks leased to a caller", ["tier", "domain"],
+            registry=registry,
+        )  # fmt: skip
+        self.hit_bytes = Counter(
+            "kvstore_node_hit_bytes", "Bytes leased to a caller", ["tier", "domain"],
+            registry=registry,
+        )  # fmt: skip
+        self.misses = Counter(
+            "kvstore_node_misses", "Acquires whose prefix ended early", ["reason", "domain"],
+            registry=registry,
+        )  # fmt: skip
+        self.missed_blocks = Counter(
+            "kvstore_node_missed_blocks",
+            "Blocks asked for beyond the prefix that was found, by why it ended",
+            ["reason", "domain"], registry=registry,
+        )  # fmt: skip
+
+    def _add_movement(self, registry: CollectorRegistry) -> None:
+        """Add what blocks do between tiers."""
+        self.crossing_seconds = Histogram(
+            "kvstore_node_crossing_seconds",
+            "Time of one batch of blocks from one tier into another, waiting for its turn excluded",
+            ["source", "target"], buckets=LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.crossed_bytes = Counter(
+            "kvstore_node_crossed_bytes", "Bytes that arrived in a tier from another",
+            ["source", "target"], registry=registry,
+        )  # fmt: skip
+        self.failed_batches = Counter(
+            "kvstore_node_failed_batches", "Batches of moves that ended in an unexpected error",
+            ["lane"], registry=registry,
+        )  # fmt: skip
+
+    def _add_space(self, registry: CollectorRegistry) -> None:
+        """Add how the arena's bytes lie."""
+        self.pinned_blocks = Gauge(
+            "kvstore_node_pinned_blocks", "Blocks that callers have pinned for a time",
+            registry=registry,
+        )  # fmt: skip
+        self.pinned_bytes = Gauge(
+            "kvstore_node_pinned_bytes", "Bytes of them, out of a quarter of the arena each domain",
+            registry=registry,
+        )  # fmt: skip
+        self.free_bytes = Gauge(
+            "kvstore_node_free_bytes",
+            "Free bytes of the arena: in no chunk yet, or in slots of chunks of one size",
+            ["where"], registry=registry,
+        )  # fmt: skip
+        self.fragmentation = Gauge(
+            "kvstore_node_fragmentation_ratio",
+            "Share of the bytes in no chunk that lies outside the largest free extent",
+            registry=registry,
+        )  # fmt: skip
+        self.info = Gauge(
+            "kvstore_node_info", "1; says which node this is", ["node"], registry=registry
+        )
 
     def _add_calls(self, registry: CollectorRegistry) -> None:
         self.rpc_seconds = Histogram(
             "kvstore_node_rpc_seconds",
             "Handler time of a call",
             ["method"],
-            buckets=_LATENCY_SECONDS,
+            buckets=LATENCY_SECONDS,
             registry=registry,
         )
         self.rpc_errors = Counter(
@@ -121,14 +184,14 @@ class RouterMetrics:
         )
         self.ttft_seconds = Histogram(
             "kvstore_ttft_seconds", "Time to first token at the frontend", ["cached"],
-            buckets=_LATENCY_SECONDS, registry=registry,
+            buckets=LATENCY_SECONDS, registry=registry,
         )  # fmt: skip
         self.tpot_seconds = Histogram(
             "kvstore_tpot_seconds", "Time per output token after the first",
-            buckets=_LATENCY_SECONDS, registry=registry,
+            buckets=LATENCY_SECONDS, registry=registry,
         )  # fmt: skip
         self.decisions_seconds = Histogram(
-            "kvstore_route_seconds", "Time of one routing decision", buckets=_LATENCY_SECONDS,
+            "kvstore_route_seconds", "Time of one routing decision", buckets=LATENCY_SECONDS,
             registry=registry,
         )  # fmt: skip
         self.retries = Counter(
@@ -145,16 +208,60 @@ class RouterMetrics:
             "kvstore_view_resyncs", "Snapshots fetched again", ["reason"], registry=registry
         )
         self._add_predictions(registry)
+        self._add_errors(registry)
+        self._add_domains(registry)
+
+    def _add_domains(self, registry: CollectorRegistry) -> None:
+        """Add who uses what."""
+        self.domain_requests = Counter(
+            "kvstore_domain_requests", "Requests that began, by share domain", ["domain"],
+            registry=registry,
+        )  # fmt: skip
+        self.domain_tokens = Counter(
+            "kvstore_domain_tokens",
+            "Tokens by share domain and kind: prompt, cached (part of prompt) and output",
+            ["domain", "kind"], registry=registry,
+        )  # fmt: skip
+
+    def _add_errors(self, registry: CollectorRegistry) -> None:
+        """Add predictions, and what they are held against."""
+        self.predicted_hit_error_tokens = Histogram(
+            "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
+            buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,
+        )  # fmt: skip
+        self.routed_hit_tokens = Counter(
+            "kvstore_routed_hit_tokens", "Cached prompt tokens of answered requests by kind:"
+            " predicted when they were sent, actual as the worker said", ["kind"],
+            registry=registry,
+        )  # fmt: skip
+        self.predicted_ttft_seconds = Histogram(
+            "kvstore_predicted_ttft_seconds", "Predicted time to first token of answered requests",
+            buckets=LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.predicted_ttft_error_seconds = Histogram(
+            "kvstore_predicted_ttft_error_seconds",
+            "Predicted minus actual time to first token, absolute", buckets=LATENCY_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.actual_ttft_seconds = Histogram(
+            "kvstore_actual_ttft_seconds",
+            "Time from the decision to the first token, of the requests that were predicted",
+            buckets=LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.false_hit_tokens = Counter(
+            "kvstore_false_hit_tokens", "Prompt tokens predicted to be cached that were not found",
+            registry=registry,
+        )  # fmt: skip
 
     def _add_predictions(self, registry: CollectorRegistry) -> None:
-        """Add what predictions are held against."""
+        """Add what decides where requests go, and when."""
         self.waiting = Gauge(
             "kvstore_router_waiting", "Requests that wait for a worker to have room or to be alive",
             registry=registry,
         )  # fmt: skip
         self.wait_seconds = Histogram(
             "kvstore_router_wait_seconds", "How long those waited that went on to a worker",
-            buckets=_LATENCY_SECONDS, registry=registry,
+            buckets=LATENCY_SECONDS, registry=registry,
         )  # fmt: skip
         self.refusals = Counter(
             "kvstore_router_refusals", "Requests turned away: the queue is full, the answer would"
@@ -171,24 +278,6 @@ class RouterMetrics:
         )  # fmt: skip
         self.known_name_tokens = Gauge(
             "kvstore_known_name_tokens", "Prompt tokens whose names were remembered instead",
-            registry=registry,
-        )  # fmt: skip
-        self.predicted_hit_error_tokens = Histogram(
-            "kvstore_predicted_hit_error_tokens", "Predicted minus actual cached tokens, absolute",
-            buckets=(0, 16, 64, 256, 1024, 4096, 16384, 65536), registry=registry,
-        )  # fmt: skip
-        self.routed_hit_tokens = Counter(
-            "kvstore_routed_hit_tokens", "Cached prompt tokens of answered requests by kind:"
-            " predicted when they were sent, actual as the worker said", ["kind"],
-            registry=registry,
-        )  # fmt: skip
-        self.predicted_ttft_seconds = Histogram(
-            "kvstore_predicted_ttft_seconds", "Predicted time to first token of answered requests",
-            buckets=_LATENCY_SECONDS, registry=registry,
-        )  # fmt: skip
-        self.predicted_ttft_error_seconds = Histogram(
-            "kvstore_predicted_ttft_error_seconds",
-            "Predicted minus actual time to first token, absolute", buckets=_LATENCY_SECONDS,
             registry=registry,
         )  # fmt: skip
         self.lowest_trust = Gauge(
@@ -214,29 +303,28 @@ class WorkerMetrics:
             "kvstore_worker_misses", "Why cached prefixes ended", ["reason"], registry=registry
         )
         self.ttft_seconds = Histogram(
-            "kvstore_worker_ttft_seconds", "Arrival to first token", buckets=_LATENCY_SECONDS,
+            "kvstore_worker_ttft_seconds", "Arrival to first token", buckets=LATENCY_SECONDS,
             registry=registry,
         )  # fmt: skip
         self.tpot_seconds = Histogram(
             "kvstore_worker_tpot_seconds", "Time per output token after the first",
-            buckets=_LATENCY_SECONDS, registry=registry,
+            buckets=LATENCY_SECONDS, registry=registry,
         )  # fmt: skip
         self.queue_seconds = Histogram(
-            "kvstore_worker_queue_seconds", "Arrival to first step", buckets=_LATENCY_SECONDS,
+            "kvstore_worker_queue_seconds", "Arrival to first step", buckets=LATENCY_SECONDS,
             registry=registry,
         )  # fmt: skip
         self.step_seconds = Histogram(
-            "kvstore_worker_step_seconds", "Time of one engine step", buckets=_LATENCY_SECONDS,
+            "kvstore_worker_step_seconds", "Time of one engine step", buckets=LATENCY_SECONDS,
             registry=registry,
         )  # fmt: skip
-        self.moved_bytes = Counter(
-            "kvstore_worker_moved_bytes", "Bytes between arena and pages", ["direction"],
-            registry=registry,
-        )  # fmt: skip
+        self._add_moves(registry)
         self.store_failures = Counter(
             "kvstore_worker_store_failures", "Cache calls that failed; requests went on without",
             ["call", "error"], registry=registry,
         )  # fmt: skip
+        for call in ("connect", "acquire", "load", "settle"):  # from the start: alerts watch it
+            self.store_failures.labels(call, "Unreachable")
         self.evictions = Counter(
             "kvstore_worker_evicted_pages", "Pages dropped from HBM", registry=registry
         )
@@ -249,20 +337,25 @@ class WorkerMetrics:
             "kvstore_worker_kv_capacity_bytes", "Bytes of the page pool", registry=registry
         )
 
-
-class ClientMetrics:
-    """What a client of a cache node counts; its host passes its own registry in."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.failures = Counter(
-            "kvstore_client_failures", "Calls to the cache node that failed", ["call", "error"],
+    def _add_moves(self, registry: CollectorRegistry) -> None:
+        """Add what copies between arena and pages take, and steps by batch."""
+        self.moved_bytes = Counter(
+            "kvstore_worker_moved_bytes", "Bytes between arena and pages", ["direction"],
             registry=registry,
         )  # fmt: skip
-        self.sessions = Counter(
-            "kvstore_client_sessions", "Sessions opened", ["reason"], registry=registry
-        )
-        self.strays = Counter(
-            "kvstore_client_stray_blocks", "Slots given back whose reservation's answer was lost",
+        self.move_seconds = Histogram(
+            "kvstore_worker_move_seconds",
+            "Time of one copy between arena and pages: a prompt's blocks, or those of a store job",
+            ["direction"], buckets=LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.decode_seconds = Histogram(
+            "kvstore_worker_decode_seconds",
+            "Time per output token by requests in the batch: steps in which all of them decode",
+            ["batch"], buckets=LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.void_blocks = Counter(
+            "kvstore_worker_void_blocks",
+            "Blocks copied and thrown away because their slot was given to another meanwhile",
             registry=registry,
         )  # fmt: skip
 
@@ -304,48 +397,6 @@ class AccessMetrics:
 def exposition(registry: CollectorRegistry) -> Callable[[], bytes]:
     """Return a function that renders the registry in Prometheus' text format."""
     return lambda: generate_latest(registry)
-
-
-class TierMetrics:
-    """What a tier below DRAM counts; one bundle for all tiers of a node, told apart by label."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.operations = Counter(
-            "kvstore_tier_operations",
-            "Blocks read or written, by how it ended",
-            ["tier", "operation", "outcome"],
-            registry=registry,
-        )
-        self.moved_bytes = Counter(
-            "kvstore_tier_moved_bytes",
-            "Bytes read from or written to a tier",
-            ["tier", "operation"],
-            registry=registry,
-        )
-        self.device_errors = Counter(
-            "kvstore_tier_device_errors",
-            "Operations that the device failed",
-            ["tier", "operation", "error"],
-            registry=registry,
-        )
-        self.dropped = Counter(
-            "kvstore_tier_dropped_blocks",
-            "Blocks that a tier forgot",
-            ["tier", "reason"],
-            registry=registry,
-        )
-        self.breaker = Gauge(
-            "kvstore_tier_breaker",
-            "0 closed, 1 half open, 2 open",
-            ["tier", "operation"],
-            registry=registry,
-        )
-        self.in_device = Gauge(
-            "kvstore_tier_in_device", "Operations inside the device", ["tier"], registry=registry
-        )
-        self.queued = Gauge(
-            "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
-        )
 
 
 class PeerMetrics:

@@ -11,6 +11,7 @@ is on its way to compute the prefix there, so copies are made one at a time.
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from heapq import nlargest
 from typing import Final, NamedTuple
 
 from kvstore.core.names import BlockName
@@ -30,8 +31,18 @@ class _Warm(NamedTuple):
     rate: float
     """Seconds of work a second, as of `at_ms`."""
     at_ms: float
+    blocks: int
     goes_on: BlockName
     """A later block of the last prompt, to tell whether the next one parts."""
+
+
+class HotPrefix(NamedTuple):
+    """A prefix, by the name of its last block."""
+
+    name: BlockName
+    blocks: int
+    rate: float
+    """Seconds of work a second that its requests ask for."""
 
 
 class Heat:
@@ -55,7 +66,7 @@ class Heat:
                 rate = _faded(known, now_ms) if known is not None else 0.0
                 if known is not None and known.goes_on != names[beyond]:
                     rate += busy_s / (FADE_MS / 1_000)
-                self._heat[name] = _Warm(rate, now_ms, names[beyond])
+                self._heat[name] = _Warm(rate, now_ms, blocks, names[beyond])
                 self._heat.move_to_end(name)
             blocks *= 2
         while len(self._heat) > MAX_PREFIXES:
@@ -78,6 +89,17 @@ class Heat:
                     hot = blocks
             blocks *= 2
         return hot
+
+    def hottest(self, most: int, now_ms: float) -> list[HotPrefix]:
+        """Return the hottest prefixes, hottest first; of several equally hot the longest first.
+
+        Looks at every prefix remembered: about 10 ms where there are `MAX_PREFIXES`.
+        """
+        every = (
+            HotPrefix(name, known.blocks, _faded(known, now_ms))
+            for name, known in self._heat.items()
+        )
+        return nlargest(most, every, key=lambda one: (round(one.rate, 6), one.blocks))
 
 
 def _faded(known: _Warm, now_ms: float) -> float:

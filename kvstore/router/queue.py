@@ -70,6 +70,10 @@ class DecisionQueue:
         self._rooms: dict[Pool, Room] = {}
         self._closed = False
 
+    def __len__(self) -> int:
+        """Return how many requests wait here."""
+        return sum(len(room) for room in self._rooms.values())
+
     async def place(self, prompt: Prompt, *, alive_ms: float, patience_ms: float) -> Decision:
         """Return a booked decision; raises `Refused`.
 
@@ -215,7 +219,7 @@ class DecisionQueue:
         return self._rooms[pool]
 
     def _count(self) -> None:
-        self._metrics.waiting.set(sum(len(room) for room in self._rooms.values()))
+        self._metrics.waiting.set(len(self))
 
 
 def _pool(prompt: Prompt) -> Pool:

@@ -19,12 +19,14 @@ from kvstore.directory.events import Changed, Lost
 from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.booking import Booking, Bookings
+from kvstore.router.heat import HotPrefix
 from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.naming import NameCache
 from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.queue import DecisionQueue, nobody_alive
 from kvstore.router.source import EventSource
+from kvstore.router.survey import MemberState, survey
 from kvstore.router.watch_source import WatchSource
 
 _log = logging.getLogger(__name__)
@@ -156,6 +158,19 @@ class Router:
             return 0.0
         return self._view.silence_ms(worker, self._now_ms())
 
+    @property
+    def waiting(self) -> int:
+        """Return how many requests wait here for a worker."""
+        return len(self._queue)
+
+    def survey(self) -> list[MemberState]:
+        """Return every member as it is seen at this moment."""
+        return list(survey(self.members, self._view, self._now_ms()))
+
+    def hottest(self, most: int) -> list[HotPrefix]:
+        """Return the prefixes whose requests ask for most work, hottest first."""
+        return self._placement.heat.hottest(most, self._now_ms())
+
     async def route(
         self, prompt: Prompt, *, wait_ms: float | None = None, deadline_ms: float | None = None
     ) -> Decision:
@@ -215,10 +230,12 @@ class Router:
         metrics.predicted_hit_error_tokens.observe(abs(expected.hit_tokens - actual.hit_tokens))
         metrics.routed_hit_tokens.labels(kind="predicted").inc(expected.hit_tokens)
         metrics.routed_hit_tokens.labels(kind="actual").inc(actual.hit_tokens)
+        metrics.false_hit_tokens.inc(max(0, expected.hit_tokens - actual.hit_tokens))
         if actual.ttft_ms > 0:
             error_s = abs(expected.ttft_s - actual.ttft_ms / 1_000)
             metrics.predicted_ttft_seconds.observe(expected.ttft_s)
             metrics.predicted_ttft_error_seconds.observe(error_s)
+            metrics.actual_ttft_seconds.observe(actual.ttft_ms / 1_000)
         now_ms = self._now_ms()
         self._placement.learned.observe(made.worker, expected, actual, now_ms)
 

@@ -43,6 +43,7 @@ _CALLS: Final[Mapping[Role, Mapping[str, str]]] = {
     Role.ADMIN: {
         "CacheNode": "Clear",
         "Recorder": "Record",
+        "Inspector": "Inspect",
         "Cluster": "Drain Scale Restart",
     },
 }

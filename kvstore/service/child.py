@@ -124,6 +124,7 @@ class NodeChild:
             "--policy": config.policy,
             "--scrub-bytes-per-s": config.scrub_bytes_per_s,
             "--security": config.security.absolute() if config.security else "",
+            "--trace": config.trace,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
             "--files": config.files or "",

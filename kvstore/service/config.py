@@ -40,6 +40,8 @@ class KeeperConfig:
     lease_ms: int = 30_000
     claim_ms: int = 5_000
     policy: str = DEFAULT_POLICY
+    trace: str = ""
+    """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     """What is evicted and admitted, by the name in `kvstore.directory.policies`."""
     nvme: Path | None = None
     """Directory of the NVMe tier; None: there is none."""

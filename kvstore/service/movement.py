@@ -96,10 +96,16 @@ class Movement:
                 _LANES,
                 batches=_BATCHES,
                 batch_bytes=lower.batch_bytes,
+                on_failed=self._batch_failed,
             )
             for lower in lowers
         }
         self._rates = {lower.kind: Rate(_ASSUMED_BYTES_PER_S) for lower in lowers}
+        for lane in Lane:  # from the start: alerts watch it
+            metrics.failed_batches.labels(lane.name.lower())
+        for lower in lowers:
+            for reason in ("queue", "evicted"):
+                metrics.unwritten.labels(lower.kind.name.lower(), reason)
         self._draining: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self.promoter = Promoter(store.reserver, self)
@@ -148,7 +154,8 @@ class Movement:
         ]
         table.pin([load.slot for load in loads])
         rate = self._rates[lower.kind]
-        rate.began(self._loop.time())
+        began = self._loop.time()
+        rate.began(began)
         outcomes = [Outcome.LATE] * len(loads)
         try:
             outcomes = await lower.tier.read(items, deadline_ms=self._limits.load_stall_ms)
@@ -159,6 +166,7 @@ class Movement:
                 if outcome is Outcome.HIT
             )
             rate.ended(moved, self._loop.time())
+            self._crossed(lower.kind, TierKind.DRAM, began, moved)
             arrived = [
                 load.slot
                 for load, item, outcome in zip(loads, items, outcomes, strict=True)
@@ -235,9 +243,16 @@ class Movement:
             )
             items.append(WriteItem(header, table.arena.block(record.offset, record.block_bytes)))
         table.pin([dirty.slot for dirty in wanted])
+        began, outcomes = self._loop.time(), [Outcome.LATE] * len(wanted)
         try:
-            await lower.tier.write(items, deadline_ms=self._limits.write_stall_ms)
+            outcomes = await lower.tier.write(items, deadline_ms=self._limits.write_stall_ms)
         finally:
+            written = sum(
+                dirty.block_bytes
+                for dirty, outcome in zip(wanted, outcomes, strict=True)
+                if outcome is Outcome.HIT
+            )
+            self._crossed(TierKind.DRAM, lower.kind, began, written)
             for dirty, item in zip(wanted, items, strict=True):
                 self._unpin_drained(dirty.slot, item.drained)
 
@@ -285,6 +300,15 @@ class Movement:
             await self._write_back(lower, [move for move in batch if isinstance(move, Dirty)])
         else:
             await self._bring_up(lower, [move for move in batch if isinstance(move, Load)])
+
+    def _crossed(self, source: TierKind, target: TierKind, began_s: float, moved: int) -> None:
+        """Count one batch that went from tier to tier."""
+        labels = source.name.lower(), target.name.lower()
+        self._metrics.crossing_seconds.labels(*labels).observe(self._loop.time() - began_s)
+        self._metrics.crossed_bytes.labels(*labels).inc(moved)
+
+    def _batch_failed(self, lane: Lane) -> None:
+        self._metrics.failed_batches.labels(lane.name.lower()).inc()
 
     def _unpin_drained(self, slot: int, drained: asyncio.Event) -> None:
         """Unpin a slot once no device uses its bytes: now, or whenever that will be."""

@@ -23,17 +23,20 @@ from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics, exposition
+from kvstore.observe.tracing import start_tracing
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.credentials import Credentials, ssl_context
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import load_security
-from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
+from kvstore.rpc.trace_interceptor import TraceInterceptor
+from kvstore.rpc.v1 import cache_pb2_grpc, inspect_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
 from kvstore.service.below import BelowConfig, BelowDram, NodeParts
 from kvstore.service.bulk_port import BulkPort
 from kvstore.service.calls import ServiceParts
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
+from kvstore.service.inspection import InspectorService
 from kvstore.service.metrics_http import MetricsServer
 from kvstore.service.recorder import Recorders, RecorderService
 from kvstore.service.remote_sessions import RemoteSessions
@@ -61,6 +64,7 @@ class Node:
         arena.incarnation += 1
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
+        self._metrics.info.labels(options.name).set(1)
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
@@ -121,13 +125,20 @@ class Node:
             asyncio.create_task(self._scrubbed(), name="scrub"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
-        server, health = make_server(gate=self._gate)
+        tracing = start_tracing(
+            self._options.trace, service="kvstore-node", name=self._options.name
+        )
+        traced = [TraceInterceptor(tracing)] if tracing.on else []
+        server, health = make_server(gate=self._gate, interceptors=traced)
         metrics = MetricsServer(exposition(self._registry))
         try:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
             listen(server, self._options.rpc)
             record_pb2_grpc.add_RecorderServicer_to_server(
                 RecorderService(self._recorders, self._gate.identity), server
+            )
+            inspect_pb2_grpc.add_InspectorServicer_to_server(
+                InspectorService(self._store, below, self._gate.identity), server
             )
             bound = listen(server, self._options.listen, self._security)
             metrics_bound = await metrics.start(self._options.metrics, ssl_context(self._security))
@@ -145,6 +156,7 @@ class Node:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await metrics.stop()
+            await asyncio.to_thread(tracing.close)
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
 
@@ -291,11 +303,21 @@ class Node:
         metrics.queued.labels("seal").set(len(self._store.to_seal))
         metrics.queued.labels("verify").set(self._hasher.unverified)
         metrics.queued.labels("watch").set(table.publisher.subscribers)
+        self._measure_space()
         if self._below is not None:
             self._below.measure()
         for state in SlotState:
             if state is not SlotState.FREE:
                 metrics.slots.labels(state.name.lower()).set(table.counts[state])
+
+    def _measure_space(self) -> None:
+        space, pins, metrics = self._store.table.space, self._store.pins, self._metrics
+        metrics.pinned_blocks.set(len(pins))
+        metrics.pinned_bytes.set(pins.total_bytes)
+        free = space.free_bytes
+        metrics.free_bytes.labels("extents").set(free)
+        metrics.free_bytes.labels("slots").set(space.free_slot_bytes)
+        metrics.fragmentation.set(1 - space.largest_free_bytes / free if free else 0.0)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -314,6 +336,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bulk", required=True)
     parser.add_argument("--peers", default="")
     parser.add_argument("--security", default="")
+    parser.add_argument("--trace", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
     parser.add_argument("--files", default="")

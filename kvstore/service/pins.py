@@ -30,6 +30,11 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
+    @property
+    def total_bytes(self) -> int:
+        """Return the bytes of all pinned blocks."""
+        return sum(self._bytes.values())
+
     def pin(self, info: RootInfo, packed: bytes, ttl_ms: int, now_ms: float) -> int:
         """Pin those of the names that are here until `ttl_ms` from now; returns how many are.
 

@@ -18,6 +18,7 @@ from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
 from kvstore.directory.events import TierKind
 from kvstore.directory.policy import Prompt
+from kvstore.service.counting import HitCounts
 from kvstore.service.pins import Pins
 from kvstore.service.promotion import Load, Promoter
 from kvstore.service.reserver import Reserver, Wanted
@@ -81,6 +82,7 @@ class ArenaStore:
         self.pins = Pins(table, table.space.data_bytes // _PINNED_SHARE)
         self._requests: list[Prompt] = []
         """What was asked for and not told to the policy yet: Acquire defers it past its answer."""
+        self._counts = HitCounts(table.metrics)
         self.hit_blocks = 0
         self.misses = 0
 
@@ -116,7 +118,7 @@ class ArenaStore:
         if reserve:
             held = self.reserver.reserve(session, wanted, found, reserve)
             answer.reserved_names, answer.reserved_slots, answer.reserve_reason = held
-        self._count(info, answer)
+        self._count(info, answer, len(keys))
         return answer
 
     def _lease(self, session: Session, wanted: Wanted, pending_ms: float, answer: Acquired) -> None:
@@ -373,15 +375,12 @@ class ArenaStore:
         if len(self._requests) >= _REQUESTS_MAX:
             self.flush_requests()
 
-    def _count(self, info: RootInfo, answer: Acquired) -> None:
-        metrics = self.table.metrics
+    def _count(self, info: RootInfo, answer: Acquired, asked: int) -> None:
         self.hit_blocks += len(answer.slots)
         by_tier = Counter(answer.tiers)
         by_tier[TierKind.DRAM] += answer.ready
-        for tier, blocks in by_tier.items():
-            metrics.hit_blocks.labels(tier.name.lower()).inc(blocks)
-            metrics.hit_bytes.labels(tier.name.lower()).inc(blocks * info.shape.block_bytes)
+        self._counts.hit(info.domain, by_tier, info.shape.block_bytes)
         if answer.reason is not MissReason.NONE:
             self.misses += 1
-            metrics.misses.labels(answer.reason.name.lower()).inc()
-        metrics.reserved_blocks.inc(len(answer.reserved_slots))
+            self._counts.miss(info.domain, answer.reason, asked - len(answer.slots))
+        self.table.metrics.reserved_blocks.inc(len(answer.reserved_slots))

@@ -225,6 +225,20 @@ class ArenaSpace:
         """Bytes in no chunk."""
         return self._extents.free_bytes
 
+    @property
+    def largest_free_bytes(self) -> int:
+        """Length of the largest extent in no chunk."""
+        return self._extents.largest()
+
+    @property
+    def free_slot_bytes(self) -> int:
+        """Bytes of free slots in chunks: free for blocks of their own size only."""
+        return sum(
+            len(chunk.free) * size
+            for size, chunks in self._open.items()
+            for chunk in chunks.values()
+        )
+
     def chunk_bytes(self, block_bytes: int) -> int:
         """Return the size of a chunk: near the target, with a tail of at most 1 %."""
         least = round_up(max(self._target_bytes, block_bytes), self.unit_bytes)

@@ -1,5 +1,6 @@
 """How a device fares: breakers for reads and writes, and what is counted of its operations."""
 
+import errno
 import logging
 import os
 from collections import Counter
@@ -20,6 +21,8 @@ class DeviceHealth:
         self._metrics = metrics
         self._now_ms = now_ms
         self._breakers = {"read": Breaker(), "write": Breaker()}
+        for operation in self._breakers:  # from the start: alerts watch it
+            metrics.device_errors.labels(tier, operation, os.strerror(errno.EIO))
         self.reads: Counter[int] = Counter()
         """Blocks read so far, by the number of their outcome."""
 

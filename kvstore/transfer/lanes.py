@@ -63,11 +63,14 @@ class Lanes(Generic[Item]):
         *,
         batches: int,
         batch_bytes: int = BATCH_BYTES,
+        on_failed: Callable[[Lane], None] = lambda lane: None,
     ) -> None:
         """`carry` moves one batch and must not raise; `batches` run at once over all lanes.
 
-        A batch ends with the item that reaches `batch_bytes`.
+        A batch ends with the item that reaches `batch_bytes`. Where `carry` raises all the same,
+        `on_failed` is told, to count it.
         """
+        self._on_failed = on_failed
         self._carry = carry
         self._batch_bytes = batch_bytes
         self._batches = batches
@@ -148,6 +151,7 @@ class Lanes(Generic[Item]):
             queue.running_bytes -= size
             if not task.cancelled() and (error := task.exception()) is not None:
                 _log.error("a %s batch failed", lane.name.lower(), exc_info=error)
+                self._on_failed(lane)
             if not self._closed:
                 self._start_some()
             if not self._tasks and not any(one.waiting for one in self._queues.values()):

@@ -227,7 +227,15 @@ def test_the_node_is_healthy_and_shows_its_metrics(shared: RunningNode) -> None:
         samples = dict(
             line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")
         )
-        assert float(samples['kvstore_node_hit_blocks_total{tier="dram"}']) >= 3
+        hits = 'kvstore_node_hit_blocks_total{domain="default",tier="dram"}'
+        assert float(samples[hits]) >= 3
+        missed = 'kvstore_node_missed_blocks_total{domain="default",reason="absent"}'
+        assert float(samples[missed]) >= 3
+        assert float(samples['kvstore_node_info{node="node-test"}']) == 1
+        free = [float(samples[f'kvstore_node_free_bytes{{where="{w}"}}']) for w in (
+            "extents", "slots")]  # fmt: skip
+        assert 0 < free[0] < ARENA and 0 < free[1] < ARENA
+        assert 0 <= float(samples["kvstore_node_fragmentation_ratio"]) < 1
         assert float(samples['kvstore_tier_capacity_bytes{tier="dram"}']) == ARENA
         assert float(samples['kvstore_node_rpc_seconds_count{method="Acquire"}']) >= 2
 

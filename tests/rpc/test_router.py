@@ -274,6 +274,7 @@ async def test_a_publisher_that_promises_too_much_is_believed_less(
     predicted = registry.get_sample_value("kvstore_routed_hit_tokens_total", {"kind": "predicted"})
     actual = registry.get_sample_value("kvstore_routed_hit_tokens_total", {"kind": "actual"})
     assert predicted is not None and predicted > 320 and actual == 0
+    assert registry.get_sample_value("kvstore_false_hit_tokens_total") == predicted
 
 
 async def test_a_decision_says_why_the_rest_has_to_be_computed(

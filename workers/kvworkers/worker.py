@@ -30,6 +30,7 @@ from kvstore.directory.events import TierKind
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
+from kvstore.observe.tracing import start_tracing
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.convert import check_id
 from kvstore.rpc.gate import gate_of
@@ -82,6 +83,8 @@ class WorkerConfig:
     store_call_ms: int = 250
     """Deadline of one call to the cache node; longer means that it is not there."""
     share_domain: str = "default"
+    trace: str = ""
+    """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     host: str = ""
     """Who shares an arena; by default the cache node's name."""
     incarnation: int = 0
@@ -182,8 +185,11 @@ class WorkerServer:
             share_domain=config.share_domain,
             device=config.device,
         )
+        tracing = start_tracing(config.trace, service="kvstore-worker", name=config.name)
+        self._stack.push_async_callback(asyncio.to_thread, tracing.close)
+        tokens = pages * BLOCK_TOKENS
         await self._serve(
-            WorkerState(identity, spec, engine, publisher, capacity_tokens=pages * BLOCK_TOKENS)
+            WorkerState(identity, spec, engine, publisher, capacity_tokens=tokens, tracing=tracing)
         )
 
     def _new_engine(
@@ -334,6 +340,7 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--share-domain", default="default", show_default=True)
 @click.option("--step-tokens", default=512, show_default=True, help="Tokens of one step.")
 @click.option("--max-running", default=16, show_default=True, help="Requests in the batch.")
+@click.option("--trace", default="", help="Send spans to this OTLP collector: http://HOST:PORT.")
 @click.option("--incarnation", default=0, help="Number of this start; default: the clock.")
 @click.option("--drain-ms", default=5_000, show_default=True, help="For running requests at end.")
 @click.option("--json", "as_json", is_flag=True, help="Print the ready line as JSON.")

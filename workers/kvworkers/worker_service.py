@@ -16,6 +16,7 @@ from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_PROMPT_TOKENS
 from kvstore.core.names import Root, pack_tokens
 from kvstore.directory.events import TierKind
 from kvstore.directory.publisher import Publisher
+from kvstore.observe.tracing import OFF, Span, Tracing, from_metadata
 from kvstore.rpc.convert import check_id, namespace_to_proto
 from kvstore.rpc.v1 import types_pb2, watch_pb2, worker_pb2, worker_pb2_grpc
 from kvstore.rpc.watch_server import serve_watch
@@ -76,10 +77,15 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
     ) -> AsyncIterator[worker_pb2.RunReply]:
         """Run one request and stream its tokens."""
         _check_domain(request.share_domain, self._worker.identity.share_domain)
-        checked = request_from_wire(request)
-        async with aclosing(self._worker.engine.generate(checked)) as outputs:
-            async for output in outputs:
-                yield reply_of(output, host=self._worker.identity.host)
+        worker = self._worker
+        parent = from_metadata(dict(context.invocation_metadata() or ()))
+        with worker.tracing.begin("worker", parent, request=request.request_id) as span:
+            checked = request_from_wire(request, traceparent=span.traceparent)
+            async with aclosing(worker.engine.generate(checked)) as outputs:
+                async for output in outputs:
+                    if output.first is not None:
+                        _note_first(span, output.first)
+                    yield reply_of(output, host=worker.identity.host)
 
     async def Watch(
         self, request: watch_pb2.WatchRequest, context: Context
@@ -100,19 +106,21 @@ class WorkerState:
         publisher: Publisher,
         *,
         capacity_tokens: int,
+        tracing: Tracing = OFF,
     ) -> None:
         self.identity = identity
         self.spec = spec
         self.engine = engine
         self.publisher = publisher
         self.capacity_tokens = capacity_tokens
+        self.tracing = tracing
 
     def root(self) -> Root:
         """Return the root that new requests are named under."""
         return self.engine.root()
 
 
-def request_from_wire(message: worker_pb2.RunRequest) -> Request:
+def request_from_wire(message: worker_pb2.RunRequest, *, traceparent: str = "") -> Request:
     """Return the checked request; raises `BadInput` or `TooLarge` naming the field at fault."""
     check_id(message.request_id, "request_id")
     if len(message.tokens) // 4 > MAX_PROMPT_TOKENS:
@@ -127,6 +135,7 @@ def request_from_wire(message: worker_pb2.RunRequest) -> Request:
         no_read=message.no_read,
         cache_salt=message.cache_salt,
         deadline_ms=message.deadline_ms,
+        traceparent=traceparent,
     )
 
 
@@ -161,6 +170,19 @@ def _add_first(reply: worker_pb2.RunReply, first: FirstTokens, host: str) -> Non
     reply.ttft_ms = first.ttft_ms
     reply.queue_ms = first.queue_ms
     reply.load_ms = first.load_ms
+
+
+def _note_first(span: Span, first: FirstTokens) -> None:
+    """Say in a span how a prompt fared until its first token."""
+    span.set(
+        ttft_ms=first.ttft_ms,
+        queue_ms=first.queue_ms,
+        load_ms=first.load_ms,
+        hbm_tokens=first.cache.hbm_tokens,
+        loaded_tokens=sum(first.cache.loaded_tokens.values()),
+        computed_tokens=first.cache.computed_tokens,
+        miss_reason=first.cache.miss_reason.name.lower(),
+    )
 
 
 def report_of(use: CacheUse, *, host: str) -> types_pb2.CacheReport:

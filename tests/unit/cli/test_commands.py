@@ -10,10 +10,13 @@ from click.testing import CliRunner
 from kvstore.cli.main import run
 
 COMMANDS = {
+    "faults": "kvstore.cli.faults",
     "node": "kvstore.cli.node",
     "record": "kvstore.cli.record",
     "router": "kvstore.cli.router",
     "simulate": "kvstore.cli.simulate",
+    "targets": "kvstore.cli.targets",
+    "top": "kvstore.cli.top",
     "up": "kvworkers.commands.up",
     "down": "kvworkers.commands.down",
     "chat": "kvworkers.commands.chat",

@@ -8,17 +8,18 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvstore.observe.buckets import LATENCY_SECONDS
+from kvstore.observe.client_metrics import ClientMetrics
 from kvstore.observe.metrics import (
     AccessMetrics,
-    ClientMetrics,
     ClusterMetrics,
     NodeMetrics,
     PeerMetrics,
     RouterMetrics,
-    TierMetrics,
     WorkerMetrics,
     exposition,
 )
+from kvstore.observe.tier_metrics import TierMetrics
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 BUNDLES = {
@@ -91,6 +92,15 @@ def test_families_do_not_collide_in_one_registry() -> None:
         bundle(registry)
     names = [family.name for family in registry.collect()]
     assert len(names) == len(set(names))
+
+
+def test_latencies_share_their_buckets() -> None:
+    """Predicted and actual times, and those of neighbouring tiers, are laid over each other."""
+    assert list(LATENCY_SECONDS) == sorted(set(LATENCY_SECONDS))
+    for bundle in BUNDLES.values():
+        for metric in vars(bundle(CollectorRegistry())).values():
+            if metric._type == "histogram" and metric._name.endswith("_seconds"):
+                assert metric._kwargs["buckets"] == LATENCY_SECONDS, metric._name
 
 
 def test_nothing_touches_the_global_registry() -> None:

@@ -79,3 +79,13 @@ def test_a_hot_prefix_gets_a_copy_before_its_holder_has_a_queue() -> None:
     assert decision.scores[0].others_s < 0
     again = placement.decide(Prompt(ROOT, names(12, tail=99), 200), 0.0)
     assert again is not None and again.hot_tokens == 0, "one copy at a time"
+
+
+def test_the_hottest_prefixes_come_first_and_longest_first() -> None:
+    warm = Heat()
+    for number in range(3):
+        warm.add(names(12, tail=number), 1.0, 0.0)
+    hottest = warm.hottest(2, 0.0)
+    assert [one.blocks for one in hottest] == [8, 4], "equally hot: the longest says most"
+    assert hottest[0].name == names(12)[7] and hottest[0].rate == pytest.approx(0.2)
+    assert warm.hottest(1, FADE_MS)[0].rate < 0.1, "heat fades"

@@ -177,6 +177,11 @@ async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> 
         labels = {"tier": "nvme"}
         used = registry.get_sample_value("kvstore_tier_used_bytes", labels)
         assert used == nvme.used_bytes == 5 * 8192
+        disk, free = (
+            registry.get_sample_value(f"kvstore_tier_disk_{what}", labels)
+            for what in ("bytes", "free_bytes")
+        )
+        assert disk is not None and free is not None and 0 < free <= disk
         reply = stats_reply("n", small.store, below.stored, corrupt=0, uptime_s=1.0)
         assert [(t.tier, t.blocks) for t in reply.tiers] == [
             (types_pb2.TIER_DRAM, 5), (types_pb2.TIER_NVME, 5)

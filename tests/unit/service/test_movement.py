@@ -320,3 +320,39 @@ async def test_flushing_waits_for_what_is_not_below(tmp_path: Path) -> None:
         assert not await made.movement.flush(0.001)
         assert await made.movement.flush(5)
         assert len(made.tier) == 8
+
+
+async def test_crossings_are_counted_and_timed_both_ways(tmp_path: Path) -> None:
+    async with rig(tmp_path) as made:
+        prompt = await made.put(1, 3)
+        await made.evict(prompt)
+        answer = made.acquire(prompt)
+        await made.settled(answer)
+        size = made.info.shape.block_bytes
+        for source, target in (("dram", "nvme"), ("nvme", "dram")):
+            labels = {"source": source, "target": target}
+            value = made.registry.get_sample_value
+            assert value("kvstore_node_crossed_bytes_total", labels) == 3 * size
+            count = value("kvstore_node_crossing_seconds_count", labels)
+            assert count is not None and 1 <= count <= 3
+        made.release(answer)
+
+
+async def test_a_batch_that_breaks_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig(tmp_path) as made:
+
+        async def broken(*_: object) -> None:
+            raise RuntimeError("no such thing as this disk")
+
+        monkeypatch.setattr(made.movement, "_write_back", broken)
+        made.small.put(made.session, made.info, names(2), 0.0)
+        made.hasher.wake()
+
+        def failed() -> float:
+            labels = {"lane": "write_back"}
+            name = "kvstore_node_failed_batches_total"
+            return made.registry.get_sample_value(name, labels) or 0
+
+        await until(lambda: failed() > 0)

@@ -94,3 +94,20 @@ def test_slot_ids_may_run_out_before_bytes() -> None:
     assert len(chunk.slots) == 3
     assert chunk.extent.length == 3 * GRANULE_BYTES
     assert space.grow(GRANULE_BYTES) is None
+
+
+def test_free_bytes_are_in_extents_or_in_slots_of_one_size() -> None:
+    space = ArenaSpace(64 * MIB, 1_000)
+    assert space.largest_free_bytes == space.free_bytes == 64 * MIB and not space.free_slot_bytes
+    chunk = space.grow(1 * MIB)
+    assert chunk is not None
+    taken = [space.take(1 * MIB) for _ in range(len(chunk.slots))]
+    assert space.free_slot_bytes == 0
+    space.give(chunk.slots[0])
+    assert space.free_slot_bytes == MIB and None not in taken
+    other = space.grow(1 * MIB)
+    assert other is not None
+    for slot in chunk.slots[1:]:
+        space.give(slot)
+    space.dissolve(chunk)
+    assert space.largest_free_bytes < space.free_bytes, "two free extents around a chunk"

@@ -103,12 +103,13 @@ async def test_a_batch_that_raises_is_told_and_the_others_go_on(
             raise RuntimeError("broken")
         done.extend(items)
 
-    lanes: Lanes[int] = Lanes(carry, LIMITS, batches=1)
+    failed: list[Lane] = []
+    lanes: Lanes[int] = Lanes(carry, LIMITS, batches=1, on_failed=failed.append)
     for number in range(3):
         lanes.submit(Lane.LOAD, [(number, BATCH_BYTES)])
     assert await lanes.idle(1)
     assert done == [1, 2]
-    assert "a load batch failed" in caplog.text
+    assert "a load batch failed" in caplog.text and failed == [Lane.LOAD]
     await lanes.close()
 
 

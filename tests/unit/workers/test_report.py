@@ -1,5 +1,5 @@
 from kvworkers.engine.output import FirstTokens
-from kvworkers.engine.report import Reporter
+from kvworkers.engine.report import Reporter, batch_label
 from kvworkers.engine.sequence import CacheUse
 from kvworkers.pages.pool import PageKey, PagePool
 from prometheus_client import CollectorRegistry
@@ -45,3 +45,23 @@ def test_prompt_tokens_are_counted_by_source() -> None:
         labels = {"source": source}
         assert registry.get_sample_value("kvstore_worker_prompt_tokens_total", labels) == tokens
     assert registry.get_sample_value("kvstore_worker_misses_total", {"reason": "absent"}) == 1
+
+
+def test_decode_time_is_told_apart_by_batch() -> None:
+    assert [batch_label(n) for n in (1, 2, 3, 4, 5, 16, 17)] == [
+        "1",
+        "2",
+        "4",
+        "4",
+        "8",
+        "16",
+        "32",
+    ]
+    registry = CollectorRegistry()
+    publisher = Publisher("w", 1, [TierKind.HBM], PagePool(1, block_bytes=4096, policy=Lru()))
+    reporter = Reporter(publisher, WorkerMetrics(registry))
+    for batch, seconds in ((1, 0.01), (3, 0.02), (4, 0.04)):
+        reporter.decode(batch, seconds)
+    value = registry.get_sample_value
+    assert value("kvstore_worker_decode_seconds_sum", {"batch": "1"}) == 0.01
+    assert value("kvstore_worker_decode_seconds_count", {"batch": "4"}) == 2

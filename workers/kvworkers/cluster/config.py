@@ -37,11 +37,14 @@ class ClusterConfig:
 
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
     the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
-    disk in which each node keeps a tier of `nvme_bytes`; None: there is none. Frontend i listens
-    on the ports of `http` and `grpc` plus i; 0 frontends stands for one on every host, all on the
-    same ports. Nodes, workers and controller listen on `loopback` or
+    disk in which each node keeps a tier of `nvme_bytes`; None: there is none. `files` is a
+    directory that all nodes share, with `files_bytes` for all blocks in it. `cluster_key` is the
+    file that names are derived with, the same on every host; None: one is made, good for one host.
+    Frontend i listens on the ports of `http` and `grpc` plus i; 0 frontends stands for one on every
+    host, all on the same ports. Nodes, workers and controller listen on `loopback` or
     on their `host`'s address, which needs `security`. A worker that is drained gets `drain_ms`.
     `ray_address` is a running Ray cluster to join; empty: one of our own on this machine.
+    `trace` is the OTLP collector that every part sends spans to; empty: none does.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -54,6 +57,10 @@ class ClusterConfig:
     policy: str = DEFAULT_POLICY
     nvme: Path | None = None
     nvme_bytes: int = 0
+    files: Path | None = None
+    files_bytes: int = 0
+    cluster_key: Path | None = None
+    trace: str = ""
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
     frontends: int = 1
@@ -87,7 +94,13 @@ class ClusterConfig:
             raise BadInput(f"--ray-namespace {self.ray_namespace!r}: letters, digits and dashes")
         self._check_addresses()
         make_policy(self.policy)
-        BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
+        BelowConfig(
+            nvme=self.nvme,
+            nvme_bytes=self.nvme_bytes,
+            files=self.files,
+            files_bytes=self.files_bytes,
+            policy=self.policy,
+        )
 
     def _check_addresses(self) -> None:
         security = load_security(self.security)
@@ -119,14 +132,29 @@ class ClusterConfig:
         """Return the compute threads of one worker: an equal part of the machine by default."""
         return self.threads or max(1, (cores or os.cpu_count() or 1) // self.workers)
 
+    def _paths(self) -> dict[str, Path | None]:
+        return {
+            "nvme": self.nvme,
+            "files": self.files,
+            "cluster_key": self.cluster_key,
+            "security": self.security,
+        }
+
+    def key_file(self) -> Path:
+        """Return where the nodes of a host find the cluster key.
+
+        Beside the blocks that outlive a run: they are found under their old key only.
+        """
+        beside = self.files or self.nvme or self.run_dir
+        return self.cluster_key or beside / "cluster.key"
+
     def to_json(self) -> str:
         """Return one line that `from_json` reads back."""
         fields = asdict(self)
         fields.update(
             model=str(self.model),
             run_dir=str(self.run_dir),
-            nvme=str(self.nvme) if self.nvme else None,
-            security=str(self.security) if self.security else None,
+            **{name: str(path) if path else None for name, path in self._paths().items()},
             http=str(self.http),
             grpc=str(self.grpc),
         )
@@ -140,8 +168,10 @@ class ClusterConfig:
             fields.update(
                 model=Path(fields["model"]),
                 run_dir=Path(fields["run_dir"]),
-                nvme=Path(fields["nvme"]) if fields["nvme"] else None,
-                security=Path(fields["security"]) if fields["security"] else None,
+                **{
+                    name: Path(fields[name]) if fields[name] else None
+                    for name in ("nvme", "files", "cluster_key", "security")
+                },
                 http=Address.parse(fields["http"]),
                 grpc=Address.parse(fields["grpc"]),
             )

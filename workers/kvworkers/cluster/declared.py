@@ -53,6 +53,8 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "model": ("model", _text),
     "listen": ("listen", _text),
     "security": ("security", _text),
+    "trace": ("trace", _text),
+    "cluster_key": ("cluster_key", _text),
     "control_port": ("control_port", _integer),
     "drain_ms": ("drain_ms", _integer),
     "ray.address": ("ray_address", _text),
@@ -65,6 +67,8 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "nodes.policy": ("policy", _text),
     "nodes.nvme": ("nvme", _text),
     "nodes.nvme_bytes": ("nvme_bytes", _size),
+    "nodes.files": ("files", _text),
+    "nodes.files_bytes": ("files_bytes", _size),
     "frontends.count": ("frontends", _integer),
     "frontends.http": ("http", _address),
     "frontends.grpc": ("grpc", _address),
@@ -78,7 +82,8 @@ FLAGS: Final[Mapping[str, str]] = {
     "--spare": "ray.spare_cpus",
     "--listen": "listen", "--http": "frontends.http", "--grpc": "frontends.grpc",
     "--security": "security", "--nvme-bytes": "nodes.nvme_bytes", "--nvme": "nodes.nvme",
-    "--policy": "nodes.policy",
+    "--policy": "nodes.policy", "--files-bytes": "nodes.files_bytes", "--files": "nodes.files",
+    "--cluster-key-file": "cluster_key",
 }  # fmt: skip
 """What the same value is called on the command line, in the messages of `ClusterConfig`."""
 
@@ -110,7 +115,7 @@ def _declared(raw: Any, base: Path) -> Declared:
         except ValueError as error:
             raise BadInput(f"{key}: {error}") from error
     name, model = fields.pop("name", "default"), fields.pop("model", "")
-    for field in ("security", "nvme"):
+    for field in ("security", "nvme", "files", "cluster_key"):
         if field in fields:
             fields[field] = base / fields[field]
     if model:

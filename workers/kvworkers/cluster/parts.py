@@ -98,23 +98,41 @@ class NodeShell(Shell):
         await self._launch()
         self._watch = asyncio.create_task(self._keep(), name="keep-keeper")
 
-    def _nvme_flags(self) -> tuple[str, ...]:
-        """Return the flags of the tier on disk; its key lies beside it, since it names the blocks.
+    def _tier_flags(self) -> tuple[str, ...]:
+        """Return the flags of what lies below this node's memory, and of the key that names it."""
+        config = self._config
+        flags = [
+            *("--cluster-key-file", str(config.key_file())),
+            *("--peers", str(self._peers_file)),
+        ]
+        if config.nvme is not None:
+            flags += ["--nvme", str(config.nvme / self._report.name)]
+            flags += ["--nvme-bytes", str(config.nvme_bytes)]
+        if config.files is not None:
+            flags += ["--files", str(config.files), "--files-bytes", str(config.files_bytes)]
+        return tuple(flags)
 
-        A run directory is new for every session, and blocks are found under the old key only.
-        """
-        nvme = self._config.nvme
-        if nvme is None:
-            return ()
-        return (
-            *("--nvme", str(nvme / self._report.name)),
-            *("--nvme-bytes", str(self._config.nvme_bytes)),
-            *("--cluster-key-file", str(nvme / "cluster.key")),
-        )
+    @property
+    def _peers_file(self) -> Path:
+        """Beside the run directory: the keeper makes that one, and the list may come before."""
+        return self._config.run_dir / f"{self._report.name}.peers.json"
+
+    async def set_members(self, members: MemberList) -> Report:
+        """Let the node follow the other nodes; the last list stays when the controller is gone."""
+        listed = [
+            {"name": one.name, "address": one.address}
+            for one in members.members
+            if one.role is Role.NODE
+        ]
+        fresh = self._peers_file.with_suffix(".new")
+        await asyncio.to_thread(fresh.write_text, json.dumps({"peers": listed}))
+        fresh.replace(self._peers_file)
+        self._note(members_version=members.version)
+        return self._report
 
     def _security_flags(self) -> tuple[str, ...]:
         host = self._config.listen_host()
-        where = ("--listen", f"{host}:0", "--metrics", f"{host}:0")
+        where = ("--listen", f"{host}:0", "--metrics", f"{host}:0", "--bulk", f"{host}:0")
         security = self._config.security
         return where if security is None else (*where, "--security", str(security))
 
@@ -126,7 +144,8 @@ class NodeShell(Shell):
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
             *("--arena-bytes", str(self._config.arena_bytes)),
             *("--policy", self._config.policy),
-            *self._nvme_flags(),
+            *("--trace", self._config.trace),
+            *self._tier_flags(),
             *self._security_flags(),
             *("--parent-pid", str(os.getpid())),
         ]
@@ -242,6 +261,7 @@ class WorkerShell(Shell):
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
+            trace=chosen.trace,
             drain_ms=_DRAIN_MS,
             listen=f"{where}:0",
             metrics=f"{where}:0",
@@ -284,6 +304,7 @@ class FrontendShell(Shell):
             phase=Phase.SERVING,
             address=self._reached(self._server.grpc_address),
             http=self._reached(self._server.http_address),
+            metrics=self._reached(self._server.http_address),
         )
 
     def _build(self) -> Any:
@@ -295,6 +316,7 @@ class FrontendShell(Shell):
             http=str(chosen.frontend_address(chosen.http, index)),
             grpc=str(chosen.frontend_address(chosen.grpc, index)),
             security=chosen.security,
+            trace=chosen.trace,
         )
         return FrontendServer(config)
 

@@ -114,7 +114,7 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """Give a frontend the member list."""
+    """Give a frontend, or a node that lends to the others, the member list."""
 
     name: str
 
@@ -178,7 +178,7 @@ def next_actions(
         if due:
             actions.append(Start(part.name, next_incarnation(part, now_ms=now_ms)))
         elif (
-            part.role is Role.FRONTEND
+            part.role in (Role.FRONTEND, Role.NODE)
             and report.phase is Phase.SERVING
             and report.members_version != members.version
         ):

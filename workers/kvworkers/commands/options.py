@@ -98,6 +98,21 @@ def scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Who may connect, and with what proof: docs/security.md.",
         ),
         click.option(
+            "--files", type=click.Path(path_type=Path, file_okay=False, resolve_path=True),
+            help="Directory that all nodes share, for blocks that outlive the cluster.",
+        ),
+        click.option(
+            "--files-bytes", type=BYTES, default=None, help="Bytes that all blocks there take.",
+        ),
+        click.option(
+            "--cluster-key-file",
+            type=click.Path(path_type=Path, dir_okay=False, resolve_path=True),
+            help="Secret that names are derived with, the same on every host. [made for one host]",
+        ),
+        click.option(
+            "--trace", default="", metavar="URL", help="Send spans to this OTLP collector.",
+        ),
+        click.option(
             "--listen", type=click.Choice(["loopback", "host"]), default="loopback",
             show_default=True, help="Where nodes, workers and controller listen.",
         ),

@@ -39,8 +39,8 @@ _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
 
 _SAME_NAMES: Final = (
-    "workers", "threads", "policy", "nvme", "http", "grpc", "frontends", "listen", "security",
-    "ray_namespace", "drain_ms",
+    "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
+    "security", "ray_namespace", "drain_ms", "trace",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 
@@ -81,6 +81,7 @@ def up(
     if not config.ray_address:
         check_memory(config.arena_bytes)
         make_directory("--nvme", config.nvme)
+        make_directory("--files", config.files)
     if detach:
         return _detach(state_file, as_json=as_json)
     return _hold(config, model, state_file, as_json=as_json, notify_fd=notify_fd)
@@ -94,6 +95,8 @@ def _from_flags(model: str | None, options: Mapping[str, Any]) -> ClusterConfig:
         arena_bytes=options["arena"],
         pool_bytes=options["pool"] or 0,
         nvme_bytes=options["nvme_bytes"] or 0,
+        files_bytes=options["files_bytes"] or 0,
+        cluster_key=options["cluster_key_file"],
         ray_address=options["address"],
         spare_cpus=options["spare"],
         **{field: options[field] for field in _SAME_NAMES},

@@ -202,12 +202,15 @@ class StoreLink:
         """Copy slots into pages; return how many, from the first, surely hold their blocks."""
         if not refs:
             return 0
+        began = self._loop.time()
         await self._mover.load(
             self._arena(refs[0]), [ref.offset for ref in refs], pages[: len(refs)]
         )
+        self._metrics.move_seconds.labels("load").observe(self._loop.time() - began)
         # Only now: a slot that was given to another name meanwhile has another generation.
         good = next((i for i, ref in enumerate(refs) if not self._client.still(ref)), len(refs))
         self._metrics.moved_bytes.labels("load").inc(good * self._block_bytes)
+        self._metrics.void_blocks.inc(len(refs) - good)
         return good
 
     async def _work(self) -> None:
@@ -267,11 +270,13 @@ class StoreLink:
     async def _write(self, writes: Sequence[tuple[int, SlotRef]]) -> None:
         if not writes:
             return
+        began = self._loop.time()
         await self._mover.store(
             [page for page, _ in writes],
             self._arena(writes[0][1]),
             [slot.offset for _, slot in writes],
         )
+        self._metrics.move_seconds.labels("store").observe(self._loop.time() - began)
         self._metrics.moved_bytes.labels("store").inc(len(writes) * self._block_bytes)
 
     async def _settle(

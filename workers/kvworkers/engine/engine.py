@@ -376,6 +376,7 @@ class Engine:
         self._reporter.step(seconds)
         if all(work.count == 1 for work in works):
             self.rates.decode(len(works), seconds)
+            self._reporter.decode(len(works), seconds)
         elif len(works) == 1:
             self.rates.prefill(works[0].count, works[0].start, seconds)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.outcomes import MissReason
+from kvstore.observe.tracing import under
 from kvworkers.engine.cache import LoadResult, StoreJob, StoreLink
 from kvworkers.engine.rates import Rates
 from kvworkers.engine.sequence import Sequence as Run
@@ -59,14 +60,15 @@ class PrefixStore:
         usable = run.hit_limit - own
         recompute_ms = self._rates().prefill_ms(usable * BLOCK_TOKENS, own * BLOCK_TOKENS)
         try:
-            result = await link.load(
-                names,
-                run.pages[own : run.prompt_blocks],
-                usable=usable,
-                first_block=own,
-                reserve=len(names) if run.keeps else 0,
-                recompute_ms=recompute_ms,
-            )
+            with under(run.request.traceparent):
+                result = await link.load(
+                    names,
+                    run.pages[own : run.prompt_blocks],
+                    usable=usable,
+                    first_block=own,
+                    reserve=len(names) if run.keeps else 0,
+                    recompute_ms=recompute_ms,
+                )
         except Exception:  # task boundary: without the cache the prompt is computed
             _log.exception("loading failed")
             link.count_unexpected("load")

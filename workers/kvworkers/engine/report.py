@@ -60,9 +60,18 @@ class Reporter:
         """Count one step."""
         self._metrics.step_seconds.observe(seconds)
 
+    def decode(self, batch: int, seconds: float) -> None:
+        """Count one step in which every one of `batch` requests got a token."""
+        self._metrics.decode_seconds.labels(batch_label(batch)).observe(seconds)
+
     def token(self) -> None:
         """Count one generated token."""
         self._metrics.output_tokens.inc()
+
+
+def batch_label(batch: int) -> str:
+    """Return the label of a batch size: the power of two that it does not exceed."""
+    return str(1 << max(0, batch - 1).bit_length())
 
 
 def _runs(changes: list[PageChange]) -> list[list[PageChange]]:

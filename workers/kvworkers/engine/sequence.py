@@ -59,6 +59,8 @@ class Request:
     cache_salt: bytes = b""
     deadline_ms: int = 0
     """Of the whole request, from its arrival; 0: none."""
+    traceparent: str = ""
+    """Its place in a trace (`kvstore.observe.tracing`); empty: none."""
 
     def __post_init__(self) -> None:
         if not self.tokens:

@@ -8,6 +8,7 @@ from typing import Final
 import grpc.aio
 
 from kvstore.core.errors import Unreachable
+from kvstore.observe.tracing import to_metadata
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import worker_pb2, worker_pb2_grpc
 
@@ -22,14 +23,15 @@ async def attempt(
     timeout_s: float,
     silence_ms: Callable[[], float],
     lost_after_ms: float,
+    traceparent: str = "",
 ) -> AsyncGenerator[worker_pb2.RunReply, None]:
     """Yield the worker's messages up to and with the one that has a `finish_reason`.
 
     Raises the worker's own error; `Unreachable` when the call broke, ended early, or says nothing
     while the worker's heartbeat (`silence_ms`) is silent too. A worker that is merely slow
-    still beats. Closing the generator cancels the call.
+    still beats. Closing the generator cancels the call. `traceparent` goes with it.
     """
-    call = stub.Run(request, timeout=timeout_s)
+    call = stub.Run(request, timeout=timeout_s, metadata=to_metadata(traceparent))
     reading: asyncio.Future[worker_pb2.RunReply | None] | None = None
     try:
         while True:

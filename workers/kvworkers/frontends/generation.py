@@ -93,6 +93,8 @@ class Generation:
     priority: int = 0
     share_domain: str = ""
     """Whose queue it waits in; empty: the frontend's own. The server decides, never the caller."""
+    traceparent: str = ""
+    """Whose trace it belongs to; empty: one of its own, where tracing is on."""
 
     def __post_init__(self) -> None:
         given = sum(part is not None for part in (self.messages, self.text, self.tokens))
@@ -217,3 +219,16 @@ class Chunk:
     """Workers lost on the way, so far."""
     finish_reason: str = ""
     """With the last one: `stop` or `length`."""
+
+
+def chances_of(reply: worker_pb2.RunReply) -> tuple[TokenChance, ...]:
+    """Return the log-probabilities in a worker's message."""
+    return tuple(
+        TokenChance(
+            token=entry.token_ids[0],
+            logprob=entry.logprobs[0],
+            top=tuple(zip(entry.token_ids, entry.logprobs, strict=True)),
+        )
+        for entry in reply.logprobs
+        if entry.token_ids
+    )

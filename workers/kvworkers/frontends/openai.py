@@ -5,6 +5,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -14,11 +15,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from kvstore.core.errors import KvStoreError, TooLarge
+from kvstore.observe.tracing import HEADER, checked
 from kvstore.rpc.gate import Gate
 from kvworkers.frontends.access import Access, caller_of
 from kvworkers.frontends.openai_wire import ChatBody, ChatReply, failure, parse
-from kvworkers.frontends.pipeline import Pipeline, Running
+from kvworkers.frontends.pipeline import Pipeline
 from kvworkers.frontends.replies import Started, begin, whole
+from kvworkers.frontends.running import Running
 from kvworkers.frontends.tenancy import for_tenant
 
 CLIENT_CLOSED: Final = 499
@@ -59,7 +62,8 @@ def make_app(
         body = parse(raw)
         request_id = uuid.uuid4().hex
         generation = for_tenant(body.generation(request_id), caller_of(request.scope), apart=apart)
-        running = await pipeline.prepare(generation)
+        traceparent = checked(request.headers.get(HEADER))
+        running = await pipeline.prepare(replace(generation, traceparent=traceparent))
         reply = ChatReply(
             model=running.offer.model,
             request_id=request_id,

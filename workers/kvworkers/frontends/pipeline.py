@@ -26,18 +26,24 @@ from kvstore.core.errors import (
 )
 from kvstore.core.names import BlockName, ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
+from kvstore.observe.tracing import OFF, Tracing
 from kvstore.router.learning import Actual
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
-from kvworkers.frontends.fleet import Fleet, Offer
-from kvworkers.frontends.generation import CacheAccount, Chunk, Generation, TokenChance
+from kvworkers.frontends.fleet import Fleet
+from kvworkers.frontends.generation import CacheAccount, Chunk, Generation
+from kvworkers.frontends.ledger import Ledger
+from kvworkers.frontends.running import Running
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
 
 WORTH_RETRYING: Final = (Unreachable, SessionLost, Refused, Corrupt)
 """Failures that another worker, or the same one later, need not repeat."""
+
+SERVED: Final = ("stop", "length", "cancelled")
+"""Outcomes that are nobody's fault."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,30 +74,6 @@ class PipelineConfig:
             raise BadInput("frontend retries, wait_ms and other_wait_ms must not be negative")
 
 
-@dataclass(slots=True)
-class Running:
-    """A request on its way: what was asked, and what came of it so far."""
-
-    request: Generation
-    offer: Offer
-    prompt: "array[int]"
-    max_tokens: int
-    arrived: float
-    """`time.monotonic()` seconds."""
-    deadline: float
-    detokeniser: Detokeniser
-    matcher: StopMatcher
-    output: "array[int]"
-    retries: int = 0
-    ttft_ms: float = 0.0
-    cache: CacheAccount | None = None
-
-    @property
-    def left_s(self) -> float:
-        """Return the seconds until the deadline."""
-        return self.deadline - time.monotonic()
-
-
 class Pipeline:
     """Serves requests over a router and a fleet of workers."""
 
@@ -103,10 +85,13 @@ class Pipeline:
         router: Router,
         fleet: Fleet,
         metrics: RouterMetrics,
+        tracing: Tracing = OFF,
     ) -> None:
         self.tokenizer = tokenizer
         self.fleet = fleet
         self._config = config
+        self.ledger = Ledger(metrics)
+        self._tracing = tracing
         self._router = router
         self._metrics = metrics
         self._in_flight = 0
@@ -126,7 +111,7 @@ class Pipeline:
                 raise Refused(f"{running} requests are running here already", 1_000)
             return await self._prepare(request)
         except KvStoreError as error:
-            self._metrics.requests.labels(outcome=type(error).__name__).inc()
+            self.ledger.refused(type(error).__name__)
             raise
         finally:
             self._preparing -= 1
@@ -163,11 +148,16 @@ class Pipeline:
         or none is alive, `Unreachable` when workers were lost too often or the deadline passed.
         """
         if self._in_flight >= self._config.max_in_flight:
-            self._metrics.requests.labels(outcome="Refused").inc()
+            self.ledger.refused("Refused")
             raise Refused(f"{self._in_flight} requests are running here already", 1_000)
         self._in_flight += 1
-        self._metrics.in_flight.set(self._in_flight)
-        self._metrics.prompt_tokens.inc(len(running.prompt))
+        entry = running.entry = self.ledger.begin(
+            running.request.request_id,
+            domain=self._config.share_domain,
+            model=running.offer.model,
+            prompt_tokens=len(running.prompt),
+        )
+        running.span = self._tracing.begin("request", **running.facts())
         outcome = "cancelled"
         try:
             async with aclosing(self._chunks(running)) as chunks:
@@ -180,9 +170,10 @@ class Pipeline:
             raise
         finally:
             self._in_flight -= 1
-            self._metrics.in_flight.set(self._in_flight)
-            self._metrics.requests.labels(outcome=outcome).inc()
-            self._observe_pace(running)
+            running.span.set(outcome=outcome, output_tokens=len(running.output))
+            running.span.end("" if outcome in SERVED else outcome)
+            lasted_s = time.monotonic() - running.arrived
+            self.ledger.end(entry, outcome, output_tokens=len(running.output), lasted_s=lasted_s)
 
     async def _tokenise(self, request: Generation) -> "array[int]":
         if request.messages is not None:
@@ -199,18 +190,28 @@ class Pipeline:
         """Ask one worker after the other until the reply is whole."""
         failed: set[str] = set()
         while True:
-            decision = await self._place(running, failed)
+            traceparent = running.span.traceparent
+            with self._tracing.begin("route", traceparent) as placing:
+                decision = await self._place(running, failed)
+                placing.set(
+                    worker=decision.worker, hit_tokens=decision.hit_tokens,
+                    predicted_ttft_ms=decision.predicted_ttft_ms,
+                )  # fmt: skip
+            if running.entry is not None:
+                running.entry.decision, running.entry.retries = decision, running.retries
             try:
-                async with aclosing(self._from_worker(running, decision)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-                        if chunk.finish_reason:
-                            return
+                with self._tracing.begin("attempt", traceparent, worker=decision.worker) as span:
+                    chunks = self._from_worker(running, decision, span.traceparent)
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
+                            yield chunk
+                            if chunk.finish_reason:
+                                return
             except WORTH_RETRYING as error:
                 if reason := self._ended(running):
                     # It was lost after its last token: only the end was not said.
                     self._router.complete(decision.booking, failed=True)
-                    yield self._last(running, decision.worker, reason, stopped=False)
+                    yield running.last(decision.worker, reason, stopped=False)
                     return
                 self._count_failure(running, decision, error, failed)
 
@@ -270,7 +271,7 @@ class Pipeline:
         self._metrics.retries.labels(reason=type(error).__name__).inc()
 
     async def _from_worker(
-        self, running: Running, decision: Decision
+        self, running: Running, decision: Decision, traceparent: str
     ) -> AsyncGenerator[Chunk, None]:
         """Yield what one worker adds to the reply."""
         request = running.request
@@ -291,6 +292,7 @@ class Pipeline:
             timeout_s=max(0.001, running.left_s),
             silence_ms=lambda: self._router.silence_ms(decision.worker),
             lost_after_ms=self._config.lost_after_ms,
+            traceparent=traceparent,
         )
         sent = time.monotonic()
         try:
@@ -327,74 +329,19 @@ class Pipeline:
         tokens = array("I", reply.tokens)
         if reply.HasField("cache") and running.cache is None:
             running.cache = CacheAccount.from_proto(reply.cache)
-            self._count_cache(running.cache)
+            if running.entry is not None:
+                self.ledger.found(running.entry, running.cache)
         # A reply may end before any token: its end is what its caller waited for, then.
         first = bool(tokens or reply.finish_reason) and not running.output
         running.output.extend(tokens)
         if first:
             running.ttft_ms = (time.monotonic() - running.arrived) * 1_000
-            cached = running.cache is not None and running.cache.cached_tokens > 0
-            label = "yes" if cached else "no"
-            self._metrics.ttft_seconds.labels(cached=label).observe(running.ttft_ms / 1_000)
+            if running.entry is not None:
+                self.ledger.first_token(running.entry, running.ttft_ms)
         text, stopped = running.matcher.push(running.detokeniser.push(tokens) if tokens else "")
         if stopped or reply.finish_reason:
             reason = "stop" if stopped else reply.finish_reason
-            return self._last(running, worker, reason, text, reply, stopped=stopped, first=first)
+            return running.last(worker, reason, text, reply, stopped=stopped, first=first)
         if not tokens:
             return None
-        return self._plain(running, worker, text, reply, first=first)
-
-    def _plain(
-        self, running: Running, worker: str, text: str, reply: worker_pb2.RunReply | None,
-        *, first: bool, finish_reason: str = "",
-    ) -> Chunk:  # fmt: skip
-        return Chunk(
-            text=text,
-            tokens=tuple(array("I", reply.tokens)) if reply is not None else (),
-            chances=_chances(reply) if reply is not None else (),
-            cache=running.cache if first or finish_reason else None,
-            ttft_ms=running.ttft_ms if first or finish_reason else 0.0,
-            worker=worker,
-            output_tokens=len(running.output),
-            retries=running.retries,
-            finish_reason=finish_reason,
-        )
-
-    def _last(
-        self, running: Running, worker: str, reason: str, text: str = "",
-        reply: worker_pb2.RunReply | None = None, *, stopped: bool, first: bool = False,
-    ) -> Chunk:  # fmt: skip
-        """Return the last chunk: with what was held back, unless a stop string ended the text."""
-        if not stopped:
-            rest, stopped_now = running.matcher.push(running.detokeniser.finish())
-            text += rest
-            if stopped_now:
-                reason = "stop"
-            else:
-                text += running.matcher.finish()
-        return self._plain(running, worker, text, reply, first=first, finish_reason=reason)
-
-    def _count_cache(self, cache: CacheAccount) -> None:
-        for tier, tokens in cache.by_tier.items():
-            self._metrics.cached_tokens.labels(tier=tier.name.lower()).inc(tokens)
-        self._metrics.misses.labels(reason=cache.miss_reason.name.lower()).inc()
-
-    def _observe_pace(self, running: Running) -> None:
-        """Record the time per token after the first, where there was more than one."""
-        after_first = len(running.output) - 1
-        if after_first > 0:
-            spent = time.monotonic() - running.arrived - running.ttft_ms / 1_000
-            self._metrics.tpot_seconds.observe(spent / after_first)
-
-
-def _chances(reply: worker_pb2.RunReply) -> tuple[TokenChance, ...]:
-    """Return the log-probabilities in a worker's message."""
-    return tuple(
-        TokenChance(
-            token=entry.token_ids[0],
-            logprob=entry.logprobs[0],
-            top=tuple(zip(entry.token_ids, entry.logprobs, strict=True)),
-        )
-        for entry in reply.logprobs
-        if entry.token_ids
-    )
+        return running.piece(worker, text, reply, first=first)

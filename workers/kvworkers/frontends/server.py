@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput
 from kvstore.directory.view import Health
 from kvstore.observe.metrics import RouterMetrics, exposition
+from kvstore.observe.tracing import start_tracing
 from kvstore.router.members import Member, Members
 from kvstore.router.router import Router, RouterConfig
 from kvstore.router.watch_source import WatchSource
@@ -24,6 +25,7 @@ from kvstore.rpc.credentials import Credentials, ssl_context
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import check_listen, load_security
 from kvstore.rpc.v1 import inference_pb2_grpc
+from kvworkers.frontends.console import Console, add_console, is_loopback_address
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.grpc_frontend import InferenceServicer
 from kvworkers.frontends.openai import make_app
@@ -41,6 +43,8 @@ class FrontendConfig:
     grpc: str = "127.0.0.1:0"
     security: Path | None = None
     """Who may connect: docs/security.md; None: loopback only."""
+    trace: str = ""
+    """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     max_body_bytes: int = 8 << 20
     """Of an HTTP request: a conversation of a million tokens has about 5 MB."""
     stop_grace_ms: int = 2_000
@@ -76,6 +80,7 @@ class FrontendServer:
         self._metrics = RouterMetrics(self.registry)
         self._security = load_security(config.security)
         self._gate = gate_of(self._security, self.registry)
+        self._tracing = start_tracing(config.trace, service="kvstore-frontend", name="frontend")
         self.http_address = ""
         """`host:port`, once started."""
         self.grpc_address = ""
@@ -98,6 +103,7 @@ class FrontendServer:
             router=self._router,
             fleet=self._fleet,
             metrics=self._metrics,
+            tracing=self._tracing,
         )
         listening = _bind(config.http)
         self._server, self._health = make_server(gate=self._gate)
@@ -122,6 +128,9 @@ class FrontendServer:
             gate=self._gate,
             apart=apart,
         )
+        console = Console(pipeline, self._router)
+        add_console(app, console, loopback_only=is_loopback_address(config.http))
+        self._history_task = asyncio.create_task(console.run(), name="console history")
         await self._start_http(app, listening)
 
     def ready(self) -> bool:
@@ -145,6 +154,8 @@ class FrontendServer:
             return
         self._started = False
         self._http.should_exit = True
+        self._history_task.cancel()
+        await asyncio.gather(self._history_task, return_exceptions=True)
         grace_s = self._config.stop_grace_ms / 1_000
         await self._server.stop(grace_s)
         try:
@@ -156,6 +167,7 @@ class FrontendServer:
             await asyncio.gather(self._http_task, return_exceptions=True)
         await self._router.close()
         await self._fleet.close()
+        await asyncio.to_thread(self._tracing.close)
 
     async def _start_http(self, app: FastAPI, listening: socket.socket) -> None:
         settings = uvicorn.Config(

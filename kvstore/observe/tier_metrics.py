@@ -1,0 +1,54 @@
+"""Metric families of the tiers below DRAM."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class TierMetrics:
+    """What a tier below DRAM counts; one bundle for all tiers of a node, told apart by label."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.operations = Counter(
+            "kvstore_tier_operations",
+            "Blocks read or written, by how it ended",
+            ["tier", "operation", "outcome"],
+            registry=registry,
+        )
+        self.moved_bytes = Counter(
+            "kvstore_tier_moved_bytes",
+            "Bytes read from or written to a tier",
+            ["tier", "operation"],
+            registry=registry,
+        )
+        self.device_errors = Counter(
+            "kvstore_tier_device_errors",
+            "Operations that the device failed",
+            ["tier", "operation", "error"],
+            registry=registry,
+        )
+        self.dropped = Counter(
+            "kvstore_tier_dropped_blocks",
+            "Blocks that a tier forgot",
+            ["tier", "reason"],
+            registry=registry,
+        )
+        self.breaker = Gauge(
+            "kvstore_tier_breaker",
+            "0 closed, 1 half open, 2 open",
+            ["tier", "operation"],
+            registry=registry,
+        )
+        self.in_device = Gauge(
+            "kvstore_tier_in_device", "Operations inside the device", ["tier"], registry=registry
+        )
+        self.disk_free_bytes = Gauge(
+            "kvstore_tier_disk_free_bytes",
+            "Bytes that the file system of a tier has left for anybody",
+            ["tier"],
+            registry=registry,
+        )
+        self.disk_bytes = Gauge(
+            "kvstore_tier_disk_bytes", "Bytes of that file system", ["tier"], registry=registry
+        )
+        self.queued = Gauge(
+            "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
+        )
