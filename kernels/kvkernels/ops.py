@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvkernels.plans import AttentionPlan, Implementation, Rules
+from kvkernels.quantised import QuantisedPages, view_cells
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 from kvstore.core.limits import BLOCK_TOKENS
@@ -24,7 +25,7 @@ _ELEMENT_TYPES = {
     Codec.RAW32: (torch.float32,),
     Codec.RAW16: (torch.bfloat16, torch.float16),
 }
-
+_QUERY_TYPES = tuple(kind for kinds in _ELEMENT_TYPES.values() for kind in kinds)
 
 _CAUSAL = Rules()
 
@@ -61,15 +62,7 @@ def page_view(pool: Tensor, layout: BlockLayout, dtype: torch.dtype | None = Non
     element = types[0] if dtype is None else dtype
     if element not in types:
         raise BadInput(f"codec {layout.codec.name} does not hold {element}")
-    _check(
-        pool.dtype == torch.uint8 and pool.dim() == 2,
-        f"pool must be uint8 [n, bytes], got {_say(pool)}",
-    )
-    _check(
-        pool.shape[1] == layout.block_bytes,
-        f"pool rows have {pool.shape[1]} bytes, blocks {layout.block_bytes}",
-    )
-    _check(pool.stride(1) == 1, "pool rows must be contiguous")
+    _check_pool(pool, layout)
     elements = pool.view(element)
     size = element.itemsize
     return elements.as_strided(
@@ -85,27 +78,40 @@ def page_view(pool: Tensor, layout: BlockLayout, dtype: torch.dtype | None = Non
     )
 
 
-def write_pages(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
-    """Write the K and V of new tokens into their places.
+def quantised_view(pool: Tensor, layout: BlockLayout) -> QuantisedPages:
+    """Return `pool`, uint8 [pages, block_bytes], seen as cells of a quantised codec; no copy.
 
-    key, value [tokens, kv_heads, head_dim]; pages as `page_view` gives them; slots int64
-    [tokens] = page * 16 + offset, unique and inside the pool.
+    Raises `BadInput` for a raw codec and for a pool that does not fit the layout.
     """
-    _check_pages(pages, layer)
-    expected = (slots.shape[0], pages.shape[1], pages.shape[5])
+    _check_pool(pool, layout)
+    return view_cells(pool, layout)
+
+
+def write_pages(
+    key: Tensor, value: Tensor, pages: Tensor | QuantisedPages, slots: Tensor, layer: int
+) -> None:
+    """Write the K and V of new tokens into their places, quantised where the pages are.
+
+    key, value [tokens, kv_heads, head_dim]; pages as `page_view` or `quantised_view` gives them
+    (the latter take any floating type); slots int64 [tokens] = page * 16 + offset, unique and
+    inside the pool.
+    """
+    heads, dim = _check_pages(pages, layer)
+    dtype = key.dtype if isinstance(pages, QuantisedPages) else pages.dtype
+    expected = (slots.shape[0], heads, dim)
     _check(
         slots.dim() == 1 and slots.dtype == torch.int64,
         f"slots must be int64 [tokens], got {_say(slots)}",
     )
     _check(
-        tuple(key.shape) == expected and key.dtype == pages.dtype,
-        f"key must be {expected} of {pages.dtype}, got {_say(key)}",
+        tuple(key.shape) == expected and key.dtype == dtype and dtype.is_floating_point,
+        f"key must be {expected} of {dtype}, got {_say(key)}",
     )
     _check(
         value.shape == key.shape and value.dtype == key.dtype,
         f"value must be like key, got {_say(value)}",
     )
-    implementation(pages.device.type).write_pages(key, value, pages, slots, layer)
+    implementation(_device(pages)).write_pages(key, value, pages, slots, layer)
 
 
 def plan_attention(
@@ -132,7 +138,7 @@ def plan_attention(
 
 def paged_attention(
     query: Tensor,
-    pages: Tensor,
+    pages: Tensor | QuantisedPages,
     *,
     layer: int,
     block_tables: Tensor,
@@ -150,28 +156,31 @@ def paged_attention(
     of a sequence is its last token. K and V of the new tokens have been written already.
     Query heads are a multiple of KV heads (MHA, GQA and MQA alike). Returns a tensor like
     query. `plan` is `plan_attention`'s for the same three tensors: pass it where several layers
-    share them, or it is made anew. `rules` adds a window, sinks or a soft cap.
+    share them, or it is made anew. `rules` adds a window, sinks or a soft cap. Quantised pages take
+    a query of any type in `page_view`'s list; all pages of a call have one codec.
     """
-    _check_pages(pages, layer)
-    heads = pages.shape[1]
+    heads, dim = _check_pages(pages, layer)
     _check(
-        query.dim() == 3 and query.shape[2] == pages.shape[5],
-        f"query must be [tokens, heads, {pages.shape[5]}], got {_say(query)}",
+        query.dim() == 3 and query.shape[2] == dim,
+        f"query must be [tokens, heads, {dim}], got {_say(query)}",
     )
     _check(
         query.shape[1] % heads == 0,
         f"{query.shape[1]} query heads are no multiple of {heads} KV heads",
     )
-    _check(query.dtype == pages.dtype, f"query is {query.dtype}, pages are {pages.dtype}")
+    if isinstance(pages, QuantisedPages):
+        _check(query.dtype in _QUERY_TYPES, f"query is {query.dtype}, not one of {_QUERY_TYPES}")
+    else:
+        _check(query.dtype == pages.dtype, f"query is {query.dtype}, pages are {pages.dtype}")
     if plan is None:
         plan = plan_attention(
-            block_tables, context_lengths, query_starts, device_type=pages.device.type
+            block_tables, context_lengths, query_starts, device_type=_device(pages)
         )
     _check(
         plan.query_tokens == query.shape[0],
         f"query has {query.shape[0]} tokens, its starts say {plan.query_tokens}",
     )
-    return implementation(pages.device.type).paged_attention(
+    return implementation(_device(pages)).paged_attention(
         query, pages, layer=layer, plan=plan, scale=scale, rules=rules
     )
 
@@ -193,12 +202,34 @@ def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) ->
     implementation(pool.device.type).store_blocks(pool, pages, arena, offsets)
 
 
-def _check_pages(pages: Tensor, layer: int) -> None:
+def _device(pages: Tensor | QuantisedPages) -> str:
+    return (pages.cells if isinstance(pages, QuantisedPages) else pages).device.type
+
+
+def _check_pool(pool: Tensor, layout: BlockLayout) -> None:
     _check(
-        pages.dim() == 6 and pages.shape[3] == 2 and pages.shape[4] == BLOCK_TOKENS,
-        f"pages must come from page_view, got {_say(pages)}",
+        pool.dtype == torch.uint8 and pool.dim() == 2,
+        f"pool must be uint8 [n, bytes], got {_say(pool)}",
     )
-    _check(0 <= layer < pages.shape[2], f"layer {layer} of {pages.shape[2]}")
+    _check(
+        pool.shape[1] == layout.block_bytes,
+        f"pool rows have {pool.shape[1]} bytes, blocks {layout.block_bytes}",
+    )
+    _check(pool.stride(1) == 1, "pool rows must be contiguous")
+
+
+def _check_pages(pages: Tensor | QuantisedPages, layer: int) -> tuple[int, int]:
+    """Return KV heads and head dimension of pages that a view function made."""
+    if isinstance(pages, QuantisedPages):
+        heads, layers, dim = pages.cells.shape[1], pages.cells.shape[2], pages.head_dim
+    else:
+        _check(
+            pages.dim() == 6 and pages.shape[3] == 2 and pages.shape[4] == BLOCK_TOKENS,
+            f"pages must come from page_view, got {_say(pages)}",
+        )
+        heads, layers, dim = pages.shape[1], pages.shape[2], pages.shape[5]
+    _check(0 <= layer < layers, f"layer {layer} of {layers}")
+    return heads, dim
 
 
 def _check_movement(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None:

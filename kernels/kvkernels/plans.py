@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvkernels.quantised import QuantisedPages
 from kvstore.core.errors import BadInput
 
 
@@ -44,7 +45,12 @@ class Implementation(Protocol):
     """One device's code. `kvkernels.ops` documents and checks the arguments before it calls."""
 
     def write_pages(
-        self, key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layer: int
+        self,
+        key: Tensor,
+        value: Tensor,
+        pages: Tensor | QuantisedPages,
+        slots: Tensor,
+        layer: int,
     ) -> None: ...
 
     def plan_attention(
@@ -54,7 +60,7 @@ class Implementation(Protocol):
     def paged_attention(
         self,
         query: Tensor,
-        pages: Tensor,
+        pages: Tensor | QuantisedPages,
         *,
         layer: int,
         plan: AttentionPlan,

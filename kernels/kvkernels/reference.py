@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvkernels.plans import AttentionPlan, Rules
+from kvkernels.quantised import QuantisedPages, decode_rows, encode_rows
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 
@@ -52,10 +53,19 @@ class ReferencePlan:
     sequences: tuple[_Sequence, ...]
 
 
-def write_pages(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
+def write_pages(
+    key: Tensor, value: Tensor, pages: Tensor | QuantisedPages, slots: Tensor, layer: int
+) -> None:
     """See `kvkernels.ops.write_pages`."""
     page = torch.div(slots, BLOCK_TOKENS, rounding_mode="floor")
     offset = slots % BLOCK_TOKENS
+    if isinstance(pages, QuantisedPages):
+        places, scales = pages.codes(layer), pages.words(layer)
+        for half, rows in enumerate((key, value)):
+            codes, words = encode_rows(rows, pages.codec)
+            places[:, :, half][page, :, offset] = codes
+            scales[:, :, half][page, :, offset] = words
+        return
     pages[:, :, layer, 0][page, :, offset] = key
     pages[:, :, layer, 1][page, :, offset] = value
 
@@ -99,16 +109,20 @@ def _tiles(start: int, stop: int, context: int) -> Sequence[_Tile]:
 
 
 def paged_attention(
-    query: Tensor, pages: Tensor, *, layer: int, plan: AttentionPlan, scale: float, rules: Rules
+    query: Tensor,
+    pages: Tensor | QuantisedPages,
+    *,
+    layer: int,
+    plan: AttentionPlan,
+    scale: float,
+    rules: Rules,
 ) -> Tensor:
     """See `kvkernels.ops.paged_attention`."""
     assert isinstance(plan, ReferencePlan)
-    heads, dim = pages.shape[1], pages.shape[5]
-    cells = pages[:, :, layer].permute(1, 2, 0, 3, 4)
-    grouped = query.shape[1] != heads
     out = torch.empty_like(query)
     for sequence in plan.sequences:
-        kv = cells.index_select(2, sequence.table).view(heads, 2, -1, dim)
+        kv = _gather(pages, layer, sequence.table, query.dtype)
+        grouped = query.shape[1] != kv.shape[0]
         for tile in sequence.tiles:
             if rules != Rules():
                 rows = query[tile.start : tile.stop]
@@ -125,6 +139,19 @@ def paged_attention(
             )
             out[tile.start : tile.stop] = attended[0].transpose(0, 1)
     return out
+
+
+def _gather(
+    pages: Tensor | QuantisedPages, layer: int, table: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return K and V of some pages as a sequence: [kv_heads, 2, tokens, head_dim]."""
+    if not isinstance(pages, QuantisedPages):
+        cells = pages[:, :, layer].permute(1, 2, 0, 3, 4)
+        return cells.index_select(2, table).view(pages.shape[1], 2, -1, pages.shape[5])
+    codes = pages.codes(layer).index_select(0, table)
+    words = pages.words(layer).index_select(0, table)
+    rows = decode_rows(codes, words, pages.codec).to(dtype)
+    return rows.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _attend_by_rules(query: Tensor, kv: Tensor, tile: _Tile, scale: float, rules: Rules) -> Tensor:
