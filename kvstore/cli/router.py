@@ -14,6 +14,7 @@ from kvstore.core.errors import BadInput
 from kvstore.router.members import Kind, Member, Members, parse_member
 from kvstore.router.router import RouterConfig
 from kvstore.router.server import RouterServer
+from kvstore.rpc.event_writers import check_redis
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,10 @@ class RouterOptions:
     "--weight", "weights", multiple=True, metavar="DOMAIN=WEIGHT",
     help="A domain's share where requests wait; 1 where none is given.",
 )  # fmt: skip
+@click.option(
+    "--events-redis", default="", metavar="URL",
+    help="Redis or Valkey that members write their events to; Watch while it is away.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def router(
     workers: tuple[str, ...],
@@ -62,6 +67,7 @@ def router(
     hold_ms: float,
     max_waiting: int,
     weights: tuple[str, ...],
+    events_redis: str,
     as_json: bool,
 ) -> None:
     """Follow workers and cache nodes, and answer where a prompt should go.
@@ -72,8 +78,12 @@ def router(
     if not workers:
         raise click.UsageError("give at least one --worker")
     members = Members.of([*_members("worker", workers), *_members("node", nodes)])
+    check_redis("--events-redis", events_redis)
     config = RouterConfig(
-        hold_ms=hold_ms, max_waiting=max_waiting, domain_weights=dict(map(_weight, weights))
+        hold_ms=hold_ms,
+        max_waiting=max_waiting,
+        domain_weights=dict(map(_weight, weights)),
+        events_redis=events_redis,
     )
     asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json, config)))
 

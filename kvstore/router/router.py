@@ -25,7 +25,8 @@ from kvstore.router.naming import NameCache
 from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.queue import DecisionQueue, nobody_alive
 from kvstore.router.source import EventSource
-from kvstore.router.watch_source import WatchSource
+from kvstore.router.sources import source_maker
+from kvstore.rpc.event_writers import check_redis
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class RouterConfig:
     tick_ms: float = 250
     sweep_blocks: int = 20_000
     """Entries cleaned per step after a snapshot: about 2 ms of the loop."""
+    events_redis: str = ""
+    """Follow publishers through the Redis at this URL, by `Watch` while it is away; "": `Watch`."""
     resync_pause_ms: float = 250
     """Between noticing a hole and following anew, so that a liar cannot keep the router busy."""
 
@@ -64,6 +67,7 @@ class RouterConfig:
         for domain, weight in self.domain_weights.items():
             if not 0 < weight < math.inf:
                 raise BadInput(f"the weight of domain {domain} is {weight}, not above 0")
+        check_redis("events_redis", self.events_redis)
 
 
 class Router:
@@ -74,12 +78,12 @@ class Router:
         *,
         metrics: RouterMetrics,
         config: RouterConfig | None = None,
-        source: Callable[[Member], EventSource] = WatchSource,
+        source: Callable[[Member], EventSource] | None = None,
         now_ms: Callable[[], float] = lambda: time.monotonic() * 1_000,
     ) -> None:
         self._config = config or RouterConfig()
         self._metrics = metrics
-        self._source = source
+        self._source = source or source_maker(metrics, redis=self._config.events_redis)
         self._now_ms = now_ms
         self._view = ClusterView(
             suspect_after_ms=self._config.suspect_after_ms, max_blocks=self._config.max_blocks

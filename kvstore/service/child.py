@@ -122,6 +122,7 @@ class NodeChild:
             "--policy": config.policy,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
+            "--events-redis": config.events_redis,
         }
         return await asyncio.create_subprocess_exec(
             sys.executable,

@@ -8,6 +8,7 @@ from typing import Final
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.event_writers import check_redis
 from kvstore.service.below import BelowConfig
 from kvstore.transport.arena import ArenaSize
 
@@ -42,6 +43,8 @@ class KeeperConfig:
     """Directory of the NVMe tier; None: there is none."""
     nvme_bytes: int = 0
     """Bytes that it may take on its disk."""
+    events_redis: str = ""
+    """Redis that the node's events are written to besides `Watch`; "": none."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -62,6 +65,7 @@ class KeeperConfig:
             check_loopback(flag, address)
         make_policy(self.policy)
         BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
+        check_redis("--events-redis", self.events_redis)
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

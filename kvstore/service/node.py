@@ -24,6 +24,7 @@ from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
+from kvstore.rpc.event_writers import written_to_redis
 from kvstore.rpc.identity import LocalIdentity
 from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
@@ -112,7 +113,10 @@ class Node:
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
             self._say("ready", listen=bound, metrics=metrics_bound)
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            async with written_to_redis(
+                self._store.table.publisher, self._options.events_redis, self._registry
+            ):
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             loop.remove_reader(self._control.fileno())
             await server.stop(0.2)
@@ -275,6 +279,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--policy", required=True)
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
+    parser.add_argument("--events-redis", default="")
     return parser.parse_args(arguments)
 
 

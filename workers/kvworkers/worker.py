@@ -32,6 +32,7 @@ from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.convert import check_id
+from kvstore.rpc.event_writers import check_redis, written_to_redis
 from kvstore.rpc.v1 import worker_pb2_grpc
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.engine.engine import Engine
@@ -77,6 +78,8 @@ class WorkerConfig:
     store_call_ms: int = 250
     """Deadline of one call to the cache node; longer means that it is not there."""
     share_domain: str = "default"
+    events_redis: str = ""
+    """Redis that events are written to, besides serving `Watch`; "": none."""
     host: str = ""
     """Who shares an arena; by default the cache node's name."""
     incarnation: int = 0
@@ -99,6 +102,7 @@ class WorkerConfig:
         if self.threads is not None and self.threads <= 0:
             raise BadInput(f"threads must be positive, got {self.threads}")
         make_policy(self.policy)
+        check_redis("events_redis", self.events_redis)
         _host_port(self.metrics, "metrics")
 
 
@@ -170,6 +174,9 @@ class WorkerServer:
         )
         await self._serve(
             WorkerState(identity, spec, engine, publisher, capacity_tokens=pages * BLOCK_TOKENS)
+        )
+        await self._stack.enter_async_context(
+            written_to_redis(publisher, config.events_redis, self.registry)
         )
 
     def _new_engine(
@@ -333,6 +340,7 @@ def _host_port(address: str, field: str) -> tuple[str, int]:
 @click.option("--no-store", is_flag=True, help="Do not use the cache node.")
 @click.option("--store-call-ms", default=250, show_default=True, help="Patience with the node.")
 @click.option("--share-domain", default="default", show_default=True)
+@click.option("--events-redis", default="", metavar="URL", help="Redis to write events to.")
 @click.option("--step-tokens", default=512, show_default=True, help="Tokens of one step.")
 @click.option("--max-running", default=16, show_default=True, help="Requests in the batch.")
 @click.option("--incarnation", default=0, help="Number of this start; default: the clock.")

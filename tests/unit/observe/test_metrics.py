@@ -12,6 +12,7 @@ from kvstore.observe.metrics import (
     ClientMetrics,
     ClusterMetrics,
     NodeMetrics,
+    RedisMetrics,
     RouterMetrics,
     TierMetrics,
     WorkerMetrics,
@@ -24,6 +25,7 @@ BUNDLES = {
     "tier": TierMetrics,
     "router": RouterMetrics,
     "worker": WorkerMetrics,
+    "redis": RedisMetrics,
     "client": ClientMetrics,
     "cluster": ClusterMetrics,
 }

@@ -9,6 +9,7 @@ from typing import Final
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.event_writers import check_redis
 from kvstore.service.below import BelowConfig
 
 MAX_WORKERS: Final = 1_024
@@ -27,7 +28,8 @@ class ClusterConfig:
 
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
     the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
-    disk in which each node keeps a tier of `nvme_bytes`; None: there is none.
+    disk in which each node keeps a tier of `nvme_bytes`; None: there is none. `events_redis` is the
+    URL of a Redis that carries events from nodes and workers to frontends; "": they use `Watch`.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -40,6 +42,7 @@ class ClusterConfig:
     policy: str = DEFAULT_POLICY
     nvme: Path | None = None
     nvme_bytes: int = 0
+    events_redis: str = ""
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
 
@@ -51,6 +54,7 @@ class ClusterConfig:
         if self.pool_bytes < 0 or self.threads < 0:
             raise BadInput("--pool and --threads must not be negative")
         make_policy(self.policy)
+        check_redis("--events-redis", self.events_redis)
         BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
 
     def threads_per_worker(self, cores: int | None = None) -> int:

@@ -119,6 +119,7 @@ class NodeShell(Shell):
             *("--arena-bytes", str(self._config.arena_bytes)),
             *("--policy", self._config.policy),
             *self._nvme_flags(),
+            *("--events-redis", self._config.events_redis),
             *("--parent-pid", str(os.getpid())),
         ]
         log = self._config.run_dir / f"{self._report.name}.log"
@@ -232,6 +233,7 @@ class WorkerShell(Shell):
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
+            events_redis=chosen.events_redis,
             drain_ms=_DRAIN_MS,
         )
         if chosen.pool_bytes:
@@ -267,10 +269,14 @@ class FrontendShell(Shell):
         )
 
     def _build(self) -> Any:
+        from kvstore.router.router import RouterConfig
         from kvworkers.frontends.server import FrontendConfig, FrontendServer
 
         config = FrontendConfig(
-            model=self._config.model, http=str(self._config.http), grpc=str(self._config.grpc)
+            model=self._config.model,
+            http=str(self._config.http),
+            grpc=str(self._config.grpc),
+            router=RouterConfig(events_redis=self._config.events_redis),
         )
         return FrontendServer(config)
 

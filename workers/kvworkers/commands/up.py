@@ -55,6 +55,7 @@ def up(
     policy: str,
     nvme: Path | None,
     nvme_bytes: int | None,
+    events_redis: str,
     http: Address,
     grpc: Address,
     name: str,
@@ -80,6 +81,7 @@ def up(
         policy=policy,
         nvme=nvme,
         nvme_bytes=nvme_bytes or 0,
+        events_redis=events_redis,
         http=http,
         grpc=grpc,
     )

@@ -10,6 +10,7 @@ import click
 
 from kvstore.core.errors import KvStoreError
 from kvstore.router.members import Member, parse_member
+from kvstore.router.router import RouterConfig
 from kvworkers.frontends.server import FrontendConfig, serving
 
 
@@ -25,10 +26,11 @@ from kvworkers.frontends.server import FrontendConfig, serving
 )  # fmt: skip
 @click.option("--http", default="127.0.0.1:8000", show_default=True, help="HTTP address.")
 @click.option("--grpc", default="127.0.0.1:0", show_default=True, help="gRPC address.")
+@click.option("--events-redis", default="", metavar="URL", help="Redis that carries events.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def frontends(
     model: Path, workers: tuple[str, ...], nodes: tuple[str, ...], http: str, grpc: str,
-    as_json: bool,
+    events_redis: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API and gRPC Inference until SIGTERM or Ctrl-C."""
     try:
@@ -42,7 +44,8 @@ def frontends(
                 for number, text in enumerate(nodes)
             ),
         ]
-        config = FrontendConfig(model=model, http=http, grpc=grpc)
+        router = RouterConfig(events_redis=events_redis)
+        config = FrontendConfig(model=model, http=http, grpc=grpc, router=router)
         asyncio.run(_serve(config, members, as_json=as_json))
     except KvStoreError as error:
         click.echo(f"frontends: {error}", err=True)
