@@ -13,6 +13,8 @@ import kvstore
 GUESTS = ("kvstore.adapters.",)  # imported only by their hosts
 EXTRAS = (  # imported only where they are asked for; they need the extra of that name
     "kvstore.router.redis_source",
+    "kvstore.router.vllm_events",
+    "kvstore.router.vllm_source",
     "kvstore.rpc.redis_publisher",
     "kvstore.rpc.redis_stream",
 )

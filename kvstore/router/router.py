@@ -20,7 +20,7 @@ from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.learning import Actual
-from kvstore.router.members import Member, Members
+from kvstore.router.members import Member, Members, VllmEvents
 from kvstore.router.naming import NameCache
 from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.queue import DecisionQueue, nobody_alive
@@ -53,6 +53,8 @@ class RouterConfig:
     """Entries cleaned per step after a snapshot: about 2 ms of the loop."""
     events_redis: str = ""
     """Follow publishers through the Redis at this URL, by `Watch` while it is away; "": `Watch`."""
+    events_vllm: Mapping[str, VllmEvents] = field(default_factory=dict)
+    """Workers that are vLLM engines, by name: followed by their own events."""
     resync_pause_ms: float = 250
     """Between noticing a hole and following anew, so that a liar cannot keep the router busy."""
 
@@ -83,7 +85,9 @@ class Router:
     ) -> None:
         self._config = config or RouterConfig()
         self._metrics = metrics
-        self._source = source or source_maker(metrics, redis=self._config.events_redis)
+        self._source = source or source_maker(
+            metrics, redis=self._config.events_redis, vllm=self._config.events_vllm
+        )
         self._now_ms = now_ms
         self._view = ClusterView(
             suspect_after_ms=self._config.suspect_after_ms, max_blocks=self._config.max_blocks

@@ -63,9 +63,9 @@ async def written(
     task = asyncio.create_task(writer.run())
     try:
         async with asyncio.timeout(5):
-            while not (
+            while not (  # noqa: ASYNC110
                 metrics.connected._value.get() or next(iter(metrics.faults.collect())).samples
-            ):  # noqa: ASYNC110
+            ):
                 await asyncio.sleep(0.01)
         yield worker, metrics
     finally:
