@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import SUSPECT_AFTER_MS
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Changed, Lost
-from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health
+from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health, Resync
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.learning import Actual
@@ -27,6 +28,9 @@ from kvstore.router.queue import DecisionQueue, nobody_alive
 from kvstore.router.source import EventSource
 from kvstore.router.sources import source_maker
 from kvstore.rpc.event_writers import check_redis
+
+_LARGE_NAMES: Final = 512
+"""Names that take about 0.1 ms to apply."""
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ class Router:
             metrics=metrics,
             now_ms=now_ms,
         )
+        self._turn = asyncio.Lock()
         self._ticker: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -157,6 +162,11 @@ class Router:
     def health(self, worker: str) -> Health:
         """Say how a member fares at this moment."""
         return self._view.health(worker, self._now_ms())
+
+    @property
+    def view_blocks(self) -> int:
+        """How many blocks it knows somewhere."""
+        return len(self._view)
 
     def silence_ms(self, worker: str) -> float:
         """Return for how long nothing was heard of a member; 0 for one that is not followed."""
@@ -261,12 +271,26 @@ class Router:
     async def _follow_until_hole(self, member: Member) -> str:
         async with aclosing(self._source(member).events()) as events:
             async for event in events:
-                reason = self._view.apply(member.name, event, self._now_ms())
-                if not isinstance(event, Changed):  # blocks free nobody
-                    self._queue.kick()
+                if isinstance(event, Changed):
+                    reason = await self._change(member.name, event)
+                else:
+                    reason = self._view.apply(member.name, event, self._now_ms())
+                    self._queue.kick()  # blocks free nobody
                 if reason is not None:
                     return str(reason)
         return "ended"
+
+    async def _change(self, publisher: str, change: Changed) -> Resync | None:
+        """Apply a change; large ones of all publishers take turns, one for each turn of the loop.
+
+        A decision waits for one slice at most, however many snapshots come in at once.
+        """
+        if len(change.names) < _LARGE_NAMES:
+            return self._view.apply(publisher, change, self._now_ms())
+        async with self._turn:
+            reason = self._view.apply(publisher, change, self._now_ms())
+            await asyncio.sleep(0)
+        return reason
 
     async def _tick(self) -> None:
         """Expire, sweep and count, a bounded piece at a time."""
