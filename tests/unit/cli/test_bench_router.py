@@ -26,8 +26,8 @@ def test_every_case_prints_its_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(rows) == 12
     for row in rows:
         assert list(row) == FIELDS
-        assert row["bench"] == "router" and row["value"] > 0
-        if row["case"] != "event published to visible over gRPC":
+        assert row["bench"] == "router" and row["value"] >= 0
+        if not row["case"].startswith(("start:", "event published to visible")):
             assert row["limit"] > 0 and row["ratio_to_limit"] > 0 and row["limit_name"]
 
 
