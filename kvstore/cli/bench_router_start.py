@@ -39,6 +39,7 @@ _EVERY_S: Final = 0.004
 """Pause between two decisions: 250 a second."""
 _PROMPT_BLOCKS: Final = 2_048
 _FEW: Final = 256
+_LATER: Final = 200
 _WARM_UP: Final = 3
 """Decisions made before: the first ones fill the interpreter's caches."""
 
@@ -106,6 +107,8 @@ class Start:
 
     ready_s: float
     decisions_s: list[float]
+    later_s: list[float]
+    """The same once everything was learnt: what loop and machine add by themselves."""
     blocks: int
 
 
@@ -140,17 +143,25 @@ async def _start(members: Members) -> Start:
         started_s = time.perf_counter()
         router.set_members(members)
         times: list[float] = []
-        loop = asyncio.get_running_loop()
         while any(router.health(member.name) is not Health.LIVE for member in members):
-            due_s = loop.time() + _EVERY_S
-            await asyncio.sleep(_EVERY_S)
-            try:
-                router.explain(prompt)
-            except KvStoreError:  # nobody is alive yet: no decision to be timed
-                continue
-            times.append(loop.time() - due_s)
+            times += await _decide_when_due(router, prompt)
         ready_s = time.perf_counter() - started_s
-        return Start(ready_s, times[_WARM_UP:], router.view_blocks)
+        later: list[float] = []
+        for _ in range(_LATER):
+            later += await _decide_when_due(router, prompt)
+        return Start(ready_s, times[_WARM_UP:], later, router.view_blocks)
+
+
+async def _decide_when_due(router: Router, prompt: Prompt) -> list[float]:
+    """Return the seconds from when a decision was due to its answer; none where nobody is alive."""
+    loop = asyncio.get_running_loop()
+    due_s = loop.time() + _EVERY_S
+    await asyncio.sleep(_EVERY_S)
+    try:
+        router.explain(prompt)
+    except KvStoreError:
+        return []
+    return [loop.time() - due_s]
 
 
 def percentile_ms(times: list[float], hundredth: int) -> float:

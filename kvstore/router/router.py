@@ -16,7 +16,7 @@ from typing import Final
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import SUSPECT_AFTER_MS
 from kvstore.core.names import BlockName, Root
-from kvstore.directory.events import Changed, Lost
+from kvstore.directory.events import Changed, Lost, pieces
 from kvstore.directory.view import DEFAULT_MAX_BLOCKS, ClusterView, Health, Resync
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.booking import Booking, Bookings
@@ -29,8 +29,9 @@ from kvstore.router.source import EventSource
 from kvstore.router.sources import source_maker
 from kvstore.rpc.event_writers import check_redis
 
-_LARGE_NAMES: Final = 512
-"""Names that take about 0.1 ms to apply."""
+_PIECE_NAMES: Final = 512
+"""Names applied in one turn of the loop: about 0.5 ms in a view of millions, where most miss the
+CPU's caches."""
 
 _log = logging.getLogger(__name__)
 
@@ -281,15 +282,17 @@ class Router:
         return "ended"
 
     async def _change(self, publisher: str, change: Changed) -> Resync | None:
-        """Apply a change; large ones of all publishers take turns, one for each turn of the loop.
+        """Apply a change; large ones of all publishers take turns, a piece each turn of the loop.
 
-        A decision waits for one slice at most, however many snapshots come in at once.
+        A decision waits for one piece at most, however many snapshots come in at once.
         """
-        if len(change.names) < _LARGE_NAMES:
+        if len(change.names) <= _PIECE_NAMES:
             return self._view.apply(publisher, change, self._now_ms())
+        reason: Resync | None = None
         async with self._turn:
-            reason = self._view.apply(publisher, change, self._now_ms())
-            await asyncio.sleep(0)
+            for piece in pieces(change, _PIECE_NAMES):
+                reason = self._view.apply(publisher, piece, self._now_ms()) or reason
+                await asyncio.sleep(0)
         return reason
 
     async def _tick(self) -> None:
