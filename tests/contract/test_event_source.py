@@ -16,8 +16,9 @@ from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.members import Kind, Member
 from kvstore.router.redis_source import RedisSource
 from kvstore.router.source import EventSource
-from kvstore.router.watch_source import WatchConfig, WatchSource
+from kvstore.router.watch_source import WatchSource
 from kvstore.rpc.redis_stream import RedisConfig, heartbeat_key
+from kvstore.rpc.watch_client import WatchConfig
 from tests.processes import Started, scripted
 from tests.redis_process import RedisProcess, needs_redis, redis_process
 from tests.scripted_worker import ROOT, ScriptedWorker

@@ -19,7 +19,7 @@ from kvstore.router.members import Member, Members
 from kvstore.router.placement import Prompt
 from kvstore.router.redis_source import RedisSource
 from kvstore.router.router import Router, RouterConfig
-from kvstore.router.watch_source import WatchConfig, WatchSource
+from kvstore.router.watch_source import WatchSource
 from kvstore.rpc.event_writers import check_redis, written_to_redis
 from kvstore.rpc.redis_publisher import RedisPublisher
 from kvstore.rpc.redis_stream import (
@@ -31,6 +31,7 @@ from kvstore.rpc.redis_stream import (
     heartbeat_key,
     hidden,
 )
+from kvstore.rpc.watch_client import WatchConfig
 from tests.redis_process import RedisProcess, free_port, needs_redis, redis_process
 from tests.scripted_worker import ROOT, ScriptedWorker
 
