@@ -132,10 +132,7 @@ class Node:
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
             self._say("ready", listen=bound, metrics=metrics_bound, bulk=bulk_bound)
-            async with written_to_redis(
-                self._store.table.publisher, self._options.events_redis, self._registry
-            ):
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done = await self._until_one_ends(tasks)
         finally:
             loop.remove_reader(self._control.fileno())
             await server.stop(0.2)
@@ -147,6 +144,12 @@ class Node:
             await metrics.stop()
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
+
+    async def _until_one_ends(self, tasks: list["asyncio.Task[Any]"]) -> "set[asyncio.Task[Any]]":
+        publisher, url = self._store.table.publisher, self._options.events_redis
+        async with written_to_redis(publisher, url, self._registry):
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done
 
     def _service(self, below: BelowDram) -> CacheNodeService:
         return CacheNodeService(
