@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from redis.asyncio import Redis
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import chain, pack_tokens
-from kvstore.directory.events import Changed, Ended, Event, Lost
+from kvstore.directory.events import Began, Changed, Ended, Event, Lost, TierKind
 from kvstore.directory.view import ClusterView, Health
 from kvstore.observe.metrics import RedisMetrics, RouterMetrics
 from kvstore.router.members import Member, Members
@@ -32,6 +33,7 @@ from kvstore.rpc.redis_stream import (
     hidden,
 )
 from kvstore.rpc.watch_client import WatchConfig
+from tests.processes import started
 from tests.redis_process import RedisProcess, free_port, needs_redis, redis_process
 from tests.scripted_worker import ROOT, ScriptedWorker
 
@@ -269,3 +271,20 @@ def test_what_is_no_url_is_refused_without_its_password() -> None:
         RedisConfig(url="redis://h", stream_names=0)
     with pytest.raises(BadInput, match="end of a stream"):
         Next.unpack(b"{}")
+
+
+async def test_the_node_command_writes_its_events(server: RedisProcess, tmp_path: Path) -> None:
+    arguments = ["-m", "kvstore.cli.main", "node", "--json", "--run-dir", str(tmp_path / "run"),
+                 "--name", "real-node", "--arena-bytes", str(64 << 20),
+                 "--events-redis", server.url]  # fmt: skip
+    with started(arguments) as node:
+        key = heartbeat_key("real-node")
+        async with aclosing(Redis.from_url(server.url)) as client, asyncio.timeout(10):
+            while not await client.exists(key):  # noqa: ASYNC110 - the server has no event
+                await asyncio.sleep(0.05)
+        member = Member("node", "real-node", str(node.ready["listen"]))
+        source = RedisSource(member, config(server), RouterMetrics(CollectorRegistry()))
+        async with aclosing(source.events()) as stream, asyncio.timeout(10):
+            began = await anext(stream)
+        assert isinstance(began, Began) and began.publisher == "real-node"
+        assert TierKind.DRAM in began.tiers
