@@ -50,6 +50,13 @@ $(VENV)/.ready: pyproject.toml
 	@touch $@
 	@echo "ready: $(BIN)/kvstore --help"
 
+.PHONY: redis-server
+redis-server: ## Install Redis from the system's packages where it is missing and we may
+	@command -v redis-server || command -v valkey-server || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	    && apt-get install -y --no-install-recommends redis-server; } \
+	  || echo 'no redis-server and no right to install one: its tests will be skipped' >&2
+
 .PHONY: demo
 demo: $(READY) ## Start a local cluster and hold real conversations out of its cache
 	@exec $(BIN)/python -m kvstore.cli.main demo $(DEMO_ARGS)

@@ -24,8 +24,11 @@ from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import BlockName, ExtraKey, Root, chain, pack_tokens
 from kvstore.directory.events import Changed, Loaded, TierKind
 from kvstore.directory.publisher import Publisher
+from kvstore.observe.metrics import RedisMetrics
 from kvstore.rpc.channel import NO_SECURITY, listen, make_server
 from kvstore.rpc.gate import gate_of
+from kvstore.rpc.redis_publisher import RedisPublisher
+from kvstore.rpc.redis_stream import RedisConfig
 from kvstore.rpc.security import SecurityConfig
 from kvstore.rpc.v1 import cache_pb2_grpc, types_pb2, watch_pb2, worker_pb2, worker_pb2_grpc
 from kvstore.rpc.watch_server import serve_watch
@@ -69,6 +72,7 @@ class ScriptedWorker:
     max_model_tokens: int = 4096
     step_s: float = 0.0
     mark_period_ms: int = 50
+    events_redis: str = ""
     faults: Faults = field(default_factory=Faults)
     requests: list[worker_pb2.RunRequest] = field(default_factory=list)
     cancelled: int = 0
@@ -92,9 +96,17 @@ class ScriptedWorker:
             cache_pb2_grpc.add_CacheNodeServicer_to_server(_Node(self), self._server)
         self.address = listen(self._server, address, self.security)
         await self._server.start()
+        writer = RedisConfig(url=self.events_redis or "redis://", mark_period_ms=50)
+        self._redis = asyncio.create_task(
+            RedisPublisher(self.publisher, writer, RedisMetrics(CollectorRegistry())).run()
+            if self.events_redis
+            else asyncio.sleep(0)
+        )
         return self.address
 
     async def stop(self) -> None:
+        self._redis.cancel()
+        await asyncio.gather(self._redis, return_exceptions=True)
         await self._server.stop(0)
 
     def hold(self, names: Sequence[BlockName]) -> None:
@@ -234,6 +246,7 @@ async def _serve(options: argparse.Namespace) -> None:
         incarnation=options.incarnation,
         faults=faults,
         step_s=options.step_s,
+        events_redis=options.events_redis,
         reply=[ord(letter) for letter in options.reply],
     )
     address = await worker.start(options.listen)
@@ -254,6 +267,7 @@ def main() -> None:
     parser.add_argument("--hold", type=int, default=0)
     parser.add_argument("--die-after", type=int, default=-1)
     parser.add_argument("--hang-after", type=int, default=-1)
+    parser.add_argument("--events-redis", default="")
     parser.add_argument("--refuse", action="store_true")
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--reply", default="ABCDEFGHIJKLMNOPQRSTUVWXYZ")

@@ -17,6 +17,7 @@ from typing import Final
 
 import click
 
+from kvstore.cli.bench_router_start import measure_start, percentile_ms
 from kvstore.cli.bench_router_stream import seconds_until_visible
 from kvstore.cli.bench_rows import Bench, Work
 from kvstore.core.errors import BadInput
@@ -254,6 +255,24 @@ async def bench_stream(bench: Bench) -> None:
         bench.row(case, statistics.median(times) * 1e3, "ms", runs=len(times))
 
 
+async def bench_start(bench: Bench, blocks: int) -> None:
+    """Start a router that has `blocks` to learn, and ask it for decisions meanwhile."""
+    ready = "start: a new router is ready"
+    median, late = "start: decisions meanwhile, median", "start: decisions meanwhile, 99th of 100"
+    if not bench.wants(ready, median, late):
+        return
+    start = await measure_start(blocks)
+    decisions = len(start.decisions_s)
+    if bench.wants(ready):
+        bench.row(ready, start.ready_s, "s", runs=1)
+    for case, hundredth in ((median, 50), (late, 99)):
+        if bench.wants(case):
+            value = percentile_ms(start.decisions_s, hundredth)
+            limit = percentile_ms(start.later_s, hundredth)
+            name, ratio = "the same once all is learnt", limit / value if value else None
+            bench.row(case, value, "ms", limit=limit, limit_name=name, ratio=ratio, runs=decisions)
+
+
 @click.command(short_help="Measure what choosing a worker costs.")
 @click.option("--case", "pattern", default="*", metavar="GLOB", help="Only cases like this.")
 @click.option("--quick", is_flag=True, help="Fewer pairs.")
@@ -261,11 +280,16 @@ async def bench_stream(bench: Bench) -> None:
     "--blocks", default=1_000_000, show_default=True, type=click.IntRange(1_000, 16_000_000),
     help="Entries of the view.",
 )  # fmt: skip
+@click.option(
+    "--start-blocks", default=2_300_000, show_default=True, type=click.IntRange(1_000, 16_000_000),
+    help="Blocks that a new router has to learn.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
-def router(pattern: str, quick: bool, blocks: int, as_json: bool) -> None:
+def router(pattern: str, quick: bool, blocks: int, start_blocks: int, as_json: bool) -> None:
     """Measure decisions, prefix matches, events and memory of the view."""
     bench = Bench("router", pattern, pairs=7 if quick else 25, quick=quick, as_json=as_json)
     asyncio.run(_measure(bench, blocks))
+    asyncio.run(bench_start(bench, start_blocks))
     if not bench.rows:
         raise BadInput(f"--case {pattern!r} is like no case")
     bench.finish()

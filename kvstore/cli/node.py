@@ -87,6 +87,12 @@ from kvstore.service.keeper import run_keeper
     help="What to evict and what to admit: docs/policy.md.",
 )
 @click.option(
+    "--events-redis",
+    default="",
+    metavar="URL",
+    help="Redis or Valkey to write events to, besides serving Watch.",
+)
+@click.option(
     "--hang-ms",
     type=click.IntRange(100),
     default=10_000,

@@ -11,9 +11,12 @@ import click
 
 from kvstore.cli.values import ADDRESS, Address
 from kvstore.core.errors import BadInput
-from kvstore.router.members import Kind, Member, Members, parse_member
+from kvstore.core.names import Root
+from kvstore.router.members import Kind, Member, Members, parse_member, parse_vllm
 from kvstore.router.router import RouterConfig
 from kvstore.router.server import RouterServer
+from kvstore.rpc.convert import root_from_wire
+from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.metrics_port import serve_metrics
 from kvstore.rpc.security import SecurityConfig, check_listen, load_security
 
@@ -60,6 +63,18 @@ class RouterOptions:
     "--security", type=click.Path(path_type=Path, dir_okay=False),
     help="Who may connect, and with what proof: docs/security.md.",
 )  # fmt: skip
+@click.option(
+    "--events-redis", default="", metavar="URL",
+    help="Redis or Valkey that members write their events to; Watch while it is away.",
+)  # fmt: skip
+@click.option(
+    "--vllm", "engines", multiple=True, metavar="NAME=HOST:PORT,EVENTS[,REPLAY]",
+    help="A vLLM engine to route to, and the tcp:// endpoints of its KV events and their replay.",
+)  # fmt: skip
+@click.option(
+    "--vllm-root", default=bytes(32).hex(), metavar="HEX",
+    help="32 bytes that callers name the prompts of vLLM engines under. [default: zeros]",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def router(
     workers: tuple[str, ...],
@@ -70,6 +85,9 @@ def router(
     max_waiting: int,
     weights: tuple[str, ...],
     security: Path | None,
+    events_redis: str,
+    engines: tuple[str, ...],
+    vllm_root: str,
     as_json: bool,
 ) -> None:
     """Follow workers and cache nodes, and answer where a prompt should go.
@@ -77,15 +95,30 @@ def router(
     Serves kvstore.rpc.v1.Router: Route books a worker, Complete frees the booking, Explain shows
     every worker's score. Runs until SIGTERM or Ctrl-C.
     """
-    if not workers:
-        raise click.UsageError("give at least one --worker")
-    members = Members.of([*_members("worker", workers), *_members("node", nodes)])
+    if not workers and not engines:
+        raise click.UsageError("give at least one --worker or --vllm")
+    vllm = [parse_vllm(text, _root(vllm_root)) for text in engines]
+    members = Members.of(
+        [*_members("worker", workers), *_members("node", nodes), *(member for member, _ in vllm)]
+    )
+    check_redis("--events-redis", events_redis)
     config = RouterConfig(
-        hold_ms=hold_ms, max_waiting=max_waiting, domain_weights=dict(map(_weight, weights))
+        hold_ms=hold_ms,
+        max_waiting=max_waiting,
+        domain_weights=dict(map(_weight, weights)),
+        events_redis=events_redis,
+        events_vllm={member.name: events for member, events in vllm},
     )
     rules = load_security(security)
     check_listen("--listen", str(listen_on), rules)
     asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json, config, rules)))
+
+
+def _root(text: str) -> Root:
+    try:
+        return root_from_wire(bytes.fromhex(text))
+    except (BadInput, ValueError) as error:
+        raise BadInput(f"--vllm-root {text[:80]!r}: {error}") from None
 
 
 def _weight(text: str) -> tuple[str, float]:

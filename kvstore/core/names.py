@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, NamedTuple, NewType
+from typing import Any, NamedTuple, NewType, overload
 
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES, NAME_BYTES
@@ -186,6 +186,49 @@ def _chain_with_extras(
 def join_names(names: Iterable[BlockName]) -> bytes:
     """Return names as the one packed `bytes` field that RPCs carry."""
     return b"".join(names)
+
+
+class PackedNames(Sequence[BlockName]):
+    """Names as they came in one packed field; cut out one by one only where somebody asks.
+
+    Raises `BadInput` when `packed` is not whole names.
+    """
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: bytes) -> None:
+        if len(packed) % NAME_BYTES:
+            raise BadInput(f"names have {len(packed)} bytes, not a multiple of {NAME_BYTES}")
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed) // NAME_BYTES
+
+    @overload
+    def __getitem__(self, at: int) -> BlockName: ...
+    @overload
+    def __getitem__(self, at: slice) -> "PackedNames": ...
+    def __getitem__(self, at: int | slice) -> "BlockName | PackedNames":
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            if step != 1:
+                return PackedNames(b"".join(self[i] for i in range(start, stop, step)))
+            return PackedNames(self.packed[start * NAME_BYTES : max(start, stop) * NAME_BYTES])
+        index = at + len(self) if at < 0 else at
+        if not 0 <= index < len(self):
+            raise IndexError(at)
+        return BlockName(self.packed[index * NAME_BYTES : (index + 1) * NAME_BYTES])
+
+    def __iter__(self) -> Iterator[BlockName]:
+        return iter(split_names(self.packed))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, PackedNames):
+            return self.packed == other.packed
+        return isinstance(other, list | tuple) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(self.packed)
 
 
 def split_names(packed: bytes) -> list[BlockName]:

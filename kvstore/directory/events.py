@@ -4,8 +4,8 @@ Events are absolute (this name is / is not in this tier), hence idempotent: appl
 late can only make the view over-promise until the next event, mark or snapshot.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from kvstore.core.names import BlockName, Root
@@ -43,6 +43,15 @@ class Changed:
     first_sequence: int = 0
     block_bytes: int = 0
     group: str = "full"
+
+
+def pieces(change: Changed, names: int) -> Iterator[Changed]:
+    """Cut a change into ones of so many names, numbered as it is."""
+    assert names > 0
+    for start in range(0, len(change.names), names):
+        first = change.first_sequence + start if change.first_sequence else 0
+        part = change.names[start : start + names]
+        yield replace(change, names=part, first_sequence=first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,17 +7,26 @@ retired at once and cleaned out of the entries by `sweep`, a bounded step at a t
 publisher of a million blocks that comes back never stops the process that keeps the view.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import xor
 from struct import Struct
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from kvstore.core.limits import NAME_BYTES
+from kvstore.core.names import PackedNames
 from kvstore.directory.policy import BlockKey, block_key
 
 MAX_INTERNED: Final = 65_536
 """Distinct place sets kept for sharing; beyond it sharing starts anew, nothing else changes."""
 
+
+MANY_NAMES: Final = 64
+"""From so many names on an array costs less than a loop."""
 
 _FIRST_64_BITS: Final = Struct(f"<Q{NAME_BYTES - 8}x").iter_unpack
 
@@ -56,7 +65,12 @@ def longest_prefix(has: Callable[[int], bool], length: int) -> int:
 def _keys(root: bytes, names: Sequence[bytes]) -> list[int]:
     """Return `block_key` of every name. Unpacked together: a third of the cost of one by one."""
     under = block_key(root, b"")
-    return [key ^ under for (key,) in _FIRST_64_BITS(b"".join(names))]
+    packed = names.packed if isinstance(names, PackedNames) else b"".join(names)
+    if len(names) < MANY_NAMES:
+        return [key ^ under for (key,) in _FIRST_64_BITS(packed)]
+    words = np.frombuffer(packed, "<u8")[:: NAME_BYTES // 8]
+    keys: list[int] = (words ^ np.uint64(under)).tolist()
+    return keys
 
 
 class _Span(NamedTuple):
@@ -132,15 +146,36 @@ class BlockIndex:
         bit, places, interned = place.bit, self._places, self._interned
         if len(interned) > MAX_INTERNED:
             interned.clear()
-        added, xor, alone = 0, 0, interned.setdefault(bit, bit)
+        if len(names) < MANY_NAMES and len(places) + len(names) <= self._max_blocks:
+            self._add_few(place, _keys(root, names))
+            return
+        # Most blocks of a snapshot are new: only those that are known cost a step of their own.
+        added = dict.fromkeys(_keys(root, names), interned.setdefault(bit, bit))
+        known = added.keys() & places.keys()
+        for key in known:
+            held = places[key]
+            if held & bit:
+                del added[key]
+            else:
+                now = held | bit
+                added[key] = interned.setdefault(now, now)
         room = self._max_blocks - len(places)
-        for key in _keys(root, names):
+        if room < len(added):
+            left_out = [key for key in added if key not in known][max(0, room) :]
+            for key in left_out:
+                del added[key]
+            place.partial = place.partial or bool(left_out)
+        places.update(added)
+        place.count += len(added)
+        place.xor_keys ^= reduce(xor, added, 0)
+
+    def _add_few(self, place: Place, keys: list[int]) -> None:
+        """Note the same of a few blocks, for all of which there is room: the shorter loop."""
+        bit, places, interned = place.bit, self._places, self._interned
+        added, total, alone = 0, 0, interned.setdefault(bit, bit)
+        for key in keys:
             held = places.get(key)
             if held is None:
-                if room <= 0:
-                    place.partial = True
-                    continue
-                room -= 1
                 places[key] = alone
             elif held & bit:
                 continue
@@ -148,27 +183,29 @@ class BlockIndex:
                 now = held | bit
                 places[key] = interned.setdefault(now, now)
             added += 1
-            xor ^= key
+            total ^= key
         place.count += added
-        place.xor_keys ^= xor
+        place.xor_keys ^= total
 
     def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` no longer holds these blocks; unknown ones change nothing."""
         bit, places, interned = place.bit, self._places, self._interned
-        removed, xor = 0, 0
-        for key in _keys(root, names):
-            held = places.get(key, 0)
-            if held == bit:
-                del places[key]
-            elif held & bit:
-                now = held & ~bit
-                places[key] = interned.setdefault(now, now)
-            else:
-                continue
-            removed += 1
-            xor ^= key
-        place.count -= removed
-        place.xor_keys ^= xor
+        removed = dict.fromkeys(_keys(root, names))
+        if set(map(places.get, removed)) == {bit}:
+            # Blocks that lay nowhere else, as most do: no step in Python for each.
+            deque(map(places.pop, removed), maxlen=0)
+        else:
+            for key in list(removed):
+                held = places.get(key, 0)
+                if held == bit:
+                    del places[key]
+                elif held & bit:
+                    now = held & ~bit
+                    places[key] = interned.setdefault(now, now)
+                else:
+                    del removed[key]
+        place.count -= len(removed)
+        place.xor_keys ^= reduce(xor, removed, 0)
 
     def match(self, root: bytes, names: Sequence[bytes], reaches: Sequence[int]) -> list[int]:
         """Return, for each set of places, how many leading blocks lie somewhere in it.

@@ -207,6 +207,14 @@ class RouterMetrics:
         self.view_resyncs = Counter(
             "kvstore_view_resyncs", "Snapshots fetched again", ["reason"], registry=registry
         )
+        self.source_faults = Counter(
+            "kvstore_event_source_faults", "Times that following a publisher failed: by source"
+            " (redis, vllm) and error", ["source", "error"], registry=registry,
+        )  # fmt: skip
+        self.watched_instead = Gauge(
+            "kvstore_event_source_watched_instead", "Publishers followed by Watch while Redis is"
+            " away or does not know them", registry=registry,
+        )  # fmt: skip
         self._add_predictions(registry)
         self._add_errors(registry)
         self._add_domains(registry)
@@ -284,6 +292,22 @@ class RouterMetrics:
             "kvstore_lowest_trust", "Share believed of the publisher that is believed least",
             registry=registry,
         )  # fmt: skip
+
+
+class RedisMetrics:
+    """What a node or worker counts that writes its events to Redis."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.connected = Gauge(
+            "kvstore_redis_connected", "1 while events are written to Redis", registry=registry
+        )
+        self.faults = Counter(
+            "kvstore_redis_faults", "Times that writing events to Redis stopped, by error",
+            ["error"], registry=registry,
+        )  # fmt: skip
+        self.streams = Counter(
+            "kvstore_redis_streams", "Streams begun, each with a snapshot", registry=registry
+        )
 
 
 class WorkerMetrics:

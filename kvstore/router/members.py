@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import MAX_ID_BYTES
+from kvstore.core.names import Root
 
 MAX_MEMBERS: Final = 4_096
 """Members of one router: each costs a stream and a task; beyond it shard views by root."""
@@ -34,6 +35,16 @@ class Member:
             raise BadInput(f"member name {self.name[:32]!r} is empty or over {MAX_ID_BYTES} bytes")
         if not self.address:
             raise BadInput(f"member {self.name} has no address")
+
+
+@dataclass(frozen=True, slots=True)
+class VllmEvents:
+    """Where a worker that is a vLLM engine publishes its events (`--kv-events-config`)."""
+
+    endpoint: str
+    root: Root
+    """What callers name its prompts under."""
+    replay: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,3 +109,11 @@ def parse_member(kind: Kind, text: str, *, default_name: str = "") -> Member:
     if not name or ":" not in address:
         raise BadInput(f"{text!r} is not NAME=HOST:PORT[@HOSTNAME]")
     return Member(kind, name, address, host)
+
+
+def parse_vllm(text: str, root: Root) -> tuple[Member, VllmEvents]:
+    """Return the engine that `NAME=HOST:PORT,EVENTS[,REPLAY]` describes."""
+    engine, *endpoints = text.split(",")
+    if not 1 <= len(endpoints) <= 2 or not all(endpoints):
+        raise BadInput(f"{text!r} is not NAME=HOST:PORT,EVENTS[,REPLAY]")
+    return parse_member("worker", engine), VllmEvents(endpoints[0], root, *endpoints[1:])

@@ -12,7 +12,6 @@ from kvstore.router.learning import Actual
 from kvstore.router.members import Members
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.router import Router, RouterConfig
-from kvstore.router.watch_source import WatchSource
 from kvstore.rpc.channel import NO_SECURITY, listen, make_server
 from kvstore.rpc.convert import check_id, check_names, root_from_wire
 from kvstore.rpc.credentials import Credentials
@@ -161,7 +160,7 @@ class RouterServer:
         self.router = Router(
             metrics=RouterMetrics(self.registry),
             config=config,
-            source=lambda member: WatchSource(member, credentials=credentials),
+            credentials=credentials,
         )
         self.address = ""
         """Where it listens, once started."""

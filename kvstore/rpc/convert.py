@@ -11,9 +11,9 @@ from kvstore.core.names import (
     Fidelity,
     Namespace,
     NamespaceKind,
+    PackedNames,
     Root,
     join_names,
-    split_names,
 )
 from kvstore.directory.events import (
     Began,
@@ -202,7 +202,7 @@ def _changed(message: watch_pb2.Events) -> Changed:
     return Changed(
         root=root_from_wire(message.root),
         tier=tier_from_wire(message.tier),
-        names=split_names(message.names),
+        names=PackedNames(message.names),
         deleted=message.deleted,
         first_sequence=message.first_sequence,
         block_bytes=message.block_bytes,

@@ -59,12 +59,12 @@ async def serve_watch(
                     yield event_to_reply(event)
                 mark_due = loop.time() + mark_period_ms / 1_000
             if not behind:
-                await _changed_or_due(changed, mark_due - loop.time())
+                await changed_or_due(changed, mark_due - loop.time())
     finally:
         subscription.close()
 
 
-async def _changed_or_due(changed: asyncio.Event, seconds: float) -> None:
+async def changed_or_due(changed: asyncio.Event, seconds: float) -> None:
     """Return when a mark is due, or soon after something changed (so that changes gather)."""
     try:
         async with asyncio.timeout(max(0.0, seconds)):

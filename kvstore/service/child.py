@@ -127,6 +127,7 @@ class NodeChild:
             "--trace": config.trace,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
+            "--events-redis": config.events_redis,
             "--files": config.files or "",
             "--files-bytes": config.files_bytes,
             "--peers": config.peers or "",

@@ -8,6 +8,7 @@ from typing import Final
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 from kvstore.service.scrubbing import DEFAULT_BYTES_PER_S
@@ -47,6 +48,8 @@ class KeeperConfig:
     """Directory of the NVMe tier; None: there is none."""
     nvme_bytes: int = 0
     """Bytes that it may take on its disk."""
+    events_redis: str = ""
+    """Redis that the node's events are written to besides `Watch`; "": none."""
     files: Path | None = None
     """Directory of shared files; None: there are none."""
     files_bytes: int = 0
@@ -88,6 +91,7 @@ class KeeperConfig:
         )
         if self.scrub_bytes_per_s < 0:
             raise BadInput(f"--scrub-bytes-per-s {self.scrub_bytes_per_s} is negative")
+        check_redis("--events-redis", self.events_redis)
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

@@ -26,6 +26,7 @@ from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics, expos
 from kvstore.observe.tracing import start_tracing
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.credentials import Credentials, ssl_context
+from kvstore.rpc.event_writers import written_to_redis
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import load_security
 from kvstore.rpc.trace_interceptor import TraceInterceptor
@@ -146,7 +147,7 @@ class Node:
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
             self._say("ready", listen=bound, metrics=metrics_bound, bulk=bulk_bound)
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            done = await self._until_one_ends(tasks)
         finally:
             loop.remove_reader(self._control.fileno())
             await server.stop(0.2)
@@ -159,6 +160,12 @@ class Node:
             await asyncio.to_thread(tracing.close)
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
+
+    async def _until_one_ends(self, tasks: list["asyncio.Task[Any]"]) -> "set[asyncio.Task[Any]]":
+        publisher, url = self._store.table.publisher, self._options.events_redis
+        async with written_to_redis(publisher, url, self._registry):
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return done
 
     def _service(self, below: BelowDram) -> CacheNodeService:
         return CacheNodeService(
@@ -339,6 +346,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--trace", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
+    parser.add_argument("--events-redis", default="")
     parser.add_argument("--files", default="")
     parser.add_argument("--files-bytes", type=int, default=0)
     return parser.parse_args(arguments)

@@ -2,19 +2,25 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 
 import pytest
+from prometheus_client import CollectorRegistry
+from redis.asyncio import Redis
 
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import chain, pack_tokens
 from kvstore.directory.events import Began, Changed, Ended, Event, Loaded, Lost, Marked, TierKind
+from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.members import Kind, Member
+from kvstore.router.redis_source import RedisSource
 from kvstore.router.source import EventSource
 from kvstore.router.watch_source import WatchSource
+from kvstore.rpc.redis_stream import RedisConfig, heartbeat_key
 from kvstore.rpc.watch_client import WatchConfig
 from tests.processes import Started, scripted
+from tests.redis_process import RedisProcess, needs_redis, redis_process
 from tests.scripted_worker import ROOT, ScriptedWorker
 
 NAMES = list(chain(ROOT, pack_tokens(range(20 * BLOCK_TOKENS))))
@@ -23,20 +29,59 @@ FAST = WatchConfig(stall_ms=600, min_backoff_ms=20, max_backoff_ms=100)
 MakeSource = Callable[[str, Kind], EventSource]
 
 
-@pytest.fixture(params=["watch"])
-def make_source(request: pytest.FixtureRequest) -> MakeSource:
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisProcess]:
+    with redis_process() as server:
+        yield server
+
+
+@pytest.fixture(params=["watch", pytest.param("redis", marks=needs_redis)])
+def redis(request: pytest.FixtureRequest) -> RedisProcess | None:
+    """The server that events go through, None where they go straight."""
+    if request.param == "watch":
+        return None
+    server: RedisProcess = request.getfixturevalue("redis_server")
+    return server
+
+
+@pytest.fixture
+def make_source(redis: RedisProcess | None) -> MakeSource:
     def make(address: str, kind: Kind) -> EventSource:
-        return WatchSource(Member(kind, "w", address), FAST)
+        if redis is None:
+            return WatchSource(Member(kind, "w", address), FAST)
+        # The name says where its events are; nobody else may write under it.
+        config = RedisConfig(url=redis.url, min_backoff_ms=20, max_backoff_ms=100)
+        metrics = RouterMetrics(CollectorRegistry())
+        return RedisSource(Member(kind, "w", address), config, metrics)
 
     return make
 
 
+@pytest.fixture
+def events_redis(redis: RedisProcess | None) -> str:
+    return redis.url if redis is not None else ""
+
+
 @pytest.fixture(params=[TierKind.HBM, TierKind.DRAM], ids=["worker", "node"])
-async def publisher(request: pytest.FixtureRequest) -> AsyncIterator[ScriptedWorker]:
-    worker = ScriptedWorker("w", tier=request.param)
+async def publisher(
+    request: pytest.FixtureRequest, events_redis: str
+) -> AsyncIterator[ScriptedWorker]:
+    worker = ScriptedWorker("w", tier=request.param, events_redis=events_redis)
+    worker.hold(NAMES[:4])
     await worker.start()
+    if events_redis:
+        await heard_at(events_redis, gone=False)
     yield worker
     await worker.stop()
+    if events_redis:
+        await heard_at(events_redis, gone=True)
+
+
+async def heard_at(url: str, *, gone: bool) -> None:
+    """Wait until the heartbeat of `w` is there, or has expired."""
+    async with asyncio.timeout(5), aclosing(Redis.from_url(url)) as client:
+        while (await client.exists(heartbeat_key("w")) == 0) != gone:  # noqa: ASYNC110 - the server has no event
+            await asyncio.sleep(0.01)
 
 
 def kind_of(publisher: ScriptedWorker) -> Kind:
@@ -58,7 +103,6 @@ async def until(stream: AsyncIterator[Event], kind: type[Event], limit: int = 20
 async def test_a_snapshot_comes_first_then_numbered_changes_and_marks(
     publisher: ScriptedWorker, make_source: MakeSource
 ) -> None:
-    publisher.hold(NAMES[:4])
     source = make_source(publisher.address, kind_of(publisher))
     async with aclosing(source.events()) as stream:
         snapshot = await until(stream, Ended)
@@ -85,14 +129,20 @@ async def test_a_snapshot_comes_first_then_numbered_changes_and_marks(
 
 
 async def test_closing_the_generator_ends_the_subscription(
-    publisher: ScriptedWorker, make_source: MakeSource
+    publisher: ScriptedWorker, make_source: MakeSource, events_redis: str
 ) -> None:
+    async def followers() -> int:
+        if not events_redis:
+            return publisher.publisher.subscribers
+        async with aclosing(Redis.from_url(events_redis)) as client:
+            return sum(one["name"] == "kvstore-of-w" for one in await client.client_list())
+
     source = make_source(publisher.address, kind_of(publisher))
     async with aclosing(source.events()) as stream:
         await until(stream, Ended)
-        assert publisher.publisher.subscribers == 1
+        assert await followers() == 1
     async with asyncio.timeout(5):
-        while publisher.publisher.subscribers:  # noqa: ASYNC110 - the other end has no event
+        while await followers():  # noqa: ASYNC110 - the other end has no event
             await asyncio.sleep(0.01)
 
 
@@ -107,24 +157,29 @@ def follow_process(process: Started, make_source: MakeSource) -> EventSource:
     return make_source(process.ready["address"], "worker")
 
 
-async def test_a_killed_publisher_is_lost_and_begins_again(make_source: MakeSource) -> None:
-    with scripted("w", "--hold", "3") as first:
+async def test_a_killed_publisher_is_lost_and_begins_again(
+    make_source: MakeSource, events_redis: str
+) -> None:
+    through = ("--events-redis", events_redis)
+    with scripted("w", "--hold", "3", *through) as first:
         source = follow_process(first, make_source)
         async with aclosing(source.events()) as stream:
             await until(stream, Ended)
             first.kill()
             await until(stream, Lost)
             address = str(first.ready["address"])
-            with scripted("w", "--incarnation", "2", "--listen", address):
+            with scripted("w", "--incarnation", "2", "--listen", address, *through):
                 began = (await until(stream, Began))[-1]
                 assert isinstance(began, Began) and began.incarnation == 2
                 await until(stream, Ended)
 
 
 async def test_a_stopped_publisher_is_lost_after_the_stall_and_comes_back(
-    make_source: MakeSource,
+    make_source: MakeSource, events_redis: str
 ) -> None:
-    with scripted("w", "--hold", "3") as process:
+    if events_redis:  # what the test before left has to expire
+        await heard_at(events_redis, gone=True)
+    with scripted("w", "--hold", "3", "--events-redis", events_redis) as process:
         source = follow_process(process, make_source)
         async with aclosing(source.events()) as stream:
             await until(stream, Marked)

@@ -33,6 +33,7 @@ from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
 from kvstore.observe.tracing import start_tracing
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.convert import check_id
+from kvstore.rpc.event_writers import check_redis, written_to_redis
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.metrics_port import serve_metrics
 from kvstore.rpc.security import check_listen, check_metrics, load_security
@@ -85,6 +86,8 @@ class WorkerConfig:
     share_domain: str = "default"
     trace: str = ""
     """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
+    events_redis: str = ""
+    """Redis that events are written to, besides serving `Watch`; "": none."""
     host: str = ""
     """Who shares an arena; by default the cache node's name."""
     incarnation: int = 0
@@ -110,6 +113,7 @@ class WorkerConfig:
         security = load_security(self.security)
         check_listen("listen", self.listen, security)
         check_metrics("metrics", self.metrics, security)
+        check_redis("events_redis", self.events_redis)
 
 
 class WorkerServer:
@@ -190,6 +194,9 @@ class WorkerServer:
         tokens = pages * BLOCK_TOKENS
         await self._serve(
             WorkerState(identity, spec, engine, publisher, capacity_tokens=tokens, tracing=tracing)
+        )
+        await self._stack.enter_async_context(
+            written_to_redis(publisher, config.events_redis, self.registry)
         )
 
     def _new_engine(
@@ -338,6 +345,7 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--no-store", is_flag=True, help="Do not use the cache node.")
 @click.option("--store-call-ms", default=250, show_default=True, help="Patience with the node.")
 @click.option("--share-domain", default="default", show_default=True)
+@click.option("--events-redis", default="", metavar="URL", help="Redis to write events to.")
 @click.option("--step-tokens", default=512, show_default=True, help="Tokens of one step.")
 @click.option("--max-running", default=16, show_default=True, help="Requests in the batch.")
 @click.option("--trace", default="", help="Send spans to this OTLP collector: http://HOST:PORT.")

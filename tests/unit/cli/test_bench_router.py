@@ -6,6 +6,7 @@ import click
 import pytest
 
 from kvstore.cli.bench import bench
+from kvstore.cli.bench_router_start import measure_start, percentile_ms
 from kvstore.cli.bench_router_stream import seconds_until_visible
 from kvstore.cli.bench_rows import Bench
 from kvstore.cli.main import run
@@ -17,13 +18,16 @@ FIELDS = [
 
 
 def test_every_case_prints_its_row(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench", "router", "--quick", "--blocks", "2000", "--json"]) == 0
+    assert (
+        run(["bench", "router", "--quick", "--blocks", "2000", "--start-blocks", "20000", "--json"])
+        == 0
+    )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 9
+    assert len(rows) == 12
     for row in rows:
         assert list(row) == FIELDS
-        assert row["bench"] == "router" and row["value"] > 0
-        if row["case"] != "event published to visible over gRPC":
+        assert row["bench"] == "router" and row["value"] >= 0
+        if not row["case"].startswith(("start:", "event published to visible")):
             assert row["limit"] > 0 and row["ratio_to_limit"] > 0 and row["limit_name"]
 
 
@@ -60,3 +64,10 @@ async def test_pairs_are_interleaved_and_oriented_so_that_more_is_better(
 async def test_an_event_is_seen_by_a_router_s_view() -> None:
     times = await seconds_until_visible(3)
     assert len(times) == 3 and min(times) > 0
+
+
+async def test_a_new_router_learns_everything_and_decides_meanwhile() -> None:
+    start = await measure_start(90_000)
+    assert start.blocks >= 90_000 - 18 and start.ready_s > 0
+    assert percentile_ms(start.decisions_s, 99) >= percentile_ms(start.decisions_s, 50) >= 0
+    assert percentile_ms([], 50) == 0.0

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from kvstore.core.errors import BadInput, TooLarge
-from kvstore.core.limits import MAX_EXTRA_KEY_BYTES
+from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES
 from kvstore.core.names import (
     BlockName,
     ExtraKey,
     Fidelity,
     Namespace,
+    PackedNames,
     Root,
     chain,
     derive_root,
@@ -176,3 +177,18 @@ def test_names_travel_packed() -> None:
     assert split_names(b"") == []
     with pytest.raises(BadInput, match="33 bytes"):
         split_names(bytes(33))
+
+
+def test_packed_names_are_the_names_they_hold() -> None:
+    names = list(chain(Root(bytes(32)), pack_tokens(range(5 * BLOCK_TOKENS))))
+    packed = PackedNames(join_names(names))
+    assert len(packed) == 5 and list(packed) == names and packed == names
+    assert (packed[0], packed[-1]) == (names[0], names[4])
+    assert packed[1:3] == names[1:3] and packed[3:1] == [] and packed[::2] == names[::2]
+    assert packed == PackedNames(join_names(names)) and packed != names[:4] and packed != 5
+    assert len({packed, PackedNames(join_names(names))}) == 1
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            packed[outside]
+    with pytest.raises(BadInput, match="33 bytes"):
+        PackedNames(bytes(33))

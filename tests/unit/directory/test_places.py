@@ -1,9 +1,12 @@
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.core.names import PackedNames
 from kvstore.directory import places
-from kvstore.directory.places import BlockIndex, longest_prefix
+from kvstore.directory.places import MANY_NAMES, BlockIndex, longest_prefix
 from kvstore.directory.policy import block_key
 
 ROOT = bytes(range(32))
@@ -146,3 +149,27 @@ def test_reaches_part_where_one_holds_what_another_lacks() -> None:
     reaches = [first.bit, second.bit, third.bit, first.bit | third.bit, 0]
     alone = [index.match(ROOT, blocks, [reach])[0] for reach in reaches]
     assert index.match(ROOT, blocks, reaches) == alone == [13, 6, 0, 13, 0]
+
+
+@pytest.mark.parametrize("max_blocks", [10_000, 700])
+def test_many_names_at_once_are_as_many_one_by_one(max_blocks: int) -> None:
+    """Snapshots take another way through the index than events; both must end in the same."""
+    many, few = BlockIndex(max_blocks=max_blocks), BlockIndex(max_blocks=max_blocks)
+    pairs = [(many.new_place(), few.new_place()) for _ in range(2)]
+    draw = random.Random(5)
+    pool = [bytes([n % 256, n // 256, *bytes(30)]) for n in range(1_000)]
+    for step in range(40):
+        at, deleted = step % 2, draw.random() < 0.4
+        names = draw.choices(pool, k=draw.randrange(MANY_NAMES, 400))
+        for index, place in ((many, pairs[at][0]), (few, pairs[at][1])):
+            change = index.discard if deleted else index.add
+            if index is many:
+                change(place, ROOT, PackedNames(b"".join(names)) if step % 3 else names)
+            else:
+                for name in names:
+                    change(place, ROOT, [name])
+        for ours, theirs in pairs:
+            assert (ours.count, ours.xor_keys, ours.partial) == (
+                theirs.count, theirs.xor_keys, theirs.partial,
+            )  # fmt: skip
+        assert len(many) == len(few)

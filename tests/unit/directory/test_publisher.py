@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from kvstore.core.names import BlockName, Root
 from kvstore.directory import publisher as module
-from kvstore.directory.events import Began, Changed, Ended, Event, Loaded, Marked, TierKind
+from kvstore.directory.events import (
+    Began,
+    Changed,
+    Ended,
+    Event,
+    Loaded,
+    Marked,
+    TierKind,
+    pieces,
+)
 from kvstore.directory.publisher import Publisher, Subscription, coalesce, xor_prefixes
 
 ROOT = Root(hashlib.sha256(b"root").digest())
@@ -210,3 +219,17 @@ def test_a_long_batch_is_cut_into_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     while (events := subscription.take()) is not None:
         sizes += [len(event.names) for event in events if isinstance(event, Changed)]
     assert sizes == [4, 4, 2]
+
+
+def test_pieces_of_a_change_are_numbered_as_it_is() -> None:
+    names = [BlockName(bytes([number]) * 32) for number in range(7)]
+    change = Changed(Root(bytes(32)), TierKind.DRAM, names, deleted=True, first_sequence=11)
+    cut = list(pieces(change, 3))
+    assert [(list(one.names), one.first_sequence) for one in cut] == [
+        (names[:3], 11),
+        (names[3:6], 14),
+        (names[6:], 17),
+    ]
+    assert all(one.deleted and one.tier is TierKind.DRAM for one in cut)
+    snapshot = Changed(Root(bytes(32)), TierKind.DRAM, names)
+    assert [one.first_sequence for one in pieces(snapshot, 5)] == [0, 0]

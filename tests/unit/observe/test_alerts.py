@@ -119,6 +119,6 @@ def test_alerts_fire_on_what_they_are_for_and_on_nothing_less(tmp_path: Path) ->
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(described))
     done = subprocess.run(
         ["promtool", "test", "rules", str(tmp_path / "tests.yml")],
-        capture_output=True, text=True, timeout=18, check=False,
+        capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[:6_000]

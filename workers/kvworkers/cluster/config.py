@@ -10,6 +10,7 @@ from typing import Final
 from kvstore.cli.values import Address
 from kvstore.core.errors import BadInput
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 
@@ -40,11 +41,12 @@ class ClusterConfig:
     disk in which each node keeps a tier of `nvme_bytes`; None: there is none. `files` is a
     directory that all nodes share, with `files_bytes` for all blocks in it. `cluster_key` is the
     file that names are derived with, the same on every host; None: one is made, good for one host.
-    Frontend i listens on the ports of `http` and `grpc` plus i; 0 frontends stands for one on every
-    host, all on the same ports. Nodes, workers and controller listen on `loopback` or
+    `events_redis` is the URL of a Redis that carries events from nodes and workers to frontends;
+    "": they use `Watch`. `trace` is the OTLP collector that every part sends spans to; empty: none
+    does. Frontend i listens on the ports of `http` and `grpc` plus i; 0 frontends stands for one on
+    every host, all on the same ports. Nodes, workers and controller listen on `loopback` or
     on their `host`'s address, which needs `security`. A worker that is drained gets `drain_ms`.
     `ray_address` is a running Ray cluster to join; empty: one of our own on this machine.
-    `trace` is the OTLP collector that every part sends spans to; empty: none does.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -61,6 +63,7 @@ class ClusterConfig:
     files_bytes: int = 0
     cluster_key: Path | None = None
     trace: str = ""
+    events_redis: str = ""
     http: Address = DEFAULT_HTTP
     grpc: Address = DEFAULT_GRPC
     frontends: int = 1
@@ -94,6 +97,7 @@ class ClusterConfig:
             raise BadInput(f"--ray-namespace {self.ray_namespace!r}: letters, digits and dashes")
         self._check_addresses()
         make_policy(self.policy)
+        check_redis("--events-redis", self.events_redis)
         BelowConfig(
             nvme=self.nvme,
             nvme_bytes=self.nvme_bytes,

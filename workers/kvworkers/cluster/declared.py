@@ -54,6 +54,7 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "listen": ("listen", _text),
     "security": ("security", _text),
     "trace": ("trace", _text),
+    "events_redis": ("events_redis", _text),
     "cluster_key": ("cluster_key", _text),
     "control_port": ("control_port", _integer),
     "drain_ms": ("drain_ms", _integer),
@@ -83,7 +84,7 @@ FLAGS: Final[Mapping[str, str]] = {
     "--listen": "listen", "--http": "frontends.http", "--grpc": "frontends.grpc",
     "--security": "security", "--nvme-bytes": "nodes.nvme_bytes", "--nvme": "nodes.nvme",
     "--policy": "nodes.policy", "--files-bytes": "nodes.files_bytes", "--files": "nodes.files",
-    "--cluster-key-file": "cluster_key",
+    "--cluster-key-file": "cluster_key", "--events-redis": "events_redis",
 }  # fmt: skip
 """What the same value is called on the command line, in the messages of `ClusterConfig`."""
 

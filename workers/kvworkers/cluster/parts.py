@@ -145,6 +145,7 @@ class NodeShell(Shell):
             *("--arena-bytes", str(self._config.arena_bytes)),
             *("--policy", self._config.policy),
             *("--trace", self._config.trace),
+            *("--events-redis", self._config.events_redis),
             *self._tier_flags(),
             *self._security_flags(),
             *("--parent-pid", str(os.getpid())),
@@ -262,6 +263,7 @@ class WorkerShell(Shell):
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
             trace=chosen.trace,
+            events_redis=chosen.events_redis,
             drain_ms=_DRAIN_MS,
             listen=f"{where}:0",
             metrics=f"{where}:0",
@@ -308,6 +310,7 @@ class FrontendShell(Shell):
         )
 
     def _build(self) -> Any:
+        from kvstore.router.router import RouterConfig
         from kvworkers.frontends.server import FrontendConfig, FrontendServer
 
         chosen, index = self._config, int(self._report.name.rpartition("-")[2])
@@ -317,6 +320,7 @@ class FrontendShell(Shell):
             grpc=str(chosen.frontend_address(chosen.grpc, index)),
             security=chosen.security,
             trace=chosen.trace,
+            router=RouterConfig(events_redis=chosen.events_redis),
         )
         return FrontendServer(config)
 

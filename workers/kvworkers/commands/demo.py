@@ -29,7 +29,7 @@ def demo(
     *,
     clients: int, turns: int, model: str | None, workers: int, arena: int, pool: int | None,
     threads: int, policy: str, nvme: Path | None, nvme_bytes: int | None, http: Address,
-    grpc: Address, as_json: bool,
+    grpc: Address, events_redis: str, as_json: bool,
 ) -> int:  # fmt: skip
     """Show the whole service at work on this machine.
 
@@ -51,6 +51,7 @@ def demo(
         policy=policy,
         nvme=nvme,
         nvme_bytes=nvme_bytes or 0,
+        events_redis=events_redis,
         http=http,
         grpc=grpc,
     )

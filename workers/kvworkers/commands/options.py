@@ -61,9 +61,8 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="What to evict and what to admit, in every tier.",
             ),
-            click.option(
-                "--threads", default=0, help="Compute threads per worker. [default: cores/workers]"
-            ),
+            click.option("--events-redis", default="", metavar="URL", help="To carry events."),
+            click.option("--threads", default=0, help="Of each worker. [default: cores/workers]"),
         )
     ):
         command = option(command)

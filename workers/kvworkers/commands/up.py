@@ -40,7 +40,7 @@ _READY_SECONDS: Final = 900.0
 
 _SAME_NAMES: Final = (
     "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
-    "security", "ray_namespace", "drain_ms", "trace",
+    "security", "ray_namespace", "drain_ms", "trace", "events_redis",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 

@@ -10,6 +10,7 @@ import click
 
 from kvstore.core.errors import KvStoreError
 from kvstore.router.members import Member, parse_member
+from kvstore.router.router import RouterConfig
 from kvworkers.frontends.server import FrontendConfig, serving
 
 
@@ -26,11 +27,12 @@ from kvworkers.frontends.server import FrontendConfig, serving
 @click.option("--http", default="127.0.0.1:8000", show_default=True, help="HTTP address.")
 @click.option("--grpc", default="127.0.0.1:0", show_default=True, help="gRPC address.")
 @click.option("--security", type=click.Path(path_type=Path), help="Who may connect, as TOML.")
+@click.option("--events-redis", default="", metavar="URL", help="Redis that carries events.")
 @click.option("--trace", default="", help="Send spans to this OTLP collector: http://HOST:PORT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def frontends(
     model: Path, workers: tuple[str, ...], nodes: tuple[str, ...], http: str, grpc: str,
-    security: Path | None, trace: str, as_json: bool,
+    security: Path | None, events_redis: str, trace: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API and gRPC Inference until SIGTERM or Ctrl-C."""
     try:
@@ -44,7 +46,10 @@ def frontends(
                 for number, text in enumerate(nodes)
             ),
         ]
-        config = FrontendConfig(model=model, http=http, grpc=grpc, security=security, trace=trace)
+        router = RouterConfig(events_redis=events_redis)
+        config = FrontendConfig(
+            model=model, http=http, grpc=grpc, security=security, trace=trace, router=router
+        )
         asyncio.run(_serve(config, members, as_json=as_json))
     except KvStoreError as error:
         click.echo(f"frontends: {error}", err=True)

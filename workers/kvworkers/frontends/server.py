@@ -19,7 +19,6 @@ from kvstore.observe.metrics import RouterMetrics, exposition
 from kvstore.observe.tracing import start_tracing
 from kvstore.router.members import Member, Members
 from kvstore.router.router import Router, RouterConfig
-from kvstore.router.watch_source import WatchSource
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.credentials import Credentials, ssl_context
 from kvstore.rpc.gate import gate_of
@@ -94,7 +93,7 @@ class FrontendServer:
         self._router = Router(
             metrics=self._metrics,
             config=config.router,
-            source=lambda member: WatchSource(member, credentials=credentials),
+            credentials=credentials,
         )
         self._fleet = Fleet(config.pipeline.share_domain, credentials)
         pipeline = Pipeline(
