@@ -148,6 +148,12 @@ class Streams:
         self.turned_away = 0
         """Connections refused while it was away."""
 
+    def __str__(self) -> str:
+        return (
+            f"{len(self.said)} streams, {self.broken} of them asked again when their frontend was"
+            f" killed, {self.turned_away} turned away while it was gone"
+        )
+
     async def all(self, enough: asyncio.Event) -> None:
         """Keep `STREAMS` running until `enough` is set, and let those finish."""
         number = 0
@@ -202,8 +208,9 @@ class Streams:
 
 
 async def test_two_hundred_streams_survive_every_loss(
-    deployed: Deployed, reference: Reference, exactness: Exactness
-) -> None:
+    deployed: Deployed, reference: Reference, exactness: Exactness,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     streams = Streams(deployed)
     enough = asyncio.Event()
     running = asyncio.create_task(streams.all(enough))
@@ -234,11 +241,8 @@ async def test_two_hundred_streams_survive_every_loss(
             await running
     finally:
         running.cancel()
-    sys.stderr.write(
-        f"{len(streams.said)} streams; recovery seconds: {json.dumps(recovery)};"
-        f" {streams.broken} streams broken with their frontend,"
-        f" {streams.turned_away} turned away meanwhile\n"
-    )
+    with capsys.disabled():
+        sys.stderr.write(f"\n{streams}; recovery seconds: {json.dumps(recovery)}\n")
     assert len(streams.said) >= STREAMS
     assert streams.broken <= STREAMS, "only streams of the killed frontend break"
     compare(streams, reference, exactness)
