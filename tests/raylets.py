@@ -93,7 +93,9 @@ def main() -> None:
         initialize_head=True, shutdown_at_exit=False,
         head_node_args={**common, "include_dashboard": False},
     )  # fmt: skip
-    nodes = [cluster.head_node]
+    head = cluster.head_node
+    assert head is not None
+    nodes = [head]
     nodes += [cluster.add_node(**common) for _ in range(count - 1)]
     out.write(json.dumps({"address": cluster.address}) + "\n")
     out.flush()
@@ -102,9 +104,9 @@ def main() -> None:
         if word == "add":
             nodes.append(cluster.add_node(**common))
         elif word == "gcs-down":
-            cluster.head_node.kill_gcs_server()
+            head.kill_gcs_server()
         elif word == "gcs-up":
-            cluster.head_node.start_gcs_server()
+            head.start_gcs_server()
         elif word == "kill":
             cluster.remove_node(nodes[int(number)], allow_graceful=False)
         out.write("done\n")

@@ -34,7 +34,21 @@ from kvstore.service.keeper import run_keeper
     help="Directory on a local disk for blocks that outlive the process; one node's own.",
 )
 @click.option("--nvme-bytes", type=BYTES, default=None, help="Bytes that --nvme may take.")
+@click.option(
+    "--files",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Shared directory for blocks that outlive the cluster; many nodes may use one.",
+)
+@click.option("--files-bytes", type=BYTES, default=None, help="Bytes that all blocks there take.")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
+@click.option(
+    "--bulk", default="127.0.0.1:0", show_default=True, help="Bytes for those without the arena."
+)
+@click.option(
+    "--peers",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that lists the other nodes, read again when it changes: docs/tiers.md.",
+)
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")
 @click.option(
     "--security",
@@ -82,6 +96,13 @@ from kvstore.service.keeper import run_keeper
     show_default=True,
     help="Clients at once; more are refused.",
 )
+@click.option(
+    "--scrub-bytes-per-s",
+    type=BYTES,
+    default="64MiB",
+    show_default=True,
+    help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.
@@ -89,7 +110,9 @@ def node(as_json: bool, **options: Any) -> None:
     Workers and clients of this host open sessions on RUN_DIR/keeper.sock. The node is restarted
     when it dies; blocks survive that. Ends on SIGTERM or Ctrl-C.
     """
-    config = KeeperConfig(**{**options, "nvme_bytes": options["nvme_bytes"] or 0})
+    config = KeeperConfig(
+        **{**options, **{key: options[key] or 0 for key in ("nvme_bytes", "files_bytes")}}
+    )
 
     def ready(described: dict[str, Any]) -> None:
         if as_json:

@@ -40,6 +40,9 @@ class NodeMetrics:
         self.sealed_bytes = Counter(
             "kvstore_node_sealed_bytes", "Bytes hashed and sealed", registry=registry
         )
+        self.scrubbed_bytes = Counter(
+            "kvstore_node_scrubbed_bytes", "Bytes reread and found good", registry=registry
+        )
         self.evictions = Counter(
             "kvstore_node_evicted_blocks", "Blocks dropped", ["tier", "reason"], registry=registry
         )
@@ -342,4 +345,43 @@ class TierMetrics:
         )
         self.queued = Gauge(
             "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
+        )
+
+
+class PeerMetrics:
+    """What a cache node gives to and takes from those who do not map its arena."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.connections = Counter(
+            "kvstore_bulk_connections",
+            "Connections of the bulk port, by how they ended",
+            ["how"],
+            registry=registry,
+        )
+        self.bytes = Counter(
+            "kvstore_bulk_bytes",
+            "Bytes on tickets that the bulk port has redeemed",
+            ["direction"],
+            registry=registry,
+        )
+        self.tickets = Gauge("kvstore_bulk_tickets", "Tickets not used yet", registry=registry)
+        self.remote_sessions = Gauge(
+            "kvstore_remote_sessions", "Open sessions of remote clients", registry=registry
+        )
+        self.peers = Gauge(
+            "kvstore_peers", "Neighbours by how they fare", ["state"], registry=registry
+        )
+        self.known_blocks = Gauge(
+            "kvstore_peer_known_blocks", "Blocks known to lie at neighbours", registry=registry
+        )
+        self.resyncs = Counter(
+            "kvstore_peer_resyncs",
+            "Streams of neighbours followed anew",
+            ["reason"],
+            registry=registry,
+        )
+        self.list_errors = Counter(
+            "kvstore_peer_list_errors",
+            "Times that the list of peers could not be read",
+            registry=registry,
         )

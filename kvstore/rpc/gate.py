@@ -39,6 +39,7 @@ _CALLS: Final[Mapping[Role, Mapping[str, str]]] = {
     },
     Role.FRONTEND: {"Router": "Route Complete Explain", "Worker": "Describe Run"},
     Role.WATCH: {"CacheNode": "Stats Watch", "Worker": "Watch", "Cluster": "Status"},
+    Role.PEER: {"CacheNode": "Lend"},
     Role.ADMIN: {
         "CacheNode": "Clear",
         "Recorder": "Record",
@@ -54,7 +55,7 @@ REQUIRED: Final[Mapping[str, Role]] = {
 }
 """The role that each method needs."""
 
-_UNLIMITED: Final = frozenset({Role.FRONTEND, Role.WATCH, Role.ARENA})
+_UNLIMITED: Final = frozenset({Role.FRONTEND, Role.WATCH, Role.PEER, Role.ARENA})
 """The cluster's own parts act for every domain: tenants are limited where they come in."""
 
 

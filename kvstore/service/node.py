@@ -22,19 +22,24 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
-from kvstore.observe.metrics import NodeMetrics, exposition
+from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics, exposition
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.credentials import ssl_context
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import load_security
 from kvstore.rpc.v1 import cache_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
-from kvstore.service.below import BelowConfig, BelowDram
+from kvstore.service.below import BelowConfig, BelowDram, NodeParts
+from kvstore.service.bulk_port import BulkPort
+from kvstore.service.calls import ServiceParts
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
 from kvstore.service.metrics_http import MetricsServer
 from kvstore.service.recorder import Recorders, RecorderService
-from kvstore.service.servicer import CacheNodeService, ServiceParts
+from kvstore.service.remote_sessions import RemoteSessions
+from kvstore.service.requests import now_ms
+from kvstore.service.scrubbing import Scrubber
+from kvstore.service.servicer import CacheNodeService
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
 from kvstore.transport.arena import ArenaMapping
@@ -59,6 +64,9 @@ class Node:
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
+            files=Path(options.files) if options.files else None,
+            files_bytes=options.files_bytes,
+            peers=Path(options.peers) if options.peers else None,
             policy=options.policy,
         )
         table = SlotTable(
@@ -80,6 +88,9 @@ class Node:
         self._security = load_security(Path(options.security) if options.security else None)
         self._gate = gate_of(self._security, self._registry, local_sockets=True)
         self._recorders = Recorders(self._metrics)
+        self._peer_metrics = PeerMetrics(self._registry)
+        self._bulk = BulkPort(table, self._peer_metrics, now_ms)
+        self._remote = RemoteSessions(self._store, self._bulk)
         self._below: BelowDram | None = None
         self._adopted = False
         self._ended = asyncio.Event()
@@ -93,13 +104,20 @@ class Node:
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         await asyncio.wait_for(self._until_start(), _START_DEADLINE_S)
         self._adopt()
-        below = self._below = await BelowDram.start(
-            self._below_config, self._store, self._hasher, self._metrics, self._registry
+        parts = NodeParts(
+            node=self._options.name,
+            store=self._store,
+            hasher=self._hasher,
+            metrics=self._metrics,
+            tier_metrics=TierMetrics(self._registry),
+            peer_metrics=self._peer_metrics,
         )
+        below = self._below = await BelowDram.start(self._below_config, parts)
         loop.add_reader(self._control.fileno(), self._hear)
         tasks = [
             asyncio.create_task(self._hasher.run(), name="hash"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
+            asyncio.create_task(self._scrubbed(), name="scrub"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
         server, health = make_server(gate=self._gate)
@@ -112,13 +130,15 @@ class Node:
             )
             bound = listen(server, self._options.listen, self._security)
             metrics_bound = await metrics.start(self._options.metrics, ssl_context(self._security))
+            bulk_bound = await self._bulk.start(self._options.bulk)
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
-            self._say("ready", listen=bound, metrics=metrics_bound)
+            self._say("ready", listen=bound, metrics=metrics_bound, bulk=bulk_bound)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             loop.remove_reader(self._control.fileno())
             await server.stop(0.2)
+            await self._bulk.stop()
             await below.close()
             for task in tasks:
                 task.cancel()
@@ -138,6 +158,8 @@ class Node:
                 metrics=self._metrics,
                 identity=self._gate.identity,
                 recorders=self._recorders,
+                bulk=self._bulk,
+                remote=self._remote,
                 catch_up=self._hear,
                 started_s=self._started_s,
             )
@@ -231,13 +253,23 @@ class Node:
         except Unreachable:
             self._ended.set()
 
+    async def _scrubbed(self) -> None:
+        """Scrub; a node that is told not to has nothing to end for."""
+        rate = self._options.scrub_bytes_per_s
+        await Scrubber(self._store.table, self._hasher, rate).run()
+        await self._ended.wait()
+
     # -- housekeeping ----------------------------------------------------------------------
 
     async def _keep_house(self) -> None:
         while True:
-            expired = self._store.expire(time.monotonic() * 1_000)
+            expired = self._store.expire(now_ms())
             if expired:
                 self._metrics.leases_expired.inc(expired)
+            ended = self._remote.expire(now_ms())
+            if ended:
+                self._hasher.announce()
+            self._bulk.expire(now_ms())
             self._control_flush()
             self._measure()
             await asyncio.sleep(HOUSEKEEPING_S)
@@ -251,6 +283,7 @@ class Node:
     def _measure(self) -> None:
         table, metrics = self._store.table, self._metrics
         metrics.sessions.set(len(self._store.sessions))
+        self._peer_metrics.remote_sessions.set(len(self._remote))
         metrics.leases.set(len(self._store.leases))
         metrics.used_bytes.labels("dram").set(table.used_bytes)
         metrics.capacity_bytes.labels("dram").set(table.space.data_bytes)
@@ -277,8 +310,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--security", default="")
+    parser.add_argument("--scrub-bytes-per-s", type=int, required=True)
+    parser.add_argument("--bulk", required=True)
+    parser.add_argument("--peers", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
+    parser.add_argument("--files", default="")
+    parser.add_argument("--files-bytes", type=int, default=0)
     return parser.parse_args(arguments)
 
 
@@ -293,6 +331,7 @@ def main(arguments: list[str]) -> int:
     control = Control(socket.socket(fileno=options.control_fd))
     try:
         arena = ArenaMapping(options.arena_fd, owner=True)
+        arena.prefault_soon()
         asyncio.run(_serve(options, control, arena))
     except (KvStoreError, OSError) as error:
         _log.error("%s", error)

@@ -40,7 +40,7 @@ class LaneLimits:
 
 
 BATCH_BYTES: Final = 2 << 20
-"""A batch ends with the item that reaches this: small blocks share an operation's overhead."""
+"""Enough for small blocks to share an operation's overhead."""
 BATCH_ITEMS: Final = 32
 
 
@@ -62,9 +62,14 @@ class Lanes(Generic[Item]):
         limits: Mapping[Lane, LaneLimits],
         *,
         batches: int,
+        batch_bytes: int = BATCH_BYTES,
     ) -> None:
-        """`carry` moves one batch and must not raise; `batches` run at once over all lanes."""
+        """`carry` moves one batch and must not raise; `batches` run at once over all lanes.
+
+        A batch ends with the item that reaches `batch_bytes`.
+        """
         self._carry = carry
+        self._batch_bytes = batch_bytes
         self._batches = batches
         self._queues: dict[Lane, _Queue[Item]] = {
             lane: _Queue(limits[lane]) for lane in sorted(limits)
@@ -127,7 +132,7 @@ class Lanes(Generic[Item]):
     def _start(self, lane: Lane, queue: "_Queue[Item]") -> None:
         batch: list[Item] = []
         size = 0
-        while queue.waiting and size < BATCH_BYTES and len(batch) < BATCH_ITEMS:
+        while queue.waiting and size < self._batch_bytes and len(batch) < BATCH_ITEMS:
             item, item_bytes = queue.waiting.popleft()
             batch.append(item)
             size += item_bytes

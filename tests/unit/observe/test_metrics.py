@@ -13,6 +13,7 @@ from kvstore.observe.metrics import (
     ClientMetrics,
     ClusterMetrics,
     NodeMetrics,
+    PeerMetrics,
     RouterMetrics,
     TierMetrics,
     WorkerMetrics,
@@ -22,6 +23,7 @@ from kvstore.observe.metrics import (
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 BUNDLES = {
     "node": NodeMetrics,
+    "peer": PeerMetrics,
     "tier": TierMetrics,
     "router": RouterMetrics,
     "worker": WorkerMetrics,
