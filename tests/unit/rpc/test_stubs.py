@@ -27,8 +27,8 @@ SERVICES = {
     "CacheNode": (
         cache_pb2,
         {
-            "Acquire", "Clear", "CloseSession", "Get", "Lend", "Lookup", "OpenSession", "Pin", "Prefetch",
-            "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
+            "Acquire", "Clear", "CloseSession", "Get", "Lend", "Lookup", "OpenSession", "Pin",
+            "Prefetch", "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
         },
     ),
     "Worker": (worker_pb2, {"Describe", "Run", "Watch"}),
