@@ -1,8 +1,9 @@
 """A Ray cluster of several raylets on this machine, as a process that a test may order about.
 
-Run as `python tests/raylets.py COUNT [--redis PORT]`: prints one line of JSON when it is up, then
-does what each line on its standard input says (`add`, or `kill N` for raylet N) and answers with
-`done`. It ends everything when its input ends. Everything is on loopback.
+Run as `python -m tests.raylets COUNT`: prints one line of JSON when it is up, then
+does what each line on its standard input says (`add`, `kill N` for raylet N, `gcs-down` and
+`gcs-up` for the head's control store) and answers with `done`. It ends everything
+when its input ends. Everything is on loopback.
 """
 
 import argparse
@@ -92,7 +93,9 @@ def main() -> None:
         initialize_head=True, shutdown_at_exit=False,
         head_node_args={**common, "include_dashboard": False},
     )  # fmt: skip
-    nodes = [cluster.head_node]
+    head = cluster.head_node
+    assert head is not None
+    nodes = [head]
     nodes += [cluster.add_node(**common) for _ in range(count - 1)]
     out.write(json.dumps({"address": cluster.address}) + "\n")
     out.flush()
@@ -100,6 +103,10 @@ def main() -> None:
         word, _, number = line.strip().partition(" ")
         if word == "add":
             nodes.append(cluster.add_node(**common))
+        elif word == "gcs-down":
+            head.kill_gcs_server()
+        elif word == "gcs-up":
+            head.start_gcs_server()
         elif word == "kill":
             cluster.remove_node(nodes[int(number)], allow_graceful=False)
         out.write("done\n")

@@ -86,8 +86,7 @@ class Gate:
             return
         role = REQUIRED.get(method)
         with self.audited(role, method, context.peer()) as note:
-            caller = self.admit(role, lambda: identify(self.identity, context))
-            note(caller)
+            caller = self.admit(role, lambda: note(identify(self.identity, context)))
             self.charge(caller, request_bytes)
             yield
 
@@ -115,16 +114,20 @@ class Gate:
     @contextmanager
     def audited(
         self, role: Role | None, method: str, peer: str
-    ) -> Iterator[Callable[[Principal], None]]:
-        """Write a line about a call that needs the admin role, however it ends."""
+    ) -> Iterator[Callable[[Principal], Principal]]:
+        """Write a line about a call that needs the admin role, however it ends.
+
+        Yields what has to be told the caller as soon as it is known, and gives it back.
+        """
         caller = Principal("", "")
         if role is not Role.ADMIN:
-            yield lambda principal: None
+            yield lambda principal: principal
             return
 
-        def note(principal: Principal) -> None:
+        def note(principal: Principal) -> Principal:
             nonlocal caller
             caller = principal
+            return principal
 
         outcome = "cancelled"
         try:

@@ -55,6 +55,7 @@ class WatchClient:
         self._address = address
         self._kind = kind
         self._config = config or WatchConfig()
+        self._credentials = credentials
 
     async def events(self) -> AsyncGenerator[Event, None]:
         """Yield what the publisher says; never raises for a fault of it or of the network."""

@@ -114,3 +114,16 @@ async def test_silence_on_both_streams_is_a_loss_and_cancels_the_call(
         await run(fleet, silence_ms=2_000.0)
     await eventually(lambda: worker.running == 0)
     assert worker.cancelled == 1
+
+
+async def test_a_request_that_comes_before_the_first_worker_waits_for_it(
+    fleet: Fleet, worker: ScriptedWorker
+) -> None:
+    with pytest.raises(Unreachable, match="no worker is ready yet"):
+        await fleet.offered("scripted", wait_ms=10)
+    waiting = [asyncio.create_task(fleet.offered("scripted", wait_ms=10_000)) for _ in range(3)]
+    await asyncio.sleep(0)
+    fleet.set_members(members(worker))
+    for offer in await asyncio.gather(*waiting):
+        assert offer.workers == {"w"}
+    assert (await fleet.offered("", wait_ms=0)).model == "scripted"

@@ -133,7 +133,7 @@ async def test_watching_and_clearing_are_separate_roles(node: RunningNode, rules
     lines = [json.loads(line) for line in rules.audit_log.read_text().splitlines()][before:]
     assert [(line["principal"], line["outcome"]) for line in lines] == [
         ("operator", "ok"),
-        ("", "Forbidden"),
+        ("monitor", "Forbidden"),
     ]
 
 

@@ -111,8 +111,11 @@ def test_each_admin_call_leaves_one_line_and_no_secret(tmp_path: Path) -> None:
     text = made.audit_log.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     assert [(line["principal"], line["outcome"]) for line in lines] == [
-        ("operator", "ok"), ("", "Forbidden"), ("", "Unauthenticated"), ("operator", "failed"),
-    ]  # fmt: skip
+        ("operator", "ok"),
+        ("team-a", "Forbidden"),
+        ("", "Unauthenticated"),
+        ("operator", "failed"),
+    ]
     assert all(line["method"] == CLEAR and line["peer"] for line in lines)
     assert "token" not in text
     assert made.audit_log.stat().st_mode & 0o077 == 0

@@ -9,6 +9,7 @@ from kvstore.core.names import Namespace
 from kvstore.rpc.v1 import (
     cache_pb2,
     cache_pb2_grpc,
+    cluster_pb2,
     inference_pb2,
     inference_pb2_grpc,
     record_pb2,
@@ -26,12 +27,13 @@ SERVICES = {
     "CacheNode": (
         cache_pb2,
         {
-            "Acquire", "Clear", "CloseSession", "Get", "Lookup", "OpenSession", "Pin", "Prefetch",
-            "Lend", "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
+            "Acquire", "Clear", "CloseSession", "Get", "Lend", "Lookup", "OpenSession", "Pin",
+            "Prefetch", "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
         },
     ),
     "Worker": (worker_pb2, {"Describe", "Run", "Watch"}),
     "Recorder": (record_pb2, {"Record"}),
+    "Cluster": (cluster_pb2, {"Drain", "Restart", "Scale", "Status"}),
     "Router": (router_pb2, {"Complete", "Explain", "Route"}),
     "Inference": (inference_pb2, {"Generate", "ListModels"}),
 }  # fmt: skip

@@ -70,7 +70,7 @@ class Placer:
 
         device = await self._device()
         selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
-        elsewhere = [selector] * count if avoid else None
+        elsewhere = [dict(selector) for _ in range(count)]
 
         def make() -> Any:
             try:

@@ -41,9 +41,8 @@ class Access:
         try:
             with self._gate.audited(role, f"{scope['method']} {scope['path']}", peer) as note:
                 caller = self._gate.admit(
-                    role, lambda: self._gate.identity.identify(headers_of(scope), peer)
+                    role, lambda: note(self._gate.identity.identify(headers_of(scope), peer))
                 )
-                note(caller)
                 scope[PRINCIPAL] = caller
         except KvStoreError as error:
             await _refuse(send, error)

@@ -61,6 +61,7 @@ class Fleet:
         self._members = Members()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._served: dict[str, Served] = {}
+        self._first = asyncio.Event()
         self._again: dict[str, asyncio.Event] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -104,6 +105,17 @@ class Fleet:
             raise NotFound(f"the model {model!r} does not exist; there is: {', '.join(offers)}")
         return offers[model]
 
+    async def offered(self, model: str, *, wait_ms: float) -> Offer:
+        """Return the same, waiting so long for a first worker: a frontend that has just been
+        restarted serves before it has heard of any.
+        """
+        if not self._served:
+            self._first.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_ms / 1_000):
+                    await self._first.wait()
+        return self.offer(model)
+
     def stub(self, worker: str) -> worker_pb2_grpc.WorkerStub:
         """Return the stub of a worker; raises `Unreachable` when it has left."""
         channel = self._channels.get(worker)
@@ -137,6 +149,7 @@ class Fleet:
             attempt += 1
             with suppress(KvStoreError):
                 self._served[member.name] = await self._describe_once(member)
+                self._first.set()
                 pause, attempt = REFRESH_SECONDS, 0
             again.clear()
             with suppress(TimeoutError):

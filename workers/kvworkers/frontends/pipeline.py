@@ -118,7 +118,7 @@ class Pipeline:
 
     async def _prepare(self, request: Generation) -> Running:
         arrived = time.monotonic()
-        offer = self.fleet.offer(request.model)
+        offer = await self.fleet.offered(request.model, wait_ms=self._config.wait_ms)
         prompt = await self._tokenise(request)
         room = offer.max_model_tokens - len(prompt)
         asked = request.sampling.max_tokens
