@@ -18,7 +18,7 @@ from pathlib import Path
 
 from kvstore.core.names import BlockName, Root
 from kvstore.tiers.base import BlockHeader
-from kvstore.tiers.nvme_format import ROW_BYTES, pack_row, slot_bytes
+from kvstore.tiers.block_rows import ROW_BYTES, pack_row, slot_bytes
 from kvstore.tiers.nvme_restart import read_rows
 from kvstore.tiers.nvme_space import NvmeSpace
 

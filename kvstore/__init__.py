@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from kvstore.client import (
         Acquired,
         AsyncClient,
+        AsyncRemoteClient,
         Client,
         ClientConfig,
         Lookup,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Acquired",
     "AsyncClient",
+    "AsyncRemoteClient",
     "BadInput",
     "BlockName",
     "Client",

@@ -11,6 +11,7 @@ from kvstore.cli.bench_rows import Bench
 from kvstore.cli.bench_store_disk import bench_disk
 from kvstore.cli.bench_store_index import bench_index, bench_restart
 from kvstore.cli.bench_store_node import bench_blocks, bench_calls, serve_echo, start_echo
+from kvstore.cli.bench_store_peer import bench_peers, pour
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import start_node
 
@@ -29,16 +30,23 @@ _BLOCKS = ("get in place 1 MiB", "get in place 4 MiB", "get copied 1 MiB", "get 
     help="Directory on the disk to measure; 3 GiB are written there. [a temporary one]",
 )
 @click.option("--echo", hidden=True, default="", help="Serve the bare echo here instead.")
-def store(pattern: str, quick: bool, as_json: bool, disk: Path | None, echo: str) -> None:
-    """Measure calls, local reads and writes, the index, restarts and the NVMe tier."""
+@click.option("--pour", "pour_bytes", hidden=True, default=0, help="Serve a bare socket instead.")
+def store(
+    pattern: str, quick: bool, as_json: bool, disk: Path | None, echo: str, pour_bytes: int
+) -> None:
+    """Measure calls, local and remote reads and writes, the index, restarts and the NVMe tier."""
     if echo:
         asyncio.run(serve_echo(echo))
+        return
+    if pour_bytes:
+        pour(pour_bytes)
         return
     bench = Bench("store", pattern, pairs=7 if quick else 9, quick=quick, as_json=as_json)
     directory = Path(tempfile.mkdtemp(prefix="kvstore-bench-", dir=disk))
     try:
         if bench.wants(*_CALLS, *_BLOCKS, "node restart"):
             _measure_node(bench)
+        bench_peers(bench, directory)
         bench_index(bench, directory)
         asyncio.run(bench_disk(bench, directory))
     finally:

@@ -24,9 +24,9 @@ from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.block_rows import ROW_BYTES, pack_row, slot_bytes
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_config import NvmeConfig
-from kvstore.tiers.nvme_format import ROW_BYTES, pack_row, slot_bytes
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
 _CASES: Final = ("names looked up, in process", "memory per block held", "nvme index, restart")

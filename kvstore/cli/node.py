@@ -38,7 +38,21 @@ from kvstore.service.keeper import run_keeper
     help="Directory on a local disk for blocks that outlive the process; one node's own.",
 )
 @click.option("--nvme-bytes", type=BYTES, default=None, help="Bytes that --nvme may take.")
+@click.option(
+    "--files",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Shared directory for blocks that outlive the cluster; many nodes may use one.",
+)
+@click.option("--files-bytes", type=BYTES, default=None, help="Bytes that all blocks there take.")
 @click.option("--listen", default="127.0.0.1:0", show_default=True, help="gRPC over TCP.")
+@click.option(
+    "--bulk", default="127.0.0.1:0", show_default=True, help="Bytes for those without the arena."
+)
+@click.option(
+    "--peers",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that lists the other nodes, read again when it changes: docs/tiers.md.",
+)
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="GET /metrics.")
 @click.option(
     "--cluster-key-file",
@@ -84,6 +98,13 @@ from kvstore.service.keeper import run_keeper
 @click.option(
     "--trace", default="", metavar="URL", help="Send spans to this OTLP collector: docs/tracing.md."
 )
+@click.option(
+    "--scrub-bytes-per-s",
+    type=BYTES,
+    default="64MiB",
+    show_default=True,
+    help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:
     """Run this host's cache: a keeper, which owns the memory, and the cache node.
@@ -96,7 +117,9 @@ def node(as_json: bool, **options: Any) -> None:
         return
     if options["run_dir"] is None:
         raise click.UsageError("Missing option '--run-dir'.", context)
-    config = KeeperConfig(**{**options, "nvme_bytes": options["nvme_bytes"] or 0})
+    config = KeeperConfig(
+        **{**options, **{key: options[key] or 0 for key in ("nvme_bytes", "files_bytes")}}
+    )
 
     def ready(described: dict[str, Any]) -> None:
         if as_json:

@@ -1,4 +1,4 @@
-"""What workers, adapters and users call: `AsyncClient` and `Client`.
+"""What workers, adapters and users call: `AsyncClient`, `Client` and `AsyncRemoteClient`.
 
 Knows: sessions, Acquire and Settle, how to read a slot safely.
 Must not know: how a node decides; tensors; engines.
@@ -7,6 +7,7 @@ Must not know: how a node decides; tensors; engines.
 from kvstore.client.aio import AsyncClient
 from kvstore.client.blocking import Client
 from kvstore.client.config import ClientConfig
+from kvstore.client.remote import AsyncRemoteClient
 from kvstore.client.replies import (
     Acquired,
     Lookup,
@@ -21,6 +22,7 @@ from kvstore.client.replies import (
 __all__ = [
     "Acquired",
     "AsyncClient",
+    "AsyncRemoteClient",
     "Client",
     "ClientConfig",
     "Lookup",

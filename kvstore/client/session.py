@@ -229,7 +229,9 @@ def _handshake_blocking(
     hello = Hello(access.name, access.pids)
     grant, arena_fd, sock = connect_session(access.socket_path, hello, deadline_ms=deadline_ms)
     try:
-        return grant, ArenaMapping(arena_fd), sock
+        mapping = ArenaMapping(arena_fd)
+        mapping.prefault_soon()
+        return grant, mapping, sock
     except OSError as error:
         sock.close()
         raise Unreachable(f"the arena cannot be mapped: {error}") from error

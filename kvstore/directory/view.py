@@ -26,6 +26,7 @@ from kvstore.directory.events import (
     TierKind,
 )
 from kvstore.directory.places import BlockIndex, Place
+from kvstore.directory.policy import block_key
 
 DEFAULT_MAX_BLOCKS: Final = 16_000_000
 """Blocks in one view: about 2 GB. Beyond it new blocks are left out and matches promise less."""
@@ -193,6 +194,10 @@ class ClusterView:
         masks = list(distinct)
         found = dict(zip(masks, self._index.match(root, names, masks), strict=True))
         return [_held(reach, found) for reach in reaches]
+
+    def places_of(self, root: Root, name: BlockName) -> int:
+        """Return the bits of the places that hold one block, as in `PublisherView.tier_bits`."""
+        return self._index.places_of(block_key(root, name))
 
     def sweep(self, limit: int) -> int:
         """Do a bounded part of the cleaning after snapshots; 0 when nothing is left."""

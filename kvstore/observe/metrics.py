@@ -10,12 +10,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from kvstore.observe.buckets import LATENCY_SECONDS
 from kvstore.observe.client_metrics import ClientMetrics
+from kvstore.observe.peer_metrics import PeerMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 
 __all__ = [
     "ClientMetrics",
     "ClusterMetrics",
     "NodeMetrics",
+    "PeerMetrics",
     "RouterMetrics",
     "TierMetrics",
     "WorkerMetrics",
@@ -36,6 +38,9 @@ class NodeMetrics:
         )
         self.sealed_bytes = Counter(
             "kvstore_node_sealed_bytes", "Bytes hashed and sealed", registry=registry
+        )
+        self.scrubbed_bytes = Counter(
+            "kvstore_node_scrubbed_bytes", "Bytes reread and found good", registry=registry
         )
         self.evictions = Counter(
             "kvstore_node_evicted_blocks", "Blocks dropped", ["tier", "reason"], registry=registry

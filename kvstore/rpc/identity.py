@@ -16,6 +16,8 @@ class Role(StrEnum):
     """Subscribe to everything a publisher holds: routers and peers."""
     ADMIN = "admin"
     """Clear, drain, inspect."""
+    PEER = "peer"
+    """Read any block that it can name, under any root: other nodes of the cluster."""
     ARENA = "arena"
     """Map the arena: sees every tenant's bytes, so workers on this host only."""
 

@@ -43,6 +43,7 @@ class NodeChild:
         self.listen = config.listen
         """TCP address; the port is chosen by the first node and kept by its successors."""
         self.metrics = config.metrics
+        self.bulk = config.bulk
         self.incarnation = 0
         self.restarts = 0
 
@@ -116,13 +117,18 @@ class NodeChild:
             "--rpc": config.rpc,
             "--listen": self.listen,
             "--metrics": self.metrics,
+            "--bulk": self.bulk,
             "--cluster-key-file": config.key_file,
             "--lease-ms": config.lease_ms,
             "--claim-ms": config.claim_ms,
             "--policy": config.policy,
             "--trace": config.trace,
+            "--scrub-bytes-per-s": config.scrub_bytes_per_s,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
+            "--files": config.files or "",
+            "--files-bytes": config.files_bytes,
+            "--peers": config.peers or "",
         }
         return await asyncio.create_subprocess_exec(
             sys.executable,
@@ -171,6 +177,7 @@ class NodeChild:
         if message["op"] == "ready":
             self.incarnation = message["incarnation"]
             self.listen, self.metrics = message["listen"], message["metrics"]
+            self.bulk = message["bulk"]
             self._ready.set()
             self._on_ready()
         elif message["op"] == "writers_done":

@@ -1,17 +1,18 @@
 """Forgets a root, or everything, in every tier of a node; a slice of the arena at a time."""
 
 import asyncio
+from collections.abc import Iterable
 from typing import Final
 
 from kvstore.core.names import Root
 from kvstore.service.store import ArenaStore
-from kvstore.tiers.nvme import NvmeTier
+from kvstore.tiers.base import StoredTier
 
 _SLICE: Final = 4_096
 """Slots between two looks at other work: a few milliseconds."""
 
 
-async def clear(store: ArenaStore, nvme: NvmeTier | None, root: Root | None) -> int:
+async def clear(store: ArenaStore, below: Iterable[StoredTier], root: Root | None) -> int:
     """Drop every block under a root (None: all); returns how many, each tier counted for itself.
 
     Blocks under a lease are void at once and their slots free when the lease ends; those on their
@@ -28,4 +29,6 @@ async def clear(store: ArenaStore, nvme: NvmeTier | None, root: Root | None) -> 
         cleared += store.clear(number, first, first + _SLICE)
         await asyncio.sleep(0)
     # Below last: what an eviction was about to write is dropped above by now.
-    return cleared + (await nvme.clear(root) if nvme is not None else 0)
+    for tier in below:
+        cleared += await tier.clear(root)
+    return cleared

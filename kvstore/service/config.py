@@ -9,6 +9,7 @@ from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES, MAX_ID_BYTES
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.service.below import BelowConfig
+from kvstore.service.scrubbing import DEFAULT_BYTES_PER_S
 from kvstore.transport.arena import ArenaSize
 
 SOCKET_PATH_BYTES: Final = 107
@@ -44,6 +45,16 @@ class KeeperConfig:
     """Directory of the NVMe tier; None: there is none."""
     nvme_bytes: int = 0
     """Bytes that it may take on its disk."""
+    files: Path | None = None
+    """Directory of shared files; None: there are none."""
+    files_bytes: int = 0
+    """Bytes that the blocks in it may take, whoever wrote them."""
+    bulk: str = "127.0.0.1:0"
+    """Bulk port: bytes for clients and nodes that do not map the arena."""
+    peers: Path | None = None
+    """File that lists the other nodes; None: there are none."""
+    scrub_bytes_per_s: int = DEFAULT_BYTES_PER_S
+    """How fast idle blocks in memory are reread; 0: not at all."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -60,10 +71,23 @@ class KeeperConfig:
             raise BadInput(f"--name must be printable and at most {MAX_ID_BYTES} bytes")
         if len(os.fsencode(self.run_dir / KEEPER_SOCKET)) > SOCKET_PATH_BYTES:
             raise BadInput(f"--run-dir {self.run_dir} is too long for a Unix socket's path")
-        for flag, address in (("--listen", self.listen), ("--metrics", self.metrics)):
+        for flag, address in (
+            ("--listen", self.listen),
+            ("--metrics", self.metrics),
+            ("--bulk", self.bulk),
+        ):
             check_loopback(flag, address)
         make_policy(self.policy)
-        BelowConfig(nvme=self.nvme, nvme_bytes=self.nvme_bytes, policy=self.policy)
+        BelowConfig(
+            nvme=self.nvme,
+            nvme_bytes=self.nvme_bytes,
+            files=self.files,
+            files_bytes=self.files_bytes,
+            peers=self.peers,
+            policy=self.policy,
+        )
+        if self.scrub_bytes_per_s < 0:
+            raise BadInput(f"--scrub-bytes-per-s {self.scrub_bytes_per_s} is negative")
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")
 

@@ -1,9 +1,9 @@
 """Hashes blocks off the event loop: seals committed ones and verifies adopted ones.
 
-One thread (xxhash lets go of the interpreter while it reads), fed from three queues by urgency:
-verifications that an Acquire waits for, fresh commits, and adopted blocks that nobody asked for
-yet. A job is at most `JOB_BYTES`, so an urgent one waits a few milliseconds. Slots of a job are
-pinned: nothing is sealed or dropped on old evidence.
+One thread (xxhash lets go of the interpreter while it reads), fed from four queues by urgency:
+verifications that an Acquire waits for, fresh commits, adopted blocks that nobody asked for
+yet, and blocks to be scrubbed. A job is at most `JOB_BYTES`, so an urgent one waits a few
+milliseconds. Slots of a job are pinned: nothing is sealed or dropped on old evidence.
 """
 
 import asyncio
@@ -42,6 +42,7 @@ class Hasher:
         self._metrics = metrics
         self._urgent: deque[_Urgent] = deque()
         self._idle: deque[int] = deque()
+        self._scrub: deque[int] = deque()
         self._work = asyncio.Event()
         self._progress = asyncio.Event()
         self.unverified = 0
@@ -74,6 +75,13 @@ class Hasher:
                 await urgent.done.wait()
         except TimeoutError:
             return  # the rest goes on being verified; the caller answers with what is ready
+
+    async def scrub(self, slots: Iterable[int]) -> None:
+        """Reread these blocks when nothing else is to be done; returns when all were."""
+        self._scrub.extend(slots)
+        self._work.set()
+        while self._scrub:
+            await self.progress()
 
     async def progress(self) -> None:
         """Return at the next change of what is readable."""
@@ -155,6 +163,10 @@ class Hasher:
                 return slot, table.generation[slot]
         if first:  # the jobs before are done too
             self.unverified = 0
+        while self._scrub:
+            slot = self._scrub.popleft()
+            if table.state[slot] == SlotState.SEALED and table.servable[slot]:
+                return slot, table.generation[slot]
         return None
 
     def _needs_verifying(self, slot: int) -> bool:
@@ -166,30 +178,42 @@ class Hasher:
         table.unpin([slot for slot, _ in job])
         sealed: list[int] = []
         sealed_sums: list[bytes] = []
-        sealed_bytes = 0
         for (slot, generation), found in zip(job, sums, strict=True):
             assert table.generation[slot] == generation, "a pinned slot was given away"
             if table.state[slot] == SlotState.COMMITTED:
                 sealed.append(slot)
                 sealed_sums.append(found)
-                sealed_bytes += table.root_of(slot).shape.payload_bytes
-            elif self._needs_verifying(slot):  # and was not dropped meanwhile
+            elif table.state[slot] == SlotState.SEALED:  # and was not dropped meanwhile
                 self._judge(slot, found)
-        table.seal(sealed, sealed_sums)
-        self._metrics.sealed_bytes.inc(sealed_bytes)
-        for slot in sealed:
-            self._tell_sealed(slot)
+        self._seal(sealed, sealed_sums)
         self.announce()
 
-    def _judge(self, slot: int, found: bytes) -> None:
-        """Serve an adopted block whose bytes have their sum; forget any other."""
+    def seal_summed(self) -> None:
+        """Seal what was committed with sums that were verified on arrival: no second hashing."""
+        summed, self._store.summed = self._store.summed, []
+        if summed:
+            self._seal([slot for slot, _ in summed], [block_sum for _, block_sum in summed])
+            self.announce()
+
+    def _seal(self, slots: list[int], sums: list[bytes]) -> None:
         table = self._store.table
-        if table.arena.record(slot).sum == found:
+        table.seal(slots, sums)
+        self._metrics.sealed_bytes.inc(sum(table.root_of(s).shape.payload_bytes for s in slots))
+        for slot in slots:
+            self._tell_sealed(slot)
+
+    def _judge(self, slot: int, found: bytes) -> None:
+        """Serve an adopted block whose bytes have their sum; forget any that has another."""
+        table = self._store.table
+        block_bytes = table.root_of(slot).shape.payload_bytes
+        if table.arena.record(slot).sum != found:
+            self.note_corrupt("dram", table.key[slot])
+            table.drop(slot, reason="corrupt")  # a lease on it is void at once
+        elif table.servable[slot]:
+            self._metrics.scrubbed_bytes.inc(block_bytes)
+        else:
             table.servable[slot] = 1
             self._tell_sealed(slot)
-            return
-        self.note_corrupt("dram", table.key[slot])
-        table.evict([slot], reason="corrupt")
 
     def note_corrupt(self, tier: str, key: int) -> None:
         """Count a block that failed its sum, and remember it for the Acquire that misses it."""

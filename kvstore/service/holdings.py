@@ -1,43 +1,43 @@
 """Everything a node holds, arena and tiers below, as one table for `Watch`. Pure."""
 
-from collections.abc import Sequence
-from typing import Final, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.publisher import Publisher
 from kvstore.service.slots import SlotTable
-from kvstore.tiers.nvme_format import HEADER_BYTES
-from kvstore.tiers.nvme_space import Held
+from kvstore.tiers.base import Held, StoredTier
+from kvstore.tiers.block_rows import HEADER_BYTES
 
-_BELOW: Final = 1 << 40
-"""Cursors from here on are in the tier below; no arena has that many slots."""
-
-
-class Scannable(Protocol):
-    """A tier that can be listed in slices: see `NvmeTier.scan`."""
-
-    def scan(self, cursor: int, limit: int) -> tuple[list[Held], int | None]: ...
+Stored = dict[TierKind, StoredTier]
+"""Tiers with a medium of their own, fastest first."""
+_TIER_SHIFT: Final = 56
+"""A cursor's upper bits say which table it is in: 0 the arena, then the tiers in order."""
 
 
 class NodeHoldings:
-    """The arena's slots first, then what the tier below holds."""
+    """The arena's slots first, then what the tiers below hold."""
 
-    def __init__(self, table: SlotTable, below: Scannable) -> None:
+    def __init__(self, table: SlotTable, below: Mapping[TierKind, StoredTier]) -> None:
         self._table = table
-        self._below = below
+        self._below = list(below.items())
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
         """Return a slice of a snapshot: see `kvstore.directory.publisher.Holdings`."""
-        if cursor < _BELOW:
-            changes, following = self._table.scan(cursor, limit)
-            return changes, _BELOW if following is None else following
-        held, following = self._below.scan(cursor - _BELOW, limit)
-        changes = [
-            Changed(root=root, tier=TierKind.NVME, names=names, block_bytes=block_bytes)
-            for (root, block_bytes), names in by_root(held).items()
-        ]
-        return changes, None if following is None else _BELOW + following
+        number, inner = cursor >> _TIER_SHIFT, cursor & ((1 << _TIER_SHIFT) - 1)
+        if not number:
+            changes, following = self._table.scan(inner, limit)
+        else:
+            kind, tier = self._below[number - 1]
+            held, following = tier.scan(inner, limit)
+            changes = [
+                Changed(root=root, tier=kind, names=names, block_bytes=block_bytes)
+                for (root, block_bytes), names in by_root(held).items()
+            ]
+        if following is not None:
+            return changes, number << _TIER_SHIFT | following
+        return changes, (number + 1) << _TIER_SHIFT if number < len(self._below) else None
 
 
 def by_root(held: Sequence[Held]) -> dict[tuple[Root, int], list[BlockName]]:
@@ -48,10 +48,10 @@ def by_root(held: Sequence[Held]) -> dict[tuple[Root, int], list[BlockName]]:
     return names
 
 
-def publish(publisher: Publisher, held: Sequence[Held], *, deleted: bool) -> None:
-    """Tell watchers what the tier below holds now, or does not any more."""
+def publish(publisher: Publisher, kind: TierKind, held: Sequence[Held], *, deleted: bool) -> None:
+    """Tell watchers what a tier below holds now, or does not any more."""
     for (root, block_bytes), names in by_root(held).items():
         if deleted:
-            publisher.delete(root, TierKind.NVME, names)
+            publisher.delete(root, kind, names)
         else:
-            publisher.set(root, TierKind.NVME, names, block_bytes=block_bytes)
+            publisher.set(root, kind, names, block_bytes=block_bytes)

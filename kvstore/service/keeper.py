@@ -129,6 +129,7 @@ class Keeper:
             "keeper_socket": str(config.keeper_socket),
             "rpc": config.rpc,
             "listen": child.listen,
+            "bulk": child.bulk,
             "metrics": child.metrics,
             "incarnation": child.incarnation,
         }

@@ -13,7 +13,7 @@ from typing import Final
 from kvstore.core.errors import BadInput, KvStoreError, Refused, Unreachable
 from kvstore.service.child import SessionRow
 from kvstore.service.config import KeeperConfig
-from kvstore.service.promotion import LOADER_SESSION
+from kvstore.service.sessions import FIRST_REMOTE_SESSION
 from kvstore.transport.session_socket import (
     TOKEN_BYTES,
     Grant,
@@ -140,7 +140,7 @@ class KeptSessions:
     def _next_number(self) -> int:
         """Return the number after the last one that is not in use: reused as late as possible."""
         while True:
-            self._last = self._last % (LOADER_SESSION - 1) + 1  # that one is the node's own
+            self._last = self._last % (FIRST_REMOTE_SESSION - 1) + 1  # the rest is the node's own
             if self._last not in self._kept:
                 return self._last
 

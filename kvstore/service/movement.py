@@ -25,7 +25,7 @@ from kvstore.service.hashing import Hasher
 from kvstore.service.promotion import Load, Promoter
 from kvstore.service.store import ArenaStore
 from kvstore.tiers.base import BlockHeader, ReadItem, Tier, WriteItem
-from kvstore.transfer.lanes import Lane, LaneLimits, Lanes
+from kvstore.transfer.lanes import BATCH_BYTES, Lane, LaneLimits, Lanes
 from kvstore.transfer.rate import Rate
 
 _log = logging.getLogger(__name__)
@@ -55,6 +55,12 @@ class Lower:
 
     kind: TierKind
     tier: Tier
+    own: bool = True
+    """Whether other nodes are lent what it holds: not what they can reach themselves."""
+    keeps: bool = True
+    """Whether sealed blocks are written to it."""
+    batch_bytes: int = BATCH_BYTES
+    """What makes one operation of small blocks worth while."""
 
 
 class Dirty(NamedTuple):
@@ -86,7 +92,11 @@ class Movement:
         self._limits = limits or MovementLimits()
         self._lanes: dict[TierKind, Lanes[Move]] = {
             lower.kind: Lanes(
-                partial(self._carry, lower), _LANES, batches=_BATCHES, on_failed=self._batch_failed
+                partial(self._carry, lower),
+                _LANES,
+                batches=_BATCHES,
+                batch_bytes=lower.batch_bytes,
+                on_failed=self._batch_failed,
             )
             for lower in lowers
         }
@@ -105,10 +115,10 @@ class Movement:
 
     # -- what a decision asks (kvstore.service.promotion.Below) ----------------------------
 
-    def holder(self, root: Root, name: BlockName) -> TierKind | None:
-        """Return the fastest tier that holds a block and can be read now."""
+    def holder(self, root: Root, name: BlockName, *, own: bool = False) -> TierKind | None:
+        """Return the fastest tier that holds a block and can be read now; `own`: of this node."""
         for lower in self._lowers:
-            if lower.tier.holds(root, name):
+            if (lower.own or not own) and lower.tier.holds(root, name):
                 return lower.kind
         return None
 
@@ -163,7 +173,7 @@ class Movement:
                 if self._arrived(lower, load, item, outcome)
             ]
             self._store.table.tell_inserted(arrived, self._loop.time() * 1_000)
-            self._hasher.wake()
+            self._hasher.seal_summed()
             self._hasher.announce()
 
     def _arrived(self, lower: Lower, load: Load, item: ReadItem, outcome: Outcome) -> bool:
@@ -175,16 +185,29 @@ class Movement:
             self._hasher.note_corrupt(lower.kind.name.lower(), table.key[slot])
         holder = table.index.get(table.key[slot])
         twice = holder is not None and holder != slot and table.state[holder] in READABLE
-        if outcome is not Outcome.HIT or twice or not self.promoter.wants(slot):
-            self._give_up(slot)
+        wanted = not twice and self.promoter.wants(slot)
+        if outcome is not Outcome.HIT or not wanted:
+            elsewhere = wanted and item.drained.is_set() and self._go_on(lower, load, item)
+            if not elsewhere:
+                self._give_up(slot)
             self._unpin_drained(slot, item.drained)
             return False
         table.unpin([slot])
         self.promoter.settled(slot)
         committed = table.commit(slot)
         assert committed, "somebody else holds the block, and it was looked for"
-        self._store.to_seal.append((slot, load.generation))
+        self._store.summed.append((slot, item.sum))
         return True
+
+    def _go_on(self, failed: Lower, load: Load, item: ReadItem) -> bool:
+        """Ask the next tier that holds a block which this one did not give; False without one."""
+        after = self._lowers.index(failed) + 1
+        for lower in self._lowers[after:]:
+            if lower.tier.holds(item.root, item.name):
+                self.promoter.goes_on(load.slot, lower.kind)
+                again = load._replace(tier=lower.kind)
+                return bool(self._lanes[lower.kind].submit(Lane.LOAD, [(again, load.block_bytes)]))
+        return False
 
     def _give_up(self, slot: int) -> None:
         self.promoter.settled(slot)
@@ -197,9 +220,9 @@ class Movement:
         block_bytes = table.root_of(slot).shape.block_bytes
         dirty = Dirty(slot, table.generation[slot], block_bytes)
         for lower in self._lowers:
-            if not self._is_below(lower, slot) and not self._lanes[lower.kind].submit(
-                Lane.WRITE_BACK, [(dirty, block_bytes)]
-            ):
+            if not lower.keeps or self._is_below(lower, slot):
+                continue
+            if not self._lanes[lower.kind].submit(Lane.WRITE_BACK, [(dirty, block_bytes)]):
                 self._metrics.unwritten.labels(lower.kind.name.lower(), "queue").inc()
 
     async def _write_back(self, lower: Lower, batch: Sequence[Dirty]) -> None:

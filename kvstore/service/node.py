@@ -16,26 +16,32 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import grpc.aio
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.slots import SlotState
 from kvstore.directory.policies import make_policy
-from kvstore.observe.metrics import NodeMetrics, exposition
+from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics, exposition
 from kvstore.observe.tracing import start_tracing
 from kvstore.rpc.channel import listen, make_server
 from kvstore.rpc.identity import LocalIdentity
 from kvstore.rpc.trace_interceptor import TraceInterceptor
 from kvstore.rpc.v1 import cache_pb2_grpc, inspect_pb2_grpc, record_pb2_grpc
 from kvstore.service.adopt import adopt
-from kvstore.service.below import BelowConfig, BelowDram
+from kvstore.service.below import BelowConfig, BelowDram, NodeParts
+from kvstore.service.bulk_port import BulkPort
+from kvstore.service.calls import ServiceParts
 from kvstore.service.control import Control, Message
 from kvstore.service.hashing import Hasher
 from kvstore.service.inspection import InspectorService
 from kvstore.service.metrics_http import MetricsServer
 from kvstore.service.recorder import Recorders, RecorderService
-from kvstore.service.servicer import CacheNodeService, ServiceParts
+from kvstore.service.remote_sessions import RemoteSessions
+from kvstore.service.requests import now_ms
+from kvstore.service.scrubbing import Scrubber
+from kvstore.service.servicer import CacheNodeService
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
 from kvstore.transport.arena import ArenaMapping
@@ -61,6 +67,9 @@ class Node:
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
+            files=Path(options.files) if options.files else None,
+            files_bytes=options.files_bytes,
+            peers=Path(options.peers) if options.peers else None,
             policy=options.policy,
         )
         table = SlotTable(
@@ -79,8 +88,12 @@ class Node:
         # A keeper's death starts incarnations anew; the clock goes on.
         self._store = ArenaStore(table, limits, first_lease=time.time_ns())
         self._hasher = Hasher(self._store, self._metrics)
+        self._tracing = start_tracing(options.trace, service="kvstore-node", name=options.name)
         self._identity = LocalIdentity()
         self._recorders = Recorders(self._metrics)
+        self._peer_metrics = PeerMetrics(self._registry)
+        self._bulk = BulkPort(table, self._peer_metrics, now_ms)
+        self._remote = RemoteSessions(self._store, self._bulk)
         self._below: BelowDram | None = None
         self._adopted = False
         self._ended = asyncio.Event()
@@ -94,46 +107,56 @@ class Node:
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         await asyncio.wait_for(self._until_start(), _START_DEADLINE_S)
         self._adopt()
-        below = self._below = await BelowDram.start(
-            self._below_config, self._store, self._hasher, self._metrics, self._registry
+        parts = NodeParts(
+            node=self._options.name,
+            store=self._store,
+            hasher=self._hasher,
+            metrics=self._metrics,
+            tier_metrics=TierMetrics(self._registry),
+            peer_metrics=self._peer_metrics,
         )
+        below = self._below = await BelowDram.start(self._below_config, parts)
         loop.add_reader(self._control.fileno(), self._hear)
         tasks = [
             asyncio.create_task(self._hasher.run(), name="hash"),
             asyncio.create_task(self._keep_house(), name="housekeeping"),
+            asyncio.create_task(self._scrubbed(), name="scrub"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
-        tracing = start_tracing(
-            self._options.trace, service="kvstore-node", name=self._options.name
-        )
-        server, health = make_server(interceptors=[TraceInterceptor(tracing)] if tracing.on else ())
+        traced = [TraceInterceptor(self._tracing)] if self._tracing.on else ()
+        server, health = make_server(interceptors=traced)
         metrics = MetricsServer(exposition(self._registry))
         try:
-            cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
+            self._add_services(server, below)
             listen(server, self._options.rpc)
-            record_pb2_grpc.add_RecorderServicer_to_server(
-                RecorderService(self._recorders, self._identity), server
-            )
-            inspect_pb2_grpc.add_InspectorServicer_to_server(
-                InspectorService(self._store, below, self._identity), server
-            )
             bound = listen(server, self._options.listen)
             metrics_bound = await metrics.start(self._options.metrics)
+            bulk_bound = await self._bulk.start(self._options.bulk)
             await server.start()
             await health.set("", health_pb2.HealthCheckResponse.SERVING)
-            self._say("ready", listen=bound, metrics=metrics_bound)
+            self._say("ready", listen=bound, metrics=metrics_bound, bulk=bulk_bound)
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             loop.remove_reader(self._control.fileno())
             await server.stop(0.2)
+            await self._bulk.stop()
             await below.close()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await metrics.stop()
-            await asyncio.to_thread(tracing.close)
+            await asyncio.to_thread(self._tracing.close)
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
+
+    def _add_services(self, server: grpc.aio.Server, below: BelowDram) -> None:
+        cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
+        record_pb2_grpc.add_RecorderServicer_to_server(
+            RecorderService(self._recorders, self._identity), server
+        )
+        inspect_pb2_grpc.add_InspectorServicer_to_server(
+            InspectorService(self._store, below, self._identity), server
+        )
 
     def _service(self, below: BelowDram) -> CacheNodeService:
         return CacheNodeService(
@@ -146,6 +169,8 @@ class Node:
                 metrics=self._metrics,
                 identity=self._identity,
                 recorders=self._recorders,
+                bulk=self._bulk,
+                remote=self._remote,
                 catch_up=self._hear,
                 started_s=self._started_s,
             )
@@ -239,13 +264,23 @@ class Node:
         except Unreachable:
             self._ended.set()
 
+    async def _scrubbed(self) -> None:
+        """Scrub; a node that is told not to has nothing to end for."""
+        rate = self._options.scrub_bytes_per_s
+        await Scrubber(self._store.table, self._hasher, rate).run()
+        await self._ended.wait()
+
     # -- housekeeping ----------------------------------------------------------------------
 
     async def _keep_house(self) -> None:
         while True:
-            expired = self._store.expire(time.monotonic() * 1_000)
+            expired = self._store.expire(now_ms())
             if expired:
                 self._metrics.leases_expired.inc(expired)
+            ended = self._remote.expire(now_ms())
+            if ended:
+                self._hasher.announce()
+            self._bulk.expire(now_ms())
             self._control_flush()
             self._measure()
             await asyncio.sleep(HOUSEKEEPING_S)
@@ -259,6 +294,7 @@ class Node:
     def _measure(self) -> None:
         table, metrics = self._store.table, self._metrics
         metrics.sessions.set(len(self._store.sessions))
+        self._peer_metrics.remote_sessions.set(len(self._remote))
         metrics.leases.set(len(self._store.leases))
         metrics.used_bytes.labels("dram").set(table.used_bytes)
         metrics.capacity_bytes.labels("dram").set(table.space.data_bytes)
@@ -295,8 +331,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--trace", default="")
+    parser.add_argument("--scrub-bytes-per-s", type=int, required=True)
+    parser.add_argument("--bulk", required=True)
+    parser.add_argument("--peers", default="")
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
+    parser.add_argument("--files", default="")
+    parser.add_argument("--files-bytes", type=int, default=0)
     return parser.parse_args(arguments)
 
 
@@ -311,6 +352,7 @@ def main(arguments: list[str]) -> int:
     control = Control(socket.socket(fileno=options.control_fd))
     try:
         arena = ArenaMapping(options.arena_fd, owner=True)
+        arena.prefault_soon()
         asyncio.run(_serve(options, control, arena))
     except (KvStoreError, OSError) as error:
         _log.error("%s", error)

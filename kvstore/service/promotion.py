@@ -35,8 +35,11 @@ class Load(NamedTuple):
 class Below(Protocol):
     """What lies below DRAM, as a decision needs to know it; from memory, never a device."""
 
-    def holder(self, root: Root, name: BlockName) -> TierKind | None:
-        """Return the fastest tier that holds a block and can be read now."""
+    def holder(self, root: Root, name: BlockName, *, own: bool = False) -> TierKind | None:
+        """Return the fastest tier that holds a block and can be read now.
+
+        `own`: among those of this node alone.
+        """
         ...
 
     def loadable_bytes(self, tier: TierKind, within_ms: float) -> int:
@@ -94,16 +97,28 @@ class Promoter:
             answer.tiers.append(tier)
         return answer
 
-    def prefetch(self, wanted: Wanted, within_ms: float) -> list[Load]:
-        """Return loads for those of the names that are held below only, in order."""
+    def prefetch(self, wanted: Wanted, within_ms: float, *, own: bool = False) -> list[Load]:
+        """Return loads for those of the names that are held below only, in order.
+
+        `own`: for another node, from the tiers of this one; its names need not be a prefix.
+        """
         answer = Pending()
         budget: dict[TierKind, int] = {}
         for index, key in enumerate(wanted.keys):
             if key in self._reserver.table.index:
                 continue
-            if self._start(wanted, index, within_ms, budget, answer) is None:
+            started = self._start(wanted, index, within_ms, budget, answer, own=own)
+            if started is None and (answer.reason is not MissReason.NONE or not own):
                 break
         return answer.loads
+
+    def loading(self, slot: int) -> bool:
+        """Say whether a reserved slot is being filled from below."""
+        return slot in self._from
+
+    def goes_on(self, slot: int, tier: TierKind) -> None:
+        """Take note that a slot is filled from another tier than before."""
+        self._from[slot] = tier
 
     def forget(self, root_number: int | None) -> None:
         """Let what is on its way under a root (None: any) not count when it arrives."""
@@ -129,10 +144,12 @@ class Promoter:
         within_ms: float,
         budget: dict[TierKind, int],
         answer: Pending,
+        *,
+        own: bool = False,
     ) -> TierKind | None:
         """Reserve a slot and add a load for one block; None where it stays below or is nowhere."""
         info = wanted.info
-        tier = self._below.holder(info.root, BlockName(wanted.name(index)))
+        tier = self._below.holder(info.root, BlockName(wanted.name(index)), own=own)
         if tier is None:
             return None
         if tier not in budget:

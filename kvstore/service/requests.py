@@ -2,6 +2,7 @@
 
 import time
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import grpc.aio
 
@@ -32,6 +33,14 @@ def patience_s(context: Context, deadline_ms: int) -> float:
     left = context.time_remaining()
     patience_s = deadline_ms / 1_000
     return patience_s if left is None else min(patience_s, left / 2)
+
+
+def peer_host(context: Context) -> str:
+    """Return the address that a caller comes from; loopback for a Unix socket's."""
+    kind, _, address = context.peer().partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return "127.0.0.1"
+    return unquote(address).rpartition(":")[0].strip("[]")
 
 
 def deadline(deadline_ms: int) -> int:

@@ -3,15 +3,13 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Final
 
 from kvstore.core.errors import (
     BadInput,
     Forbidden,
-    KvStoreError,
     Refused,
     SessionLost,
     TooLarge,
@@ -21,15 +19,13 @@ from kvstore.core.limits import MAX_NAMES_PER_CALL, NAME_BYTES
 from kvstore.core.names import BlockName, derive_root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind
-from kvstore.observe.metrics import NodeMetrics
 from kvstore.rpc.convert import check_id, check_names, namespace_from_proto, root_from_wire
-from kvstore.rpc.identity import Identity, Principal, Role
+from kvstore.rpc.identity import Principal, Role
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
 from kvstore.rpc.watch_server import serve_watch
-from kvstore.service.below import BelowDram
+from kvstore.service.bulk_calls import BulkCalls
+from kvstore.service.calls import SESSION_KEY, ServiceParts
 from kvstore.service.clearing import clear
-from kvstore.service.hashing import Hasher
-from kvstore.service.recorder import Recorders
 from kvstore.service.requests import (
     Context,
     deadline,
@@ -43,10 +39,9 @@ from kvstore.service.reserver import Wanted
 from kvstore.service.roots import BlockShape, RootInfo, keys_of
 from kvstore.service.sessions import Session
 from kvstore.service.statistics import stats_reply
-from kvstore.service.store import Acquired, ArenaStore
+from kvstore.service.store import Acquired
 from kvstore.transfer.lanes import Lane
 
-SESSION_KEY: Final = "kvstore-session-bin"
 MAX_WAITERS: Final = 1_024
 _DRAM_BIT: Final = 1 << int(TierKind.DRAM)
 _SERVED_GROUP: Final = "full"
@@ -54,35 +49,11 @@ MAX_PIN_MS: Final = 86_400_000
 """A day: longer is a mistake in units, or wants another tier."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceParts:
-    """What the service stands on."""
-
-    name: str
-    cluster_key: bytes
-    store: ArenaStore
-    hasher: Hasher
-    below: BelowDram
-    metrics: NodeMetrics
-    identity: Identity
-    recorders: Recorders
-    catch_up: Callable[[], None]
-    """Takes in what the keeper has said so far about sessions."""
-    started_s: float
-
-
-class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
-    """Answers `CacheNode` calls; one instance per node, on one event loop.
-
-    Calls that are not here (`Ticket`, `Get`, `Put`) answer UNIMPLEMENTED: that is what the
-    interceptor makes of the generated base.
-    """
+class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
+    """Answers `CacheNode` calls; one instance per node, on one event loop."""
 
     def __init__(self, parts: ServiceParts) -> None:
-        self._parts = parts
-        self._store = parts.store
-        self._hasher = parts.hasher
-        self._below = parts.below
+        super().__init__(parts)
         self._waiters = 0
 
     # -- sessions --------------------------------------------------------------------------
@@ -95,9 +66,6 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             principal = self._principal(context)
             if request.share_domain not in ("", principal.share_domain):
                 raise Forbidden(f"share domain {request.share_domain!r:.80} is not the caller's")
-            if not metadata(context).get(SESSION_KEY):
-                raise Unsupported("remote sessions need the bulk port, which is not served yet")
-            session = self._session(context)
             check_id(request.client, "client")
             namespace = namespace_from_proto(request.namespace)
             if namespace.group != _SERVED_GROUP:
@@ -106,6 +74,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             shape.check(self._store.table.space.data_bytes)
             root = derive_root(self._parts.cluster_key, namespace.digest(), principal.share_domain)
             info = self._store.table.roots.open(root, shape, domain=principal.share_domain)
+            session = self._opening_session(context, principal)
             session.roots[root] = info
             session.client = request.client or session.client
             return cache_pb2.OpenSessionReply(
@@ -115,6 +84,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
                 lease_ms=self._store.limits.lease_ms,
                 reserve_quota_bytes=self._store.limits.reserve_quota_bytes,
                 node=self._parts.name,
+                session_ms=self._parts.remote.session_ms(session),
             )
 
     async def CloseSession(
@@ -123,11 +93,20 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         """End a session at its client's word: nothing of it reads or writes any more."""
         with self._measured("CloseSession"):
             session = self._session(context)
-            leases, reserved = self._store.close(session, writers_gone=True)
+            if session.arrived is not None:
+                leases, reserved = self._parts.remote.end(session)
+            else:
+                leases, reserved = self._store.close(session, writers_gone=True)
             self._hasher.announce()
             return cache_pb2.CloseSessionReply(
                 leases_released=leases, reservations_aborted=reserved
             )
+
+    def _opening_session(self, context: Context, principal: Principal) -> Session:
+        """Return the caller's session: its own, or a new remote one where it has none."""
+        if metadata(context).get(SESSION_KEY):
+            return self._session(context)
+        return self._parts.remote.open(principal.name, now_ms())
 
     # -- blocks ----------------------------------------------------------------------------
 
@@ -179,6 +158,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             aborted = self._store.abort(session, info, abort)
             released = self._store.release(session, request.release)
             if commit or abort:
+                self._hasher.seal_summed()
                 self._hasher.wake()
                 self._hasher.announce()
             reply = cache_pb2.SettleReply()
@@ -261,10 +241,11 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
     ) -> cache_pb2.ClearReply:
         """Forget a root, or everything, in every tier of this node."""
         with self._measured("Clear"):
-            if Role.ADMIN not in self._principal(context).roles:
-                raise Forbidden("clearing needs the admin role")
+            self._needs(context, Role.ADMIN, "clearing")
             root = root_from_wire(request.root) if request.root else None
-            return cache_pb2.ClearReply(blocks=await clear(self._store, self._below.nvme, root))
+            return cache_pb2.ClearReply(
+                blocks=await clear(self._store, self._below.stored.values(), root)
+            )
 
     # -- the node --------------------------------------------------------------------------
 
@@ -277,7 +258,7 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             return stats_reply(
                 self._parts.name,
                 self._store,
-                self._below.nvme,
+                self._below.stored,
                 corrupt=self._hasher.corrupt_blocks,
                 uptime_s=time.monotonic() - self._parts.started_s,
             )
@@ -286,38 +267,13 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
         self, request: watch_pb2.WatchRequest, context: Context
     ) -> AsyncIterator[watch_pb2.WatchReply]:
         """Send a snapshot of what is held and then every change."""
-        if Role.WATCH not in self._principal(context).roles:
-            raise Forbidden("watching needs the watch role")
+        self._needs(context, Role.WATCH, "watching")
         # Closed here and now when the subscriber goes, not when garbage is collected.
         async with aclosing(serve_watch(self._store.table.publisher, request)) as replies:
             async for reply in replies:
                 yield reply
 
     # -- parts -----------------------------------------------------------------------------
-
-    @property
-    def _incarnation(self) -> int:
-        return self._store.table.publisher.incarnation
-
-    def _principal(self, context: Context) -> Principal:
-        return self._parts.identity.identify(metadata(context), context.peer())
-
-    def _session(self, context: Context) -> Session:
-        """Return the caller's session; raises `SessionLost` for a token unknown here."""
-        token = metadata(context).get(SESSION_KEY, b"")
-        token = token.encode() if isinstance(token, str) else token
-        session = self._store.sessions.by_token(token)
-        if session is None:
-            # The keeper told us before it told the client: the message is in our socket.
-            self._parts.catch_up()
-            session = self._store.sessions.by_token(token)
-        if session is None:
-            raise SessionLost("no such session here; open one on the keeper's socket")
-        return session
-
-    def _rooted(self, context: Context, root: bytes) -> tuple[Session, RootInfo]:
-        session = self._session(context)
-        return session, session.root(root_from_wire(root))
 
     async def _wait(self, info: RootInfo, packed: bytes, deadline_s: float) -> list[Outcome]:
         loop = asyncio.get_running_loop()
@@ -367,17 +323,3 @@ class CacheNodeService(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
             reason=types_pb2.MissReason.Name(int(answer.reason)),
             reserve_reason=types_pb2.MissReason.Name(int(answer.reserve_reason)),
         )
-
-    @contextmanager
-    def _measured(self, method: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        except KvStoreError as error:
-            self._parts.metrics.rpc_errors.labels(method, type(error).__name__).inc()
-            raise
-        except Exception:  # a bug: the interceptor logs it and answers INTERNAL
-            self._parts.metrics.rpc_errors.labels(method, "Internal").inc()
-            raise
-        finally:
-            self._parts.metrics.rpc_seconds.labels(method).observe(time.perf_counter() - started)

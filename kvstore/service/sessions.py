@@ -7,8 +7,11 @@ from typing import Final, NamedTuple
 
 from kvstore.core.errors import SessionLost, WrongRoot
 from kvstore.core.names import Root
+from kvstore.core.slots import MAX_SESSION
 from kvstore.service.roots import RootInfo
 
+FIRST_REMOTE_SESSION: Final = MAX_SESSION - 8_192
+"""Session numbers from here on are the node's own to give; the keeper's lie below."""
 MAX_LEASES_PER_SESSION: Final = 16_384
 """Acquires a session may hold unreleased; a worker has one for each running request."""
 
@@ -32,6 +35,11 @@ class Session:
     leases: set[int] = field(default_factory=set)
     reserved: set[int] = field(default_factory=set)
     reserved_bytes: int = 0
+    arrived: dict[int, bytes] | None = None
+    """Of a remote session: reserved slots that the bulk port has filled, and the sums of their
+    blocks. None: the client maps the arena and writes in place."""
+    filling: set[int] = field(default_factory=set)
+    """Reserved slots that stand on a ticket to be filled."""
     closed: bool = False
     """Its socket ended while a process that may still write lives: no calls, no new slots."""
 

@@ -2,12 +2,12 @@
 
 from kvstore.core.slots import SlotState
 from kvstore.rpc.v1 import cache_pb2, types_pb2
+from kvstore.service.holdings import Stored
 from kvstore.service.store import ArenaStore
-from kvstore.tiers.nvme import NvmeTier
 
 
 def stats_reply(
-    node: str, store: ArenaStore, nvme: NvmeTier | None, *, corrupt: int, uptime_s: float
+    node: str, store: ArenaStore, below: Stored, *, corrupt: int, uptime_s: float
 ) -> cache_pb2.StatsReply:
     """Count what is held; `corrupt` blocks of the arena failed their sums so far."""
     table = store.table
@@ -29,16 +29,16 @@ def stats_reply(
         evictions=table.evicted_blocks,
         corrupt=corrupt,
     )
-    if nvme is not None:
+    for kind, tier in below.items():
         reply.tiers.add(
-            tier=types_pb2.TIER_NVME,
-            capacity_bytes=nvme.capacity_bytes,
-            used_bytes=nvme.used_bytes,
-            blocks=len(nvme),
-            hits=nvme.hits,
-            misses=nvme.misses,
-            evictions=nvme.evictions,
-            corrupt=nvme.corrupt,
+            tier=types_pb2.Tier.Name(int(kind)),
+            capacity_bytes=tier.capacity_bytes,
+            used_bytes=tier.used_bytes,
+            blocks=len(tier),
+            hits=tier.hits,
+            misses=tier.misses,
+            evictions=tier.evictions,
+            corrupt=tier.corrupt,
         )
     for state in SlotState:
         if state is not SlotState.FREE:

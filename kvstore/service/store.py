@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from kvstore.core.errors import BadInput, Refused
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
@@ -69,6 +70,8 @@ class ArenaStore:
         self.leases = Leases(first_lease)
         self.to_seal: deque[tuple[int, int]] = deque()
         """(slot, generation) of committed slots whose bytes have to be hashed."""
+        self.summed: list[tuple[int, bytes]] = []
+        """Committed slots whose sums came with their bytes: they can be sealed at once."""
         self.reserver = Reserver(
             table, limits.reserve_quota_bytes, limits.claim_ms, self.flush_requests
         )
@@ -143,6 +146,45 @@ class ArenaStore:
             if not table.servable[slot]:
                 yield slot
 
+    def unverified_of(self, info: RootInfo, packed: bytes) -> Iterator[int]:
+        """Iterate over adopted slots of any of the names that were not verified yet."""
+        table = self.table
+        for index, key in enumerate(keys_of(info, packed)):
+            slot = table.find(info, key, packed[index * NAME_BYTES : (index + 1) * NAME_BYTES])
+            if slot is not None and table.state[slot] in READABLE and not table.servable[slot]:
+                yield slot
+
+    def readable(
+        self, session: Session, info: RootInfo, lease: int, refs: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """Return slots that a lease holds, readable at these generations.
+
+        Raises `BadInput` for slots that are not the lease's, `Refused` for one that is void.
+        """
+        held = self.leases.get(lease)
+        if held is None or held.session != session.number:
+            raise Refused(f"lease {lease} is not held by this session", retry_after_ms=0)
+        leased, table = set(held.slots), self.table
+        for slot, generation in refs:
+            if slot not in leased or table.root_number[slot] != info.number:
+                raise BadInput(f"slot {slot} is not one of lease {lease}")
+            if table.generation[slot] != generation or not table.servable[slot]:
+                raise Refused(f"slot {slot} is not readable at {generation}", retry_after_ms=0)
+        return [slot for slot, _ in refs]
+
+    def writable(
+        self, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """Return slots that a remote session has reserved; raises `BadInput` for any other."""
+        if session.arrived is None:
+            raise BadInput("this session maps the arena: it writes in place")
+        if len({slot for slot, _ in refs}) < len(refs):
+            raise BadInput("a slot stands twice in one request")
+        for slot, generation in refs:
+            if self._standing(session, info, slot, generation) is not SettleOutcome.DONE:
+                raise BadInput(f"slot {slot} at {generation} is not reserved by this session")
+        return [slot for slot, _ in refs]
+
     def _why(self, wanted: Wanted, index: int) -> MissReason:
         """Return why the prefix ends before name `index`."""
         slot = self.table.find(wanted.info, wanted.keys[index], wanted.name(index))
@@ -164,13 +206,12 @@ class ArenaStore:
         table = self.table
         for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
-            if outcome is SettleOutcome.DONE:
-                self.reserver.unreserve(session, slot)
-                if table.commit(slot):
+            if outcome is SettleOutcome.DONE and not self._filled(session, slot):
+                outcome = SettleOutcome.NOT_YOURS  # yet: its bytes have not come
+            elif outcome is SettleOutcome.DONE:
+                outcome = self._commit(session, slot)
+                if outcome is SettleOutcome.DONE:
                     committed.append(slot)
-                    self.to_seal.append((slot, generation))
-                else:
-                    outcome = SettleOutcome.DUPLICATE
             elif outcome is SettleOutcome.ALREADY and table.state[slot] not in READABLE:
                 outcome = SettleOutcome.STALE  # aborted, a duplicate, or evicted since
             outcomes.append(outcome)
@@ -185,8 +226,7 @@ class ArenaStore:
         for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
             if outcome is SettleOutcome.DONE:
-                self.reserver.unreserve(session, slot)
-                self.table.free(slot)
+                self._give_back(session, slot)
             elif outcome is SettleOutcome.ALREADY and self.table.state[slot] in READABLE:
                 outcome = SettleOutcome.STALE  # committed before: too late to abort
             outcomes.append(outcome)
@@ -206,6 +246,33 @@ class ArenaStore:
                 self._drop_lease(session, lease)
                 outcomes.append(SettleOutcome.DONE)
         return outcomes
+
+    def _commit(self, session: Session, slot: int) -> SettleOutcome:
+        """Make one slot readable, unless somebody else's copy is there already."""
+        self.reserver.unreserve(session, slot)
+        block_sum = session.arrived.pop(slot) if session.arrived is not None else None
+        holder = self.table.index.get(self.table.key[slot])
+        if holder is not None and holder != slot and self.table.state[holder] in READABLE:
+            self.table.give_up(slot)  # which may be pinned: the rest of its ticket still moves
+            return SettleOutcome.DUPLICATE
+        committed = self.table.commit(slot)
+        assert committed, "somebody else holds the block, and it was looked for"
+        if block_sum is None:
+            self.to_seal.append((slot, self.table.generation[slot]))
+        else:
+            self.summed.append((slot, block_sum))
+        return SettleOutcome.DONE
+
+    def _give_back(self, session: Session, slot: int) -> None:
+        """End a reservation unwritten; a slot that is being filled drains first."""
+        self.reserver.unreserve(session, slot)
+        if session.arrived is not None:
+            session.arrived.pop(slot, None)
+        self.table.give_up(slot)
+
+    def _filled(self, session: Session, slot: int) -> bool:
+        """Say whether a reserved slot may be committed: a remote writer's bytes must have come."""
+        return session.arrived is None or slot in session.arrived
 
     def _standing(
         self, session: Session, info: RootInfo, slot: int, generation: int
@@ -249,8 +316,7 @@ class ArenaStore:
             return len(leases), 0
         reserved = list(session.reserved)
         for slot in reserved:
-            self.reserver.unreserve(session, slot)
-            self.table.free(slot)
+            self._give_back(session, slot)
         return len(leases), len(reserved)
 
     def clear(self, root_number: int | None, first: int, last: int) -> int:

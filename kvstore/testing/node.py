@@ -82,6 +82,11 @@ class RunningNode:
         return str(self._facts["listen"])
 
     @property
+    def bulk(self) -> str:
+        """`host:port` of the bulk port."""
+        return str(self._facts["bulk"])
+
+    @property
     def metrics(self) -> str:
         """`host:port` of the metrics page."""
         return str(self._facts["metrics"])

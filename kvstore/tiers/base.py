@@ -13,12 +13,13 @@ Contract (`kvstore.testing.contracts.TierContract` runs over every tier and its 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
+from kvstore.directory.policy import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class BlockHeader:
     start of a prompt or where it is not known. A hint for the tier's policy, never an identity."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReadItem:
     """One block wanted; `into` has its padded size."""
 
@@ -49,6 +50,8 @@ class ReadItem:
     into: memoryview
     drained: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when no device writes `into` any more, whatever the outcome was."""
+    sum: bytes = b""
+    """Set by the tier with a HIT: the sum that the bytes were verified against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,20 @@ class WriteItem:
     header: BlockHeader
     source: memoryview
     drained: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One block that a tier with a medium of its own holds."""
+
+    root: Root
+    name: BlockName
+    slot_bytes: int
+    """On the medium, header page included."""
+
+
+Listener = Callable[[Sequence[Held], bool], None]
+"""Told of blocks that the tier holds now (False), or does not hold any more (True: deleted)."""
 
 
 class Tier(Protocol):
@@ -79,4 +96,58 @@ class Tier(Protocol):
 
     async def close(self) -> None:
         """Stop. Operations in flight end with LATE or REFUSED; buffers drain."""
+        ...
+
+
+class StoredTier(Tier, Protocol):
+    """A tier with a medium of its own: bounded, listed, counted, and there after a restart."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that blocks take on the medium."""
+        ...
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that they may take."""
+        ...
+
+    @property
+    def hits(self) -> int:
+        """Blocks read and verified, since the start."""
+        ...
+
+    @property
+    def misses(self) -> int:
+        """Blocks asked for and not got, for whatever reason."""
+        ...
+
+    @property
+    def corrupt(self) -> int:
+        """Blocks that failed their sums."""
+        ...
+
+    @property
+    def evictions(self) -> int:
+        """Blocks dropped to make room."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        ...
+
+    def request(self, prompt: Prompt) -> None:
+        """Tell the tier's policy what a request asks for."""
+        ...
+
+    def scan(self, cursor: int, limit: int) -> tuple[list[Held], int | None]:
+        """Return what the listener was told of, a slice at a time, and where the next begins."""
+        ...
+
+    async def clear(self, root: Root | None) -> int:
+        """Forget every block under a root (None: all) for good; return how many."""
+        ...
+
+    def measure(self) -> None:
+        """Set the gauges."""
         ...

@@ -6,7 +6,7 @@
 
 All state belongs to one event loop; threads do nothing but device calls and sums. A device that
 fails, hangs or fills up opens a breaker (one for reads, one for writes) and costs its callers one
-stall deadline. The index lives in memory; what stands on disk is described in `nvme_format`.
+stall deadline. The index lives in memory; what stands on disk is described in `block_rows`.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
@@ -23,29 +22,19 @@ from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.policy import Policy, Prompt, block_key
 from kvstore.observe.metrics import TierMetrics
-from kvstore.tiers.base import BlockHeader, ReadItem, WriteItem
+from kvstore.tiers.base import BlockHeader, Held, Listener, ReadItem, WriteItem
+from kvstore.tiers.block_rows import HEADER_BYTES
+from kvstore.tiers.device_flights import Flight, judge, outcomes_of, see_through
+from kvstore.tiers.device_health import DeviceHealth
+from kvstore.tiers.device_threads import DeviceThreads
 from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_device import Device, DiskDevice
 from kvstore.tiers.nvme_files import NvmeFiles
-from kvstore.tiers.nvme_format import HEADER_BYTES
-from kvstore.tiers.nvme_health import NvmeHealth
-from kvstore.tiers.nvme_room import Listener, NvmeRoom
-from kvstore.tiers.nvme_space import Held, NvmeSpace
-from kvstore.tiers.nvme_threads import DeviceThreads, Operation, until_stalled
+from kvstore.tiers.nvme_room import NvmeRoom
+from kvstore.tiers.nvme_space import NvmeSpace
 
 _CLOSE_S: Final = 2.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """One block between memory and disk."""
-
-    place: int
-    operation: Operation
-    outcome: Outcome | None = None
-    late: bool = False
-    """Nobody waits for it any more; its end says nothing about the device of now."""
 
 
 class NvmeTier:
@@ -65,7 +54,7 @@ class NvmeTier:
         """For `start`: use that."""
         self._config = config
         loop = asyncio.get_running_loop()
-        self._health = NvmeHealth(metrics, lambda: loop.time() * 1_000)
+        self._health = DeviceHealth(self.name, metrics, lambda: loop.time() * 1_000)
         self._threads = DeviceThreads(config.threads, config.writers)
         self._files = NvmeFiles(config.directory, device)
         self._space = NvmeSpace(config.capacity_bytes, segment_bytes=config.segment_bytes)
@@ -187,14 +176,13 @@ class NvmeTier:
     async def read(self, batch: Sequence[ReadItem], *, deadline_ms: int) -> list[Outcome]:
         """Fill each item's buffer; see `kvstore.tiers.base`."""
         started = [self._start_read(item) for item in batch]
-        flights = [one for one in started if isinstance(one, _Flight)]
-        await self._see_through(flights, deadline_ms, "read")
-        outcomes = [one.outcome or Outcome.LATE if isinstance(one, _Flight) else one
-                    for one in started]  # fmt: skip
+        flights = [one for one in started if isinstance(one, Flight)]
+        await see_through(self._health, flights, deadline_ms, "read")
+        outcomes = outcomes_of(started)
         self._health.count("read", outcomes, [len(item.into) for item in batch])
         return outcomes
 
-    def _start_read(self, item: ReadItem) -> "_Flight | Outcome":
+    def _start_read(self, item: ReadItem) -> Flight | Outcome:
         refusal = self._may_read(item)
         if isinstance(refusal, Outcome):
             item.drained.set()
@@ -202,8 +190,8 @@ class NvmeTier:
         place = refusal
         self._space.use(place)
         files, slot = self._room.files_at(place)
-        call = partial(self._files.read, files, slot, item.root, item.name, item.into)
-        flight = _Flight(place, self._threads.submit(call, write=False))
+        call = partial(self._files.read, files, slot, item)
+        flight = Flight(self._threads.submit(call, write=False), place)
         flight.operation.future.add_done_callback(partial(self._read_ended, flight, item))
         return flight
 
@@ -218,8 +206,8 @@ class NvmeTier:
             return Outcome.REFUSED
         return place
 
-    def _read_ended(self, flight: _Flight, item: ReadItem, future: "asyncio.Future[Any]") -> None:
-        outcome = self._judge("read", flight, future)
+    def _read_ended(self, flight: Flight, item: ReadItem, future: "asyncio.Future[Any]") -> None:
+        outcome = judge(self._health, "read", flight, future)
         useless = outcome in (Outcome.MISS, Outcome.CORRUPT) or (
             outcome is Outcome.REFUSED and not future.cancelled()
         )
@@ -234,7 +222,7 @@ class NvmeTier:
 
     async def write(self, batch: Sequence[WriteItem], *, deadline_ms: int) -> list[Outcome]:
         """Store each item, where it is worth its room; see `kvstore.tiers.base`."""
-        started: list[_Flight | Outcome] = [Outcome.REFUSED] * len(batch)
+        started: list[Flight | Outcome] = [Outcome.REFUSED] * len(batch)
         try:
             for at, item in enumerate(batch):
                 newcomers = [one.header for one in batch[at:]]
@@ -243,16 +231,15 @@ class NvmeTier:
             for item, one in zip(batch, started, strict=True):
                 if isinstance(one, Outcome):
                     item.drained.set()
-        flights = [one for one in started if isinstance(one, _Flight)]
-        await self._see_through(flights, deadline_ms, "write")
-        outcomes = [one.outcome or Outcome.LATE if isinstance(one, _Flight) else one
-                    for one in started]  # fmt: skip
+        flights = [one for one in started if isinstance(one, Flight)]
+        await see_through(self._health, flights, deadline_ms, "write")
+        outcomes = outcomes_of(started)
         self._health.count("write", outcomes, [len(item.source) for item in batch])
         return outcomes
 
     async def _start_write(
         self, item: WriteItem, newcomers: Sequence[BlockHeader]
-    ) -> "_Flight | Outcome":
+    ) -> Flight | Outcome:
         header = item.header
         key = block_key(header.root, header.name)
         if self._closed or not self._loaded.is_set() or key in self._writing:
@@ -277,13 +264,13 @@ class NvmeTier:
             raise
         files, slot = self._room.files_at(place)
         call = partial(self._files.write, files, slot, header, item.source)
-        flight = _Flight(place, self._threads.submit(call, write=True))
+        flight = Flight(self._threads.submit(call, write=True), place)
         flight.operation.future.add_done_callback(partial(self._write_ended, flight, item))
         return flight
 
-    def _write_ended(self, flight: _Flight, item: WriteItem, future: "asyncio.Future[Any]") -> None:
+    def _write_ended(self, flight: Flight, item: WriteItem, future: "asyncio.Future[Any]") -> None:
         header = item.header
-        outcome = self._judge("write", flight, future)
+        outcome = judge(self._health, "write", flight, future)
         wanted = self._not_writing(block_key(header.root, header.name))
         if outcome is Outcome.HIT:
             self._room.hold(flight.place, header)
@@ -367,33 +354,3 @@ class NvmeTier:
         while True:
             await asyncio.sleep(self._config.sync_ms / 1_000)
             await self._room.sync()
-
-    # -- the device ------------------------------------------------------------------------
-
-    async def _see_through(
-        self, flights: Sequence[_Flight], deadline_ms: int, operation: str
-    ) -> None:
-        """Wait for flights; at a stall take back what has not begun and leave the rest."""
-        futures = [flight.operation.future for flight in flights]
-        try:
-            await until_stalled(futures, deadline_ms / 1_000)
-            if any(flight.outcome is None for flight in flights):
-                self._health.stalled(operation)
-        finally:
-            for flight in flights:
-                if flight.outcome is None:
-                    flight.late = True
-                    flight.operation.take_back()
-
-    def _judge(self, operation: str, flight: _Flight, future: "asyncio.Future[Any]") -> Outcome:
-        """Return what a flight came to, and tell the breaker."""
-        if future.cancelled():
-            self._health.abandoned(operation)
-            return Outcome.LATE if flight.late else Outcome.REFUSED
-        error = future.exception()
-        if error is not None:
-            self._health.failed(operation, error)
-            return Outcome.REFUSED
-        if not flight.late:
-            self._health.succeeded(operation)
-        return Outcome.HIT if operation == "write" else future.result()

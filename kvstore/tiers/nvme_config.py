@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.core.errors import BadInput
-from kvstore.tiers.nvme_format import HEADER_BYTES
+from kvstore.tiers.block_rows import HEADER_BYTES
 from kvstore.tiers.nvme_space import SEGMENT_BYTES
 
 

@@ -23,11 +23,10 @@ import numpy as np
 
 from kvstore.core.errors import BadInput, Refused
 from kvstore.core.limits import GRANULE_BYTES
-from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
-from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.base import BlockHeader, ReadItem
+from kvstore.tiers.block_rows import HEADER_BYTES, NO_ROW, ROW_BYTES, pack_row, unpack_row
 from kvstore.tiers.nvme_device import Device, aligned_copy, aligned_page
-from kvstore.tiers.nvme_format import HEADER_BYTES, NO_ROW, ROW_BYTES, pack_row, unpack_row
 from kvstore.tiers.sums import block_sum
 
 _NAME: Final = re.compile(r"segment-(\d{6})-(\d+)\.rows")
@@ -131,21 +130,20 @@ class NvmeFiles:
         self._device.write(files.data, [page, source], slot * files.slot_bytes)
         self._device.write(files.rows, [memoryview(row)], rows_at)
 
-    def read(
-        self, files: SegmentFiles, slot: int, root: Root, name: BlockName, into: memoryview
-    ) -> Outcome:
-        """Fill `into` with the wanted block: HIT, or MISS for another's, or CORRUPT.
+    def read(self, files: SegmentFiles, slot: int, item: ReadItem) -> Outcome:
+        """Fill `item.into` with the wanted block: HIT, or MISS for another's, or CORRUPT.
 
         Raises `OSError` when the device fails.
         """
         page = _header_page()
+        into = item.into
         aligned = _is_aligned(into)
         target = into if aligned else aligned_copy(len(into))
         self._device.read(files.data, [page, target], slot * files.slot_bytes)
         header = unpack_row(page[:ROW_BYTES])
         if header is None:
             return Outcome.CORRUPT
-        if (header.root, header.name) != (root, name):
+        if (header.root, header.name) != (item.root, item.name):
             return Outcome.MISS  # the row was older than the slot's bytes
         if header.payload_bytes > len(target):
             return Outcome.CORRUPT
@@ -153,6 +151,7 @@ class NvmeFiles:
             return Outcome.CORRUPT
         if not aligned:
             into[:] = target
+        item.sum = header.sum
         return Outcome.HIT
 
     def _paths(self, number: int, slot_bytes: int) -> tuple[Path, Path]:

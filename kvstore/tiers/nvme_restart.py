@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import Root
-from kvstore.tiers.nvme_format import HEADER_BYTES, NO_ROW, ROW_BYTES, unpack_row
+from kvstore.tiers.block_rows import HEADER_BYTES, NO_ROW, ROW_BYTES, unpack_row
 from kvstore.tiers.sums import SUM_BYTES
 
 _ROW: Final = np.dtype(

@@ -15,12 +15,12 @@ from typing import Any, Final
 from kvstore.core.names import Root
 from kvstore.directory.policy import BlockKey, Policy, block_key
 from kvstore.observe.metrics import TierMetrics
-from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.base import BlockHeader, Held, Listener
+from kvstore.tiers.block_rows import slot_bytes
+from kvstore.tiers.device_threads import DeviceThreads, Operation
 from kvstore.tiers.nvme_files import NvmeFiles, SegmentFiles
-from kvstore.tiers.nvme_format import slot_bytes
 from kvstore.tiers.nvme_restart import FoundRows, chains, read_rows
-from kvstore.tiers.nvme_space import Held, NvmeSpace
-from kvstore.tiers.nvme_threads import DeviceThreads, Operation
+from kvstore.tiers.nvme_space import NvmeSpace
 
 _SLICE: Final = 4_096
 """Blocks told to policy and listener at once after a restart: a few milliseconds of the loop."""
@@ -29,9 +29,6 @@ _FULL_PAUSE_MS: Final = 10_000.0
 """How long a disk that had no room for a segment is not asked for another."""
 _TIER: Final = "nvme"
 _log = logging.getLogger(__name__)
-
-Listener = Callable[[Sequence[Held], bool], None]
-"""Told of blocks that the tier holds now (False), or does not hold any more (True: deleted)."""
 
 
 class NvmeRoom:

@@ -16,6 +16,7 @@ from kvstore.core.layout import round_up
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.policy import block_key
+from kvstore.tiers.base import Held
 
 SEGMENT_BYTES: Final = 1 << 30
 _SEGMENTS_LEAST: Final = 16
@@ -49,15 +50,6 @@ class Segment:
     def name(self, slot: int) -> BlockName:
         """Return the name of the block in a slot."""
         return BlockName(bytes(self.names[slot * NAME_BYTES : (slot + 1) * NAME_BYTES]))
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One block that the tier holds."""
-
-    root: Root
-    name: BlockName
-    slot_bytes: int
 
 
 class NvmeSpace:

@@ -40,7 +40,7 @@ class LaneLimits:
 
 
 BATCH_BYTES: Final = 2 << 20
-"""A batch ends with the item that reaches this: small blocks share an operation's overhead."""
+"""Enough for small blocks to share an operation's overhead."""
 BATCH_ITEMS: Final = 32
 
 
@@ -62,14 +62,17 @@ class Lanes(Generic[Item]):
         limits: Mapping[Lane, LaneLimits],
         *,
         batches: int,
+        batch_bytes: int = BATCH_BYTES,
         on_failed: Callable[[Lane], None] = lambda lane: None,
     ) -> None:
         """`carry` moves one batch and must not raise; `batches` run at once over all lanes.
 
-        Where it raises all the same, `on_failed` is told, to count it.
+        A batch ends with the item that reaches `batch_bytes`. Where `carry` raises all the same,
+        `on_failed` is told, to count it.
         """
         self._on_failed = on_failed
         self._carry = carry
+        self._batch_bytes = batch_bytes
         self._batches = batches
         self._queues: dict[Lane, _Queue[Item]] = {
             lane: _Queue(limits[lane]) for lane in sorted(limits)
@@ -132,7 +135,7 @@ class Lanes(Generic[Item]):
     def _start(self, lane: Lane, queue: "_Queue[Item]") -> None:
         batch: list[Item] = []
         size = 0
-        while queue.waiting and size < BATCH_BYTES and len(batch) < BATCH_ITEMS:
+        while queue.waiting and size < self._batch_bytes and len(batch) < BATCH_ITEMS:
             item, item_bytes = queue.waiting.popleft()
             batch.append(item)
             size += item_bytes

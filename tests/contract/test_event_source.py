@@ -12,7 +12,8 @@ from kvstore.core.names import chain, pack_tokens
 from kvstore.directory.events import Began, Changed, Ended, Event, Loaded, Lost, Marked, TierKind
 from kvstore.router.members import Kind, Member
 from kvstore.router.source import EventSource
-from kvstore.router.watch_source import WatchConfig, WatchSource
+from kvstore.router.watch_source import WatchSource
+from kvstore.rpc.watch_client import WatchConfig
 from tests.processes import Started, scripted
 from tests.scripted_worker import ROOT, ScriptedWorker
 

@@ -1,6 +1,6 @@
 """The tier contract over an honest tier, its faulty twin, and liars to see that it bites.
 
-Peers and shared files join here as they come; the arena is not behind `Tier`, because its slots
+Peers and shared files have modules of their own; the arena is not behind `Tier`, because its slots
 are read in place.
 """
 

@@ -1,7 +1,7 @@
 """The transport contract over the shortest honest transport, and over liars.
 
-TCP bulk joins here when it comes. What stands below is a transport inside one process: enough to
-show that the suite passes over something and fails over the rest.
+TCP bulk runs the suite in tests/unit/transport. Here it runs over a transport inside one process:
+enough to show that it passes over something and fails over the rest.
 """
 
 import secrets

@@ -230,7 +230,7 @@ async def test_a_token_that_nobody_has_is_no_session(raw: Raw) -> None:
             await raw.call("Acquire", acquire, token=token)
     with pytest.raises(SessionLost):
         await raw.call("Acquire", acquire, token=b"")
-    with pytest.raises(Unsupported):
+    with pytest.raises(BadInput):
         await raw.call("OpenSession", cache_pb2.OpenSessionRequest(), token=b"")
 
 
@@ -298,25 +298,46 @@ async def test_a_closed_session_is_closed(raw: Raw) -> None:
         await raw.acquire()
 
 
+LEND: dict[str, Any] = {
+    "root": bytes(32),
+    "block_bytes": 4_096,
+    "payload_bytes": 4_096,
+    "shares": 1,
+}
+
+
 @pytest.mark.parametrize(
-    ("method", "request_of"),
+    ("method", "request_of", "error"),
     [
-        ("Ticket", cache_pb2.TicketRequest),
+        ("Ticket", cache_pb2.TicketRequest(), BadInput),
+        ("Lend", cache_pb2.LendRequest(**LEND, names=bytes(33)), BadInput),
+        ("Lend", cache_pb2.LendRequest(**LEND, names=bytes(32 * 1_025)), TooLarge),
+        ("Lend", cache_pb2.LendRequest(**LEND, names=NAME, deadline_ms=2**31), BadInput),
+        ("Lend", cache_pb2.LendRequest(**{**LEND, "shares": 0}, names=NAME), BadInput),
+        ("Lend", cache_pb2.LendRequest(**{**LEND, "root": b"r"}, names=NAME), BadInput),
     ],
 )
-async def test_calls_of_later_days_are_unsupported(raw: Raw, method: str, request_of: Any) -> None:
-    with pytest.raises(Unsupported):
-        await raw.call(method, request_of())
+async def test_tickets_and_loans_name_bad_input(
+    raw: Raw, method: str, request_of: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        await raw.call(method, request_of)
 
 
-async def test_streams_of_later_days_are_unsupported(raw: Raw) -> None:
+async def test_a_root_that_nobody_opened_is_lent_nothing_of(raw: Raw) -> None:
+    reply = await raw.call("Lend", cache_pb2.LendRequest(**LEND, names=NAME, deadline_ms=50))
+    assert list(reply.outcomes) == [types_pb2.OUTCOME_MISS]
+    assert not reply.ticket
+
+
+async def test_streams_name_bad_input(raw: Raw) -> None:
     metadata = (("kvstore-session-bin", raw.token),)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await raw.stub.Get(cache_pb2.GetRequest(), timeout=5, metadata=metadata).read()
-    assert type(error_from(caught.value)) is Unsupported
+    assert type(error_from(caught.value)) is BadInput
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await raw.stub.Put(iter([cache_pb2.PutRequest()]), timeout=5, metadata=metadata)
-    assert type(error_from(caught.value)) is Unsupported
+    assert type(error_from(caught.value)) is BadInput
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=_ALL)
@@ -335,11 +356,9 @@ def test_bytes_that_are_no_message_harm_nobody(
     assert isinstance(error_from(caught.value), BadInput | SessionLost | Unsupported | Forbidden)
 
 
-async def test_the_tcp_port_serves_no_arena_session_without_a_token(node: RunningNode) -> None:
+async def test_the_tcp_port_serves_no_blocks_without_a_session(node: RunningNode) -> None:
     async with open_channel(node.listen) as channel:
         stranger = Raw(cache_pb2_grpc.CacheNodeStub(channel), b"")
-        with pytest.raises(Unsupported):
-            await stranger.open()
         with pytest.raises(SessionLost):
             await stranger.acquire(root=bytes(32))
         assert (await stranger.call("Stats", cache_pb2.StatsRequest())).node == node.name

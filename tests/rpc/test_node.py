@@ -355,6 +355,7 @@ def test_a_killed_keeper_takes_its_node_along_and_can_be_started_again(run_dir: 
 def test_the_description_is_what_the_command_printed(shared: RunningNode) -> None:
     described = json.loads((shared.run_dir / "node.json").read_text())
     assert set(described) == {
-        "name", "pid", "node_pid", "keeper_socket", "rpc", "listen", "metrics", "incarnation",
+        "name", "pid", "node_pid", "keeper_socket", "rpc", "listen", "bulk", "metrics",
+        "incarnation",
     }  # fmt: skip
     assert described["pid"] == shared.keeper_pid

@@ -41,20 +41,22 @@ class OpenSessionRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[_types_pb2.Namespace, _Mapping]] = ..., share_domain: _Optional[str] = ..., block_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., shares: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
 
 class OpenSessionReply(_message.Message):
-    __slots__ = ("session_token", "root", "incarnation", "lease_ms", "reserve_quota_bytes", "node")
+    __slots__ = ("session_token", "root", "incarnation", "lease_ms", "reserve_quota_bytes", "node", "session_ms")
     SESSION_TOKEN_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     RESERVE_QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_MS_FIELD_NUMBER: _ClassVar[int]
     session_token: bytes
     root: bytes
     incarnation: int
     lease_ms: int
     reserve_quota_bytes: int
     node: str
-    def __init__(self, session_token: _Optional[bytes] = ..., root: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., lease_ms: _Optional[int] = ..., reserve_quota_bytes: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+    session_ms: int
+    def __init__(self, session_token: _Optional[bytes] = ..., root: _Optional[bytes] = ..., incarnation: _Optional[int] = ..., lease_ms: _Optional[int] = ..., reserve_quota_bytes: _Optional[int] = ..., node: _Optional[str] = ..., session_ms: _Optional[int] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ()
@@ -69,20 +71,18 @@ class CloseSessionReply(_message.Message):
     def __init__(self, leases_released: _Optional[int] = ..., reservations_aborted: _Optional[int] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("root", "names", "reserve", "deadline_ms", "first_block", "sources")
+    __slots__ = ("root", "names", "reserve", "deadline_ms", "first_block")
     ROOT_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
-    SOURCES_FIELD_NUMBER: _ClassVar[int]
     root: bytes
     names: bytes
     reserve: int
     deadline_ms: int
     first_block: int
-    sources: bytes
-    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ..., reserve: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., first_block: _Optional[int] = ..., sources: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ..., reserve: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
     __slots__ = ("incarnation", "lease", "lease_ms", "ready", "pending", "slots", "offsets", "generations", "tiers", "reserved_names", "reserved_slots", "reserved_offsets", "reserved_generations", "reason", "reserve_reason")
@@ -292,22 +292,60 @@ class TicketRequest(_message.Message):
     def __init__(self, root: _Optional[bytes] = ..., read: _Optional[_Union[SlotRefs, _Mapping]] = ..., write: _Optional[_Union[SlotRefs, _Mapping]] = ..., lease: _Optional[int] = ...) -> None: ...
 
 class TicketReply(_message.Message):
-    __slots__ = ("ticket", "bulk_address", "expires_ms")
+    __slots__ = ("ticket", "bulk_address", "expires_ms", "sums")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     BULK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     bulk_address: str
     expires_ms: int
-    def __init__(self, ticket: _Optional[bytes] = ..., bulk_address: _Optional[str] = ..., expires_ms: _Optional[int] = ...) -> None: ...
+    sums: bytes
+    def __init__(self, ticket: _Optional[bytes] = ..., bulk_address: _Optional[str] = ..., expires_ms: _Optional[int] = ..., sums: _Optional[bytes] = ...) -> None: ...
 
-class GetRequest(_message.Message):
-    __slots__ = ("root", "names")
+class LendRequest(_message.Message):
+    __slots__ = ("root", "names", "block_bytes", "payload_bytes", "shares", "group", "share_domain", "deadline_ms")
     ROOT_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SHARE_DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     root: bytes
     names: bytes
-    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ...) -> None: ...
+    block_bytes: int
+    payload_bytes: int
+    shares: int
+    group: str
+    share_domain: str
+    deadline_ms: int
+    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., payload_bytes: _Optional[int] = ..., shares: _Optional[int] = ..., group: _Optional[str] = ..., share_domain: _Optional[str] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
+
+class LendReply(_message.Message):
+    __slots__ = ("outcomes", "sums", "ticket", "bulk_address", "expires_ms")
+    OUTCOMES_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    BULK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
+    outcomes: _containers.RepeatedScalarFieldContainer[_types_pb2.Outcome]
+    sums: bytes
+    ticket: bytes
+    bulk_address: str
+    expires_ms: int
+    def __init__(self, outcomes: _Optional[_Iterable[_Union[_types_pb2.Outcome, str]]] = ..., sums: _Optional[bytes] = ..., ticket: _Optional[bytes] = ..., bulk_address: _Optional[str] = ..., expires_ms: _Optional[int] = ...) -> None: ...
+
+class GetRequest(_message.Message):
+    __slots__ = ("root", "names", "deadline_ms")
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
+    root: bytes
+    names: bytes
+    deadline_ms: int
+    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ...) -> None: ...
 
 class GetReply(_message.Message):
     __slots__ = ("index", "outcome", "data")

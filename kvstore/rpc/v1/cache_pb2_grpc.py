@@ -95,6 +95,11 @@ class CacheNodeStub(object):
                 request_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.TicketRequest.SerializeToString,
                 response_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.TicketReply.FromString,
                 _registered_method=True)
+        self.Lend = channel.unary_unary(
+                '/kvstore.rpc.v1.CacheNode/Lend',
+                request_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.LendRequest.SerializeToString,
+                response_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.LendReply.FromString,
+                _registered_method=True)
         self.Get = channel.unary_stream(
                 '/kvstore.rpc.v1.CacheNode/Get',
                 request_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.GetRequest.SerializeToString,
@@ -196,6 +201,14 @@ class CacheNodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lend(self, request, context):
+        """For other nodes: finds blocks in this node's own tiers, brings them up, and lends them with a
+        ticket to fetch them. Needs the peer role.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Get(self, request, context):
         """Slow: block bytes through gRPC, for languages with nothing else (0.3-1.3 GB/s measured).
         """
@@ -271,6 +284,11 @@ def add_CacheNodeServicer_to_server(servicer, server):
                     servicer.Ticket,
                     request_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.TicketRequest.FromString,
                     response_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.TicketReply.SerializeToString,
+            ),
+            'Lend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.LendRequest.FromString,
+                    response_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.LendReply.SerializeToString,
             ),
             'Get': grpc.unary_stream_rpc_method_handler(
                     servicer.Get,
@@ -607,6 +625,33 @@ class CacheNode(object):
             '/kvstore.rpc.v1.CacheNode/Ticket',
             kvstore_dot_rpc_dot_v1_dot_cache__pb2.TicketRequest.SerializeToString,
             kvstore_dot_rpc_dot_v1_dot_cache__pb2.TicketReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.rpc.v1.CacheNode/Lend',
+            kvstore_dot_rpc_dot_v1_dot_cache__pb2.LendRequest.SerializeToString,
+            kvstore_dot_rpc_dot_v1_dot_cache__pb2.LendReply.FromString,
             options,
             channel_credentials,
             insecure,

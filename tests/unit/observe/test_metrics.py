@@ -17,11 +17,13 @@ from kvstore.observe.metrics import (
     WorkerMetrics,
     exposition,
 )
+from kvstore.observe.peer_metrics import PeerMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 BUNDLES = {
     "node": NodeMetrics,
+    "peer": PeerMetrics,
     "tier": TierMetrics,
     "router": RouterMetrics,
     "worker": WorkerMetrics,

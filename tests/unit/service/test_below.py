@@ -13,15 +13,16 @@ from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.lru import Lru
 from kvstore.directory.policy import BlockKey
-from kvstore.observe.metrics import NodeMetrics
+from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics
 from kvstore.rpc.v1 import types_pb2
-from kvstore.service.below import BelowConfig, BelowDram
+from kvstore.service.below import BelowConfig, BelowDram, NodeParts
 from kvstore.service.hashing import Hasher
 from kvstore.service.holdings import NodeHoldings
 from kvstore.service.promotion import LOADER_SESSION, Promoter
 from kvstore.service.reserver import Wanted
 from kvstore.service.roots import keys_of
 from kvstore.service.statistics import stats_reply
+from kvstore.tiers.nvme import NvmeTier
 from tests.arena_fixture import SmallStore, names, small_store
 from tests.patience import until
 
@@ -54,7 +55,7 @@ class Everything:
         self.held = set(held)
         self.room = room
 
-    def holder(self, root: Root, name: BlockName) -> TierKind | None:
+    def holder(self, root: Root, name: BlockName, *, own: bool = False) -> TierKind | None:
         return NVME if name in self.held else None
 
     def loadable_bytes(self, tier: TierKind, within_ms: float) -> int:
@@ -122,17 +123,33 @@ class TestPromotion:
             assert got == [prompt[0], prompt[2], prompt[3]]
 
 
+async def begin(
+    small: SmallStore, config: BelowConfig
+) -> tuple[BelowDram, Hasher, CollectorRegistry]:
+    """Start what lies below a small store."""
+    metrics = NodeMetrics(registry := CollectorRegistry())
+    hasher = Hasher(small.store, metrics)
+    parts = NodeParts(
+        node="here",
+        store=small.store,
+        hasher=hasher,
+        metrics=metrics,
+        tier_metrics=TierMetrics(registry),
+        peer_metrics=PeerMetrics(registry),
+    )
+    below = await BelowDram.start(config, parts)
+    return below, hasher, registry
+
+
 async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> None:
     with small_store() as small:
-        metrics = NodeMetrics(registry := CollectorRegistry())
-        hasher = Hasher(small.store, metrics)
         small.table.publisher.tiers = (TierKind.DRAM, NVME)
         small.table.publisher._count[NVME] = small.table.publisher._xor[NVME] = 0
         config = BelowConfig(nvme=tmp_path, nvme_bytes=4 << 20, policy="lru")
-        below = await BelowDram.start(config, small.store, hasher, metrics, registry)
+        below, hasher, registry = await begin(small, config)
         hashing = asyncio.create_task(hasher.run())
-        assert below.nvme is not None
-        nvme = below.nvme
+        nvme = below.stored[NVME]
+        assert isinstance(nvme, NvmeTier)
         assert not small.table.bypass, "the arena is the only way to the disk"
         await nvme.loaded()
         session, info = small.session(1)
@@ -165,7 +182,7 @@ async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> 
             for what in ("bytes", "free_bytes")
         )
         assert disk is not None and free is not None and 0 < free <= disk
-        reply = stats_reply("n", small.store, nvme, corrupt=0, uptime_s=1.0)
+        reply = stats_reply("n", small.store, below.stored, corrupt=0, uptime_s=1.0)
         assert [(t.tier, t.blocks) for t in reply.tiers] == [
             (types_pb2.TIER_DRAM, 5), (types_pb2.TIER_NVME, 5)
         ]  # fmt: skip
@@ -176,11 +193,8 @@ async def test_everything_a_node_holds_is_listed_and_counted(tmp_path: Path) -> 
 
 async def test_without_a_disk_nothing_is_below() -> None:
     with small_store() as small:
-        metrics = NodeMetrics(registry := CollectorRegistry())
-        below = await BelowDram.start(
-            BelowConfig(policy="lru"), small.store, Hasher(small.store, metrics), metrics, registry
-        )
-        assert (below.nvme, small.store.promoter) == (None, None)
+        below, _, _ = await begin(small, BelowConfig(policy="lru"))
+        assert (below.stored, small.store.promoter) == ({}, None)
         assert below.bits(Root(bytes(32)), BlockName(bytes(32))) == 0
         below.measure()
         await below.close()

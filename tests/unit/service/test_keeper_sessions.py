@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kvstore.core.errors import Refused, Unreachable
-from kvstore.core.slots import MAX_SESSION
 from kvstore.service import keeper_sessions as module
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper_sessions import KeptSessions
+from kvstore.service.sessions import FIRST_REMOTE_SESSION
 from kvstore.testing.node import new_run_dir
 from kvstore.transport.session_socket import Grant, Hello, connect_session
 
@@ -125,7 +125,7 @@ async def test_numbers_come_back_as_late_as_possible() -> None:
         await kept.until(("closed", 1))
         third, three = await kept.connect()
         assert [first.session, second.session, third.session] == [1, 2, 3]
-        kept.sessions._last = MAX_SESSION
+        kept.sessions._last = FIRST_REMOTE_SESSION - 1
         fourth, four = await kept.connect()
         assert fourth.session == 4, "1 to 3 are in use or may still be written under"
         for sock in (two, three, four):

@@ -251,7 +251,7 @@ async def test_a_root_cleared_while_its_blocks_come_up_stays_cleared(tmp_path: P
         made.disk.hang()
         answer = made.acquire(prompt)
         await until(lambda: made.tier.in_device == 2)
-        clearing = asyncio.create_task(clear(made.small.store, made.tier, made.info.root))
+        clearing = asyncio.create_task(clear(made.small.store, [made.tier], made.info.root))
         await asyncio.sleep(0)
         made.disk.release()
         await clearing

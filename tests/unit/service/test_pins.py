@@ -60,12 +60,12 @@ async def test_a_cleared_root_is_gone_and_another_is_not() -> None:
         session, info = small.session(2)
         theirs = small.table.roots.open(other, info.shape, domain="d")
         small.put(session, theirs, names(3, 4), 0.0)
-        assert await clear(small.store, None, Root(bytes(32))) == 0
-        assert await clear(small.store, None, ROOT) == 5
+        assert await clear(small.store, (), Root(bytes(32))) == 0
+        assert await clear(small.store, (), ROOT) == 5
         assert small.store.acquire(
             session, info, b"".join(prompt), reserve=0, first_block=0, now_ms=1.0
         ).reason is MissReason.ABSENT  # fmt: skip
-        assert await clear(small.store, None, None) == 3
+        assert await clear(small.store, (), None) == 3
         assert small.table.used_bytes == 0 and not small.table.index
 
 
@@ -77,7 +77,7 @@ async def test_what_is_leased_is_void_at_once_and_free_when_the_lease_ends() -> 
         packed = b"".join(prompt)
         small.store.pins.pin(info, packed, 1_000, 0.0)
         held = small.store.acquire(session, info, packed, reserve=0, first_block=0, now_ms=1.0)
-        assert await clear(small.store, None, ROOT) == 4
+        assert await clear(small.store, (), ROOT) == 4
         states = {small.table.state[slot] for slot in held.slots}
         assert states == {SlotState.DRAINING}, "a reader that looks again sees that it is void"
         again = small.store.acquire(session, info, packed, reserve=0, first_block=0, now_ms=1.0)

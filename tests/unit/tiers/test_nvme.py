@@ -15,11 +15,11 @@ from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
 from kvstore.testing.contracts import OTHER_ROOT, ROOT, block, wanted
 from kvstore.testing.devices import FaultyDisk
+from kvstore.tiers.base import Held
+from kvstore.tiers.block_rows import ROW_BYTES
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.nvme_device import DiskDevice
-from kvstore.tiers.nvme_format import ROW_BYTES
-from kvstore.tiers.nvme_space import Held
 from tests.nvme_fixture import SLOT_BYTES, read, start, write
 from tests.patience import until
 

@@ -11,8 +11,8 @@ from kvstore.core.names import BlockName
 from kvstore.directory.policy import block_key
 from kvstore.testing.contracts import OTHER_ROOT, ROOT, block
 from kvstore.tiers.base import BlockHeader
+from kvstore.tiers.block_rows import NO_ROW, ROW_BYTES, pack_row, slot_bytes, unpack_row
 from kvstore.tiers.breaker import Breaker, BreakerState
-from kvstore.tiers.nvme_format import NO_ROW, ROW_BYTES, pack_row, slot_bytes, unpack_row
 from kvstore.tiers.nvme_restart import chains, read_rows
 from kvstore.tiers.nvme_space import NvmeSpace
 
@@ -77,7 +77,7 @@ class TestRestart:
         assert (found.slots, found.torn) == ([1], 2)
 
     def test_rows_of_another_version_are_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("kvstore.tiers.nvme_format._VERSION", 2)
+        monkeypatch.setattr("kvstore.tiers.block_rows._VERSION", 2)
         raw = self.rows(HEADER)
         monkeypatch.undo()
         assert read_rows(raw, slot_bytes(HEADER.payload_bytes)).slots == []

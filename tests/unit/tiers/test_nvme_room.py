@@ -13,10 +13,11 @@ from kvstore.directory.policy import block_key
 from kvstore.observe.metrics import TierMetrics
 from kvstore.testing.contracts import block
 from kvstore.testing.devices import FaultyDisk
+from kvstore.tiers.base import Held
+from kvstore.tiers.device_threads import DeviceThreads
 from kvstore.tiers.nvme_files import NvmeFiles
 from kvstore.tiers.nvme_room import NvmeRoom
-from kvstore.tiers.nvme_space import Held, NvmeSpace
-from kvstore.tiers.nvme_threads import DeviceThreads
+from kvstore.tiers.nvme_space import NvmeSpace
 from tests.nvme_fixture import SLOT_BYTES, start, write
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from kvstore.tiers.nvme_threads import DeviceThreads, until_stalled
+from kvstore.tiers.device_threads import DeviceThreads, until_stalled
 from tests.patience import until
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-_NAME: Final = "kvstore-nvme"
+_NAME: Final = "kvstore-device"
 
 
 @dataclass(slots=True, eq=False)

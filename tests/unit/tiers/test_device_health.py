@@ -6,12 +6,12 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.outcomes import Outcome
 from kvstore.observe.metrics import TierMetrics
-from kvstore.tiers.nvme_health import NvmeHealth
+from kvstore.tiers.device_health import DeviceHealth
 
 
 def test_reads_and_writes_have_a_breaker_each_and_errors_a_kind() -> None:
     registry = CollectorRegistry()
-    health = NvmeHealth(TierMetrics(registry), lambda: 5.0)
+    health = DeviceHealth("nvme", TierMetrics(registry), lambda: 5.0)
     for _ in range(3):
         health.failed("write", OSError(errno.ENOSPC, "full"))
     assert not health.would_enter("write") and health.enter("read")
@@ -28,14 +28,14 @@ def test_reads_and_writes_have_a_breaker_each_and_errors_a_kind() -> None:
 
 def test_a_bug_is_counted_like_a_fault_of_the_device() -> None:
     registry = CollectorRegistry()
-    NvmeHealth(TierMetrics(registry), lambda: 0.0).failed("read", ValueError("odd"))
+    DeviceHealth("nvme", TierMetrics(registry), lambda: 0.0).failed("read", ValueError("odd"))
     labels = {"tier": "nvme", "operation": "read", "error": "other"}
     assert registry.get_sample_value("kvstore_tier_device_errors_total", labels) == 1
 
 
 def test_bytes_count_for_hits_only() -> None:
     registry = CollectorRegistry()
-    health = NvmeHealth(TierMetrics(registry), lambda: 0.0)
+    health = DeviceHealth("nvme", TierMetrics(registry), lambda: 0.0)
     health.count("read", [Outcome.HIT, Outcome.CORRUPT, Outcome.HIT], [10, 100, 1])
     labels = {"tier": "nvme", "operation": "read"}
     assert registry.get_sample_value("kvstore_tier_moved_bytes_total", labels) == 11

@@ -1,29 +1,28 @@
-"""How a disk fares: breakers for reads and writes, and what is counted of its operations."""
+"""How a device fares: breakers for reads and writes, and what is counted of its operations."""
 
 import errno
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from kvstore.core.outcomes import Outcome
 from kvstore.observe.metrics import TierMetrics
 from kvstore.tiers.breaker import Breaker
 
-_TIER: Final = "nvme"
 _log = logging.getLogger(__name__)
 
 
-class NvmeHealth:
+class DeviceHealth:
     """Breakers and counts of one tier. Operations are `read` and `write`."""
 
-    def __init__(self, metrics: TierMetrics, now_ms: Callable[[], float]) -> None:
+    def __init__(self, tier: str, metrics: TierMetrics, now_ms: Callable[[], float]) -> None:
+        self._tier = tier
         self._metrics = metrics
         self._now_ms = now_ms
         self._breakers = {"read": Breaker(), "write": Breaker()}
         for operation in self._breakers:  # from the start: alerts watch it
-            metrics.device_errors.labels(_TIER, operation, os.strerror(errno.EIO))
+            metrics.device_errors.labels(tier, operation, os.strerror(errno.EIO))
         self.reads: Counter[int] = Counter()
         """Blocks read so far, by the number of their outcome."""
 
@@ -50,15 +49,15 @@ class NvmeHealth:
     def failed(self, operation: str, error: BaseException) -> None:
         """Note and count an operation that the device failed."""
         if not isinstance(error, OSError):
-            _log.error("NVMe %s: unexpected %r", operation, error)
+            _log.error("%s %s: unexpected %r", self._tier, operation, error)
         kind = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "other"
-        self._metrics.device_errors.labels(_TIER, operation, kind).inc()
+        self._metrics.device_errors.labels(self._tier, operation, kind).inc()
         breaker = self._breakers[operation]
         opened = breaker.opened
         breaker.failed(self._now_ms())
         if breaker.opened > opened:
             # Its text: a record that is kept would keep the frames, and the buffers in them.
-            _log.warning("NVMe %s breaker open: %s", operation, str(error))
+            _log.warning("%s %s breaker open: %s", self._tier, operation, str(error))
 
     def count(self, operation: str, outcomes: Sequence[Outcome], sizes: Sequence[int]) -> None:
         """Count a batch of blocks of these sizes by how they ended."""
@@ -67,14 +66,14 @@ class NvmeHealth:
             self.reads.update(numbers)
         for number, blocks in numbers.items():
             name = Outcome(number).name.lower()
-            self._metrics.operations.labels(_TIER, operation, name).inc(blocks)
+            self._metrics.operations.labels(self._tier, operation, name).inc(blocks)
         moved = sum(size for size, one in zip(sizes, outcomes, strict=True) if one is Outcome.HIT)
-        self._metrics.moved_bytes.labels(_TIER, operation).inc(moved)
+        self._metrics.moved_bytes.labels(self._tier, operation).inc(moved)
 
     def measure(self, in_device: int, queued: int) -> None:
         """Set the gauges."""
         metrics = self._metrics
-        metrics.in_device.labels(_TIER).set(in_device)
-        metrics.queued.labels(_TIER).set(queued)
+        metrics.in_device.labels(self._tier).set(in_device)
+        metrics.queued.labels(self._tier).set(queued)
         for operation, breaker in self._breakers.items():
-            metrics.breaker.labels(_TIER, operation).set(breaker.state(self._now_ms()))
+            metrics.breaker.labels(self._tier, operation).set(breaker.state(self._now_ms()))
