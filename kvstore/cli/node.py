@@ -107,14 +107,14 @@ from kvstore.service.keeper import run_keeper
     help="Clients at once; more are refused.",
 )
 @click.option(
+    "--trace", default="", metavar="URL", help="Send spans to this OTLP collector: docs/tracing.md."
+)
+@click.option(
     "--scrub-bytes-per-s",
     type=BYTES,
     default="64MiB",
     show_default=True,
     help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
-)
-@click.option(
-    "--trace", default="", metavar="URL", help="Send spans to this OTLP collector: docs/tracing.md."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:

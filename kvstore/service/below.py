@@ -1,7 +1,5 @@
 """The tiers below DRAM of one node, wired to its table, its policies and its watchers."""
 
-import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +13,7 @@ from kvstore.directory.policies import make_policy
 from kvstore.directory.policy import Prompt
 from kvstore.observe.metrics import NodeMetrics, PeerMetrics, TierMetrics
 from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
+from kvstore.service.disk_space import DiskWatch
 from kvstore.service.hashing import Hasher
 from kvstore.service.holdings import NodeHoldings, Stored, publish
 from kvstore.service.movement import Lower, Movement
@@ -31,8 +30,6 @@ _FLUSH_S: Final = 2.0
 """How long a node that ends in good order may hash, and write below, what is not there yet."""
 _PEER_BATCH: Final = 16 << 20
 """Bytes on one ticket: enough to forget the call that fetches it, few enough to share streams."""
-_DISK_LOOK_S: Final = 10.0
-"""Between two looks at how full the disk is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +79,11 @@ class NodeParts:
 class BelowDram:
     """What lies below one arena, and the movement between. Made by `start`."""
 
-    def __init__(self, parts: NodeParts, stored: Stored, peers: Peers | None) -> None:
+    def __init__(
+        self, parts: NodeParts, stored: Stored, peers: Peers | None, disks: DiskWatch
+    ) -> None:
         """For `start`: use that."""
+        self._disks = disks
         self._parts = parts
         self._peers = peers
         self._peer_tier: PeerTier | None = None
@@ -119,16 +119,8 @@ class BelowDram:
             table.bypass = False
             table.publisher.holdings = NodeHoldings(table, stored)
             parts.store.on_request = partial(_tell_policies, list(stored.values()))
-        below = cls(parts, stored, peers)
         directories = {TierKind.NVME: config.nvme, TierKind.FILES: config.files}
-        below._disks = [
-            asyncio.create_task(
-                _watch_disk(kind.name.lower(), directory, parts.tier_metrics), name="disk space"
-            )
-            for kind, directory in directories.items()
-            if directory is not None
-        ]
-        return below
+        return cls(parts, stored, peers, DiskWatch(directories, parts.tier_metrics))
 
     def bits(self, root: Root, name: BlockName) -> int:
         """Return which tiers below hold a block: bit (1 << tier) for each."""
@@ -151,9 +143,7 @@ class BelowDram:
 
         The hasher has to run still: what has no sum is not written.
         """
-        for task in self._disks:
-            task.cancel()
-        await asyncio.gather(*self._disks, return_exceptions=True)
+        await self._disks.close()
         if self._peers is not None:
             await self._peers.close()
         if self.stored:
@@ -205,17 +195,3 @@ def _facts(store: ArenaStore, root: Root) -> RootFacts | None:
         return None
     shape = info.shape
     return RootFacts(shape.payload_bytes, shape.shares, info.group, info.domain)
-
-
-async def _watch_disk(tier: str, directory: Path, metrics: TierMetrics) -> None:
-    """Say now and then how full a tier's file system is; one that hangs holds up nobody else."""
-    while True:
-        try:
-            found = await asyncio.to_thread(os.statvfs, directory)
-        except OSError as error:
-            kind = os.strerror(error.errno) if error.errno else "other"
-            metrics.device_errors.labels(tier, "statvfs", kind).inc()
-        else:
-            metrics.disk_free_bytes.labels(tier).set(found.f_bavail * found.f_frsize)
-            metrics.disk_bytes.labels(tier).set(found.f_blocks * found.f_frsize)
-        await asyncio.sleep(_DISK_LOOK_S)

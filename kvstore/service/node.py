@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+import grpc.aio
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
@@ -92,6 +93,7 @@ class Node:
         self._hasher = Hasher(self._store, self._metrics)
         self._security = load_security(Path(options.security) if options.security else None)
         self._gate = gate_of(self._security, self._registry, local_sockets=True)
+        self._tracing = start_tracing(options.trace, service="kvstore-node", name=options.name)
         self._recorders = Recorders(self._metrics)
         self._peer_metrics = PeerMetrics(self._registry)
         self._bulk = BulkPort(table, self._peer_metrics, now_ms)
@@ -126,21 +128,12 @@ class Node:
             asyncio.create_task(self._scrubbed(), name="scrub"),
             asyncio.create_task(self._ended.wait(), name="ended"),
         ]
-        tracing = start_tracing(
-            self._options.trace, service="kvstore-node", name=self._options.name
-        )
-        traced = [TraceInterceptor(tracing)] if tracing.on else []
+        traced = [TraceInterceptor(self._tracing)] if self._tracing.on else ()
         server, health = make_server(gate=self._gate, interceptors=traced)
         metrics = MetricsServer(exposition(self._registry))
         try:
-            cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
+            self._add_services(server, below)
             listen(server, self._options.rpc)
-            record_pb2_grpc.add_RecorderServicer_to_server(
-                RecorderService(self._recorders, self._gate.identity), server
-            )
-            inspect_pb2_grpc.add_InspectorServicer_to_server(
-                InspectorService(self._store, below, self._gate.identity), server
-            )
             bound = listen(server, self._options.listen, self._security)
             metrics_bound = await metrics.start(self._options.metrics, ssl_context(self._security))
             bulk_bound = await self._bulk.start(self._options.bulk, ssl_context(self._security))
@@ -157,7 +150,7 @@ class Node:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await metrics.stop()
-            await asyncio.to_thread(tracing.close)
+            await asyncio.to_thread(self._tracing.close)
         for task in done:
             task.result()  # a failed task ends the process: its keeper starts a fresh one
 
@@ -166,6 +159,15 @@ class Node:
         async with written_to_redis(publisher, url, self._registry):
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return done
+
+    def _add_services(self, server: grpc.aio.Server, below: BelowDram) -> None:
+        cache_pb2_grpc.add_CacheNodeServicer_to_server(self._service(below), server)
+        record_pb2_grpc.add_RecorderServicer_to_server(
+            RecorderService(self._recorders, self._gate.identity), server
+        )
+        inspect_pb2_grpc.add_InspectorServicer_to_server(
+            InspectorService(self._store, below, self._gate.identity), server
+        )
 
     def _service(self, below: BelowDram) -> CacheNodeService:
         return CacheNodeService(

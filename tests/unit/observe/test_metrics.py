@@ -14,12 +14,12 @@ from kvstore.observe.metrics import (
     AccessMetrics,
     ClusterMetrics,
     NodeMetrics,
-    PeerMetrics,
     RedisMetrics,
     RouterMetrics,
     WorkerMetrics,
     exposition,
 )
+from kvstore.observe.peer_metrics import PeerMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
