@@ -212,8 +212,7 @@ def attend_pages(
     [.., 2], counters int32 [n, HEADS], 0. WINDOW 0: none. `scale` holds log2(e) if not SOFTCAP.
     CODEC 0: layer_pages are elements; else it is `Codec`'s number, and they are bytes of cells.
     """
-    item, head = tl.program_id(0), tl.program_id(1)
-    field = items + item * 8
+    item, head, field = tl.program_id(0), tl.program_id(1), items + tl.program_id(0) * 8
     row, token, count = tl.load(field), tl.load(field + 1), tl.load(field + 2)
     position, begin, end = tl.load(field + 3), tl.load(field + 4), tl.load(field + 5)
     first, splits = tl.load(field + 6), tl.load(field + 7)
@@ -221,8 +220,7 @@ def attend_pages(
         return
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
     used = rows < count * GROUP
-    at = (token + rows // GROUP).to(tl.int64)
-    query_heads = head * GROUP + rows % GROUP
+    at, query_heads = (token + rows // GROUP).to(tl.int64), head * GROUP + rows % GROUP
     places = at * query_token + query_heads.to(tl.int64) * query_head
     q = tl.load(query + places[:, None] + dims[None, :], mask=used[:, None], other=0.0).to(DOT)
     seen = position + tl.minimum(rows // GROUP, count - 1)
@@ -247,6 +245,6 @@ def attend_pages(
         tl.store(out + target[:, None] + dims[None, :], answer, mask=used[:, None])
     else:
         _leave(
-            out, partial, stats, counters, top, total, acc, item, head, token, count, first,
-            splits, HEADS, GROUP, DIM, BLOCK_M,
+            out, partial, stats, counters, top, total, acc, item, head, token, count,
+            first, splits, HEADS, GROUP, DIM, BLOCK_M,
         )

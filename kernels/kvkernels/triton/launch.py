@@ -106,20 +106,8 @@ def attend(
     rules: Rules,
 ) -> Tensor:
     """Launch once: attention of every unit of `work`; see `kvkernels.ops.paged_attention`."""
-    if isinstance(pages, QuantisedPages):
-        cells, dim, codec, value_offset = (
-            pages.cells.select(2, layer),
-            pages.head_dim,
-            pages.codec,
-            0,
-        )
-        if codec == Codec.INT4 and dim < _LEAST_INT4:
-            raise Unsupported(f"head_dim {dim}: int4 pages are served from {_LEAST_INT4}")
-    else:
-        cells, dim, codec = pages.select(2, layer), pages.shape[5], Codec.RAW16
-        value_offset = cells.stride(2)
-    heads = cells.shape[1]
-    raw = codec == Codec.RAW16
+    cells, value_offset, codec = _cells(pages, layer)
+    heads, dim, raw = cells.shape[1], query.shape[2], codec == Codec.RAW16
     if query.stride(2) != 1:
         query = query.contiguous()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -152,13 +140,27 @@ def attend(
         WINDOW=rules.window or 0,
         SINKS=rules.sinks,
         SOFTCAP=capped,
-        # The interpreter's bf16 arithmetic is wrong without a word; float32 there is exact.
-        DOT=tl.float32 if _INTERPRETED else _DOTS[query.dtype] if raw else tl.float16,
+        DOT=_dot(query.dtype if raw else torch.float16),
         PRECISION="ieee",
         CODEC=0 if raw else int(codec),
         **options,
     )
     return out
+
+
+def _cells(pages: Tensor | QuantisedPages, layer: int) -> tuple[Tensor, int, Codec]:
+    """Return a layer's cells, the elements from K to V, and the codec; RAW16 for all raw ones."""
+    if not isinstance(pages, QuantisedPages):
+        cells = pages.select(2, layer)
+        return cells, cells.stride(2), Codec.RAW16
+    if pages.codec == Codec.INT4 and pages.head_dim < _LEAST_INT4:
+        raise Unsupported(f"head_dim {pages.head_dim}: int4 pages are served from {_LEAST_INT4}")
+    return pages.cells.select(2, layer), 0, pages.codec
+
+
+def _dot(dtype: torch.dtype) -> tl.dtype:
+    """Return the type of products: float32 in the interpreter, whose bf16 is silently wrong."""
+    return tl.float32 if _INTERPRETED else _DOTS[dtype]
 
 
 def write_quantised(
