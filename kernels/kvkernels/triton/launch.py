@@ -115,19 +115,8 @@ def attend(
     stages = _stages(dim, query.dtype) if raw else _QUANTISED_STAGES
     options: dict[str, Any] = {"num_warps": 4, "num_stages": stages}
     attend_pages[(work.items.shape[0], heads)](
-        query,
-        out,
-        cells,
-        tables,
-        work.items,
-        work.partial,
-        work.stats,
-        work.counters,
-        query.stride(0),
-        query.stride(1),
-        cells.stride(0),
-        cells.stride(1),
-        value_offset,
+        *(query, out, cells, tables, work.items, work.partial, work.stats, work.counters),
+        *(query.stride(0), query.stride(1), cells.stride(0), cells.stride(1), value_offset),
         tables.stride(0),
         scale if capped else scale * log2(e),
         rules.softcap if capped else 1.0,
