@@ -29,18 +29,47 @@ NUMBERS = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"HEADS": 8, "GROUP": 4, "DIM": 128, "WINDOW": 0, "SINKS": 0, "SOFTCAP": False},
+    "fp8": {
+        "HEADS": 8,
+        "GROUP": 4,
+        "DIM": 128,
+        "WINDOW": 0,
+        "SINKS": 0,
+        "SOFTCAP": False,
+        "CODEC": 2,
+    },
+    "int8": {
+        "HEADS": 8,
+        "GROUP": 4,
+        "DIM": 128,
+        "WINDOW": 0,
+        "SINKS": 0,
+        "SOFTCAP": False,
+        "CODEC": 3,
+    },
+    "int4": {
+        "HEADS": 8,
+        "GROUP": 3,
+        "DIM": 64,
+        "WINDOW": 0,
+        "SINKS": 0,
+        "SOFTCAP": False,
+        "CODEC": 4,
+    },
     "window": {"HEADS": 8, "GROUP": 3, "DIM": 64, "WINDOW": 4096, "SINKS": 4, "SOFTCAP": True},
 }
 
 
 def compile_for(capability: int, shape: dict[str, Any]) -> int:
     """Return the bytes of the binary; raises what the compiler raises."""
+    quantised = "CODEC" in shape
     constants = {
-        **shape, "BLOCK_M": 16, "BLOCK_N": 64, "PAGE": 16, "DOT": triton.language.bfloat16,
-        "PRECISION": "ieee",
+        "CODEC": 0, **shape, "BLOCK_M": 16, "BLOCK_N": 64, "PAGE": 16, "PRECISION": "ieee",
+        "DOT": triton.language.float16 if quantised else triton.language.bfloat16,
     }  # fmt: skip
+    pointers = {**POINTERS, "layer_pages": "*u8" if quantised else "*bf16"}
     names = attend_pages.arg_names
-    signature = {name: {**POINTERS, **NUMBERS}.get(name, "constexpr") for name in names}
+    signature = {name: {**pointers, **NUMBERS}.get(name, "constexpr") for name in names}
     source = ASTSource(
         fn=attend_pages,
         signature=signature,
@@ -55,6 +84,8 @@ def main() -> None:
     """Compile each shape for each generation."""
     for capability in map(int, sys.argv[1:]):
         for name, shape in SHAPES.items():
+            if shape.get("CODEC") == 2 and capability < 89:
+                continue  # no conversion from fp8 there
             size = compile_for(capability, shape)
             sys.stdout.write(f"sm_{capability} {name} {size}\n")
 

@@ -52,13 +52,14 @@ class QuantisedPages:
         """Return one layer's codes, a view: uint8 [pages, kv_heads, 2 (K, V), 16, row_bytes]."""
         size = 2 * BLOCK_TOKENS * self.row_bytes
         cells = self.cells.select(2, layer).narrow(2, 0, size)
-        return cells.unflatten(2, (2, BLOCK_TOKENS, self.row_bytes))
+        pages, heads = cells.shape[:2]
+        return cells.view(pages, heads, 2, BLOCK_TOKENS, self.row_bytes)
 
     def words(self, layer: int) -> Tensor:
         """Return one layer's scale words, a view: int32 [pages, kv_heads, 2 (K, V), 16]."""
         start, size = 2 * BLOCK_TOKENS * self.row_bytes, 2 * BLOCK_TOKENS * WORD_BYTES
         words = self.cells.select(2, layer).narrow(2, start, size).view(torch.int32)
-        return words.unflatten(2, (2, BLOCK_TOKENS))
+        return words.view(words.shape[0], words.shape[1], 2, BLOCK_TOKENS)
 
 
 def view_cells(pool: Tensor, layout: BlockLayout) -> QuantisedPages:
@@ -95,8 +96,9 @@ def encode_rows(rows: Tensor, codec: Codec) -> tuple[Tensor, Tensor]:
 def _encode_nibbles(wide: Tensor) -> tuple[Tensor, Tensor]:
     """Encode INT4: two scales a row, the halves' codes in the nibbles of one byte."""
     limit = LARGEST_CODE[Codec.INT4]
-    halves = wide.unflatten(-1, (2, -1))
-    exact = (halves.abs().amax(-1) / limit).clamp(max=_HALF_MAX)
+    halves = wide.reshape(*wide.shape[:-1], 2, -1)
+    exact = halves.abs().amax(-1) / limit
+    exact = torch.where(exact.isfinite(), exact.clamp(max=_HALF_MAX), exact)
     scale = exact.half()
     # The next float16 above is the next bit pattern.
     above = (scale.view(torch.int16) + 1).view(torch.float16)

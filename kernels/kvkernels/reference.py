@@ -121,7 +121,7 @@ def paged_attention(
     assert isinstance(plan, ReferencePlan)
     out = torch.empty_like(query)
     for sequence in plan.sequences:
-        kv = _gather(pages, layer, sequence.table, query.dtype)
+        kv = gather_rows(pages, layer, sequence.table, query.dtype)
         grouped = query.shape[1] != kv.shape[0]
         for tile in sequence.tiles:
             if rules != Rules():
@@ -141,7 +141,7 @@ def paged_attention(
     return out
 
 
-def _gather(
+def gather_rows(
     pages: Tensor | QuantisedPages, layer: int, table: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return K and V of some pages as a sequence: [kv_heads, 2, tokens, head_dim]."""

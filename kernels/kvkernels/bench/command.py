@@ -10,8 +10,8 @@ import torch
 from kvkernels.bench.cells import GATE, LAYERS, Batch, Cell, attend, expected, make, plan_of
 from kvstore.core.errors import BadInput, Corrupt, Unsupported
 
-TOLERANCE: Final = 0.02
-"""Of bf16 inputs and outputs of order 1."""
+TOLERANCE: Final = 5e-3
+"""Relative error (norms) of bf16 outputs; rounding them alone makes 1.7e-3 of it."""
 PEER_LIMIT_GB_S: Final = 3_126.0
 """Measured read limit of the H100 on which the peers' times were taken."""
 _CHECKED: Final = 2
@@ -22,9 +22,9 @@ _CHECKED: Final = 2
 @click.option("--quick", is_flag=True, help="Every third case.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
 def kernels(pattern: str, quick: bool, as_json: bool) -> int:
-    """Check each kernel against plain attention in float32, then time it.
+    """Check each kernel against plain attention in float64, then time it.
 
-    The value is GB/s of K and V read, the limit what this GPU reads at all, measured in this run.
+    The value is GB/s of cells read, the limit what this GPU reads at all, measured in this run.
     Peers are recorded times on an H100, scaled by the two read limits. Exit status 1 when a
     result was wrong.
     """
@@ -85,10 +85,15 @@ def check(cell: Cell, batch: Batch, got: torch.Tensor) -> None:
     """Compare a few sequences of layer 1 with the oracle; raises `Corrupt` naming the error."""
     rows = sorted({0, cell.batch - 1})[:_CHECKED]
     want = expected(cell, batch, 1, rows)
-    mine = torch.cat([got[row * cell.new : (row + 1) * cell.new] for row in rows]).float()
-    error = (mine - want).abs().max().item()
+    mine = torch.cat([got[row * cell.new : (row + 1) * cell.new] for row in rows])
+    error = relative_error(mine, want)
     if not error < TOLERANCE:
         raise Corrupt(f"differs from plain attention by {error:.3g}")
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the norm of the difference over the norm of `want`; NaN where either has one."""
+    return float((got.double() - want).norm() / want.norm())
 
 
 def _line(row: dict[str, Any]) -> str:

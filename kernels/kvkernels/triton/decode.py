@@ -17,6 +17,8 @@ for another, and the last one sets the counter back to 0, so a captured launch c
 import triton
 import triton.language as tl
 
+from kvkernels.triton.quantised import INT4, dots, joined, weighted
+
 MERGE_SPLITS = tl.constexpr(16)
 MERGE_ROWS = tl.constexpr(4)
 """Partial results that the merge reads at once: 16 x 4 x 128 floats are 64 registers of a thread.
@@ -73,11 +75,10 @@ def _spots(tile, skip, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.co
 
 @triton.jit
 def _scores(
-    q, k, spot, seen, scale, softcap,
-    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    scores, spot, seen, softcap,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):
-    """Return the scores in units of log2, -inf where a row does not see a token."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """Return scaled scores in units of log2, -inf where a row does not see a token."""
     if SOFTCAP:
         # tanh by exp2, in a form that saturates instead of overflowing; 2 log2(e), then log2(e).
         grown = tl.exp2(-tl.abs(scores) * (2.8853900817779268 / softcap))
@@ -108,7 +109,8 @@ def _scan(
         inside = spot < context
         place = page.to(tl.int64) * page_stride + (spot % PAGE) * DIM
         k = tl.load(keys + place[:, None], mask=inside[:, None], other=0.0).to(DOT)
-        scores = _scores(q, k, spot, seen, scale, softcap, WINDOW, SINKS, SOFTCAP, PRECISION)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = _scores(scores, spot, seen, softcap, WINDOW, SINKS, SOFTCAP)
         new_top = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(scores - safe[:, None])
@@ -120,6 +122,53 @@ def _scan(
         page = next_page
         spot = ahead
     return top, total, acc
+
+
+@triton.jit
+def _scan_codes(
+    q, cells, table, begin, end, skip, seen, context, page_stride, scale, softcap,
+    CODEC: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Do what `_scan` does over quantised cells; page_stride in bytes."""
+    ROW: tl.constexpr = DIM // 2 if CODEC == INT4 else DIM
+    rows = tl.arange(0, ROW)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, ROW), tl.float32)
+    high_acc = tl.zeros((BLOCK_M, ROW), tl.float32)
+    words = (cells + 2 * PAGE * ROW).to(tl.pointer_type(tl.int32))
+    spot = _spots(begin, skip, BLOCK_N, WINDOW, SINKS)
+    page = tl.load(table + spot // PAGE, mask=spot < context, other=0)
+    for tile in range(begin, end):
+        ahead = _spots(tile + 1, skip, BLOCK_N, WINDOW, SINKS)
+        next_page = tl.load(table + ahead // PAGE, mask=ahead < context, other=0)
+        inside = spot < context
+        far = page.to(tl.int64) * page_stride
+        place = cells + far + spot % PAGE * ROW
+        word = words + far // 4 + spot % PAGE
+        k = tl.load(place[:, None] + rows[None, :], mask=inside[:, None], other=0)
+        k_words = tl.load(word, mask=inside, other=0)
+        scores = dots(q, k, k_words, CODEC, BLOCK_M, DIM, DOT, PRECISION) * scale
+        scores = _scores(scores, spot, seen, softcap, WINDOW, SINKS, SOFTCAP)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - safe[:, None])
+        keep = tl.exp2(top - safe)
+        total = total * keep + tl.sum(weights, 1)
+        v = tl.load(place[:, None] + PAGE * ROW + rows[None, :], mask=inside[:, None], other=0)
+        v_words = tl.load(word + PAGE, mask=inside, other=0)
+        acc, high_acc = weighted(
+            weights, acc, high_acc, keep[:, None], v, v_words, CODEC, DOT, PRECISION
+        )
+        top = new_top
+        page = next_page
+        spot = ahead
+    if CODEC == INT4:
+        return top, total, joined(acc, high_acc, BLOCK_M, DIM)
+    else:
+        return top, total, acc
 
 
 @triton.jit
@@ -154,16 +203,16 @@ def attend_pages(
     query_token, query_head, page_stride, head_stride, value_offset, table_stride, scale, softcap,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr,
-    SOFTCAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, CODEC: tl.constexpr,
 ):
     """Attend for item `program_id(0)` and KV head `program_id(1)`.
 
     query [tokens, HEADS * GROUP, DIM] with strides; out like it, contiguous; layer_pages: K of
     page 0, head 0; items as `work.cut` makes them; partial float32 [n, HEADS, BLOCK_M, DIM], stats
     [.., 2], counters int32 [n, HEADS], 0. WINDOW 0: none. `scale` holds log2(e) if not SOFTCAP.
+    CODEC 0: layer_pages are elements; else it is `Codec`'s number, and they are bytes of cells.
     """
-    item, head = tl.program_id(0), tl.program_id(1)
-    field = items + item * 8
+    item, head, field = tl.program_id(0), tl.program_id(1), items + tl.program_id(0) * 8
     row, token, count = tl.load(field), tl.load(field + 1), tl.load(field + 2)
     position, begin, end = tl.load(field + 3), tl.load(field + 4), tl.load(field + 5)
     first, splits = tl.load(field + 6), tl.load(field + 7)
@@ -171,25 +220,31 @@ def attend_pages(
         return
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
     used = rows < count * GROUP
-    at = (token + rows // GROUP).to(tl.int64)
-    query_heads = head * GROUP + rows % GROUP
+    at, query_heads = (token + rows // GROUP).to(tl.int64), head * GROUP + rows % GROUP
     places = at * query_token + query_heads.to(tl.int64) * query_head
     q = tl.load(query + places[:, None] + dims[None, :], mask=used[:, None], other=0.0).to(DOT)
     seen = position + tl.minimum(rows // GROUP, count - 1)
     low = tl.maximum(position - WINDOW + 1, 0) // BLOCK_N
     skip = tl.maximum(low - (SINKS + BLOCK_N - 1) // BLOCK_N, 0)
-    top, total, acc = _scan(
-        q, layer_pages + head.to(tl.int64) * head_stride + dims[None, :],
-        tables + row.to(tl.int64) * table_stride, begin, end, skip, seen, position + count,
-        page_stride, value_offset, scale, softcap,
-        DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION,
-    )
+    place = layer_pages + head.to(tl.int64) * head_stride
+    table = tables + row.to(tl.int64) * table_stride
+    if CODEC == 0:
+        top, total, acc = _scan(
+            q, place + dims[None, :], table, begin, end, skip, seen, position + count,
+            page_stride, value_offset, scale, softcap,
+            DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION,
+        )
+    else:
+        top, total, acc = _scan_codes(
+            q, place, table, begin, end, skip, seen, position + count, page_stride, scale, softcap,
+            CODEC, DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION,
+        )
     if splits == 1:
         target = (at * (HEADS * GROUP) + query_heads) * DIM
         answer = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + target[:, None] + dims[None, :], answer, mask=used[:, None])
     else:
         _leave(
-            out, partial, stats, counters, top, total, acc, item, head, token, count, first,
-            splits, HEADS, GROUP, DIM, BLOCK_M,
+            out, partial, stats, counters, top, total, acc, item, head, token, count,
+            first, splits, HEADS, GROUP, DIM, BLOCK_M,
         )

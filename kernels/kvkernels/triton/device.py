@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from kvkernels.plans import AttentionPlan, Rules
-from kvkernels.triton.launch import Work, attend, make_work
+from kvkernels.quantised import QuantisedPages
+from kvkernels.triton.launch import Work, attend, make_work, write_quantised
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 
@@ -23,7 +24,7 @@ class DevicePlan:
     """int32 [sequences, max_pages]."""
     spans: tuple[tuple[int, int, int], ...]
     """(first row of `query`, new tokens, context) of each sequence."""
-    works: dict[tuple[int, int, int, torch.device, Rules], Work] = field(default_factory=dict)
+    works: dict[tuple[int, int, int, torch.device, Rules, bool], Work] = field(default_factory=dict)
 
 
 def plan_attention(
@@ -47,23 +48,36 @@ def plan_attention(
 
 
 def paged_attention(
-    query: Tensor, pages: Tensor, *, layer: int, plan: AttentionPlan, scale: float, rules: Rules
+    query: Tensor,
+    pages: Tensor | QuantisedPages,
+    *,
+    layer: int,
+    plan: AttentionPlan,
+    scale: float,
+    rules: Rules,
 ) -> Tensor:
     """See `kvkernels.ops.paged_attention`."""
     assert isinstance(plan, DevicePlan)
-    heads, dim = pages.shape[1], pages.shape[5]
-    key = (heads, query.shape[1] // heads, dim, query.device, rules)
+    quantised = isinstance(pages, QuantisedPages)
+    heads = (pages.cells if isinstance(pages, QuantisedPages) else pages).shape[1]
+    group, dim = query.shape[1] // heads, query.shape[2]
+    key = (heads, group, dim, query.device, rules, quantised)
     work = plan.works.get(key)
     if work is None:
-        work = make_work(plan.spans, heads, query.shape[1] // heads, dim, query.device, rules)
+        work = make_work(plan.spans, heads, group, dim, query.device, rules, quantised=quantised)
         plan.works[key] = work
     if plan.tables.device != query.device:
         plan.tables = plan.tables.to(query.device, non_blocking=True)
     return attend(query, pages, plan.tables, work, layer=layer, scale=scale, rules=rules)
 
 
-def write_pages(key: Tensor, value: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
+def write_pages(
+    key: Tensor, value: Tensor, pages: Tensor | QuantisedPages, slots: Tensor, layer: int
+) -> None:
     """See `kvkernels.ops.write_pages`."""
+    if isinstance(pages, QuantisedPages):
+        write_quantised(key, value, pages, slots, layer)
+        return
     page = torch.div(slots, BLOCK_TOKENS, rounding_mode="floor")
     offset = slots % BLOCK_TOKENS
     pages[:, :, layer, 0][page, :, offset] = key

@@ -15,9 +15,12 @@ from triton import next_power_of_2
 from triton.runtime.interpreter import InterpretedFunction
 
 from kvkernels.plans import Rules
+from kvkernels.quantised import QuantisedPages
 from kvkernels.triton import work as cutting
 from kvkernels.triton.decode import attend_pages
+from kvkernels.triton.quantised import write_rows
 from kvstore.core.errors import Unsupported
+from kvstore.core.layout import Codec
 from kvstore.core.limits import BLOCK_TOKENS
 
 _APPEND_ROWS = 64
@@ -25,6 +28,12 @@ _APPEND_ROWS = 64
 
 _FEW = 4
 """A launch with fewer streams than a fourth of the processors is small."""
+
+_QUANTISED_STAGES = 3
+"""Measured on an H100: 461 us with tiles of 128, 473 with 4 stages, 544 with 2."""
+
+_LEAST_INT4 = 32
+"""Half of it is the shortest product that tensor cores take."""
 
 _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -39,6 +48,8 @@ class Work:
     counters: Tensor
     rows: int
     """BLOCK_M of the launch."""
+    tile: int
+    """BLOCK_N of the launch."""
 
 
 def make_work(
@@ -48,6 +59,8 @@ def make_work(
     dim: int,
     device: torch.device,
     rules: Rules,
+    *,
+    quantised: bool = False,
 ) -> Work:
     """Cut `spans`, (first token, new tokens, context) each, into items on `device`.
 
@@ -67,22 +80,24 @@ def make_work(
         dtype=torch.int32,
     ).to(device, non_blocking=True)
     programs = _programs(units.shape[0] * heads, dim, _processors(device))
-    most = max(-(-context // cutting.TILE) for _, _, context in spans)
+    tile = cutting.QUANTISED_TILE if quantised and rows == 16 and dim <= 128 else cutting.TILE
+    most = max(-(-context // tile) for _, _, context in spans)
     count = cutting.capacity(units.shape[0], programs, heads, most_tiles=most)
     items = torch.empty(count, cutting.FIELDS, dtype=torch.int32, device=device)
-    cutting.cut(units, items, programs=programs, heads=heads, rules=rules)
+    cutting.cut(units, items, programs=programs, heads=heads, rules=rules, tile=tile)
     return Work(
         items=items,
         partial=torch.empty(count, heads, rows, dim, device=device),
         stats=torch.empty(count, heads, rows, 2, device=device),
         counters=torch.zeros(count, heads, dtype=torch.int32, device=device),
         rows=rows,
+        tile=tile,
     )
 
 
 def attend(
     query: Tensor,
-    pages: Tensor,
+    pages: Tensor | QuantisedPages,
     tables: Tensor,
     work: Work,
     *,
@@ -91,27 +106,17 @@ def attend(
     rules: Rules,
 ) -> Tensor:
     """Launch once: attention of every unit of `work`; see `kvkernels.ops.paged_attention`."""
-    heads, dim = pages.shape[1], pages.shape[5]
+    cells, value_offset, codec = _cells(pages, layer)
+    heads, dim, raw = cells.shape[1], query.shape[2], codec == Codec.RAW16
     if query.stride(2) != 1:
         query = query.contiguous()
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    cells = pages.select(2, layer)
     capped = rules.softcap is not None
-    options: dict[str, Any] = {"num_warps": 4, "num_stages": _stages(dim, query.dtype)}
+    stages = _stages(dim, query.dtype) if raw else _QUANTISED_STAGES
+    options: dict[str, Any] = {"num_warps": 4, "num_stages": stages}
     attend_pages[(work.items.shape[0], heads)](
-        query,
-        out,
-        cells,
-        tables,
-        work.items,
-        work.partial,
-        work.stats,
-        work.counters,
-        query.stride(0),
-        query.stride(1),
-        cells.stride(0),
-        cells.stride(1),
-        cells.stride(2),
+        *(query, out, cells, tables, work.items, work.partial, work.stats, work.counters),
+        *(query.stride(0), query.stride(1), cells.stride(0), cells.stride(1), value_offset),
         tables.stride(0),
         scale if capped else scale * log2(e),
         rules.softcap if capped else 1.0,
@@ -119,17 +124,62 @@ def attend(
         GROUP=query.shape[1] // heads,
         DIM=dim,
         BLOCK_M=work.rows,
-        BLOCK_N=cutting.TILE,
+        BLOCK_N=work.tile,
         PAGE=BLOCK_TOKENS,
         WINDOW=rules.window or 0,
         SINKS=rules.sinks,
         SOFTCAP=capped,
-        # The interpreter's bf16 arithmetic is wrong without a word; float32 there is exact.
-        DOT=tl.float32 if _INTERPRETED else _DOTS[query.dtype],
+        DOT=_dot(query.dtype if raw else torch.float16),
         PRECISION="ieee",
+        CODEC=0 if raw else int(codec),
         **options,
     )
     return out
+
+
+def _cells(pages: Tensor | QuantisedPages, layer: int) -> tuple[Tensor, int, Codec]:
+    """Return a layer's cells, the elements from K to V, and the codec; RAW16 for all raw ones."""
+    if not isinstance(pages, QuantisedPages):
+        cells = pages.select(2, layer)
+        return cells, cells.stride(2), Codec.RAW16
+    if pages.codec == Codec.INT4 and pages.head_dim < _LEAST_INT4:
+        raise Unsupported(f"head_dim {pages.head_dim}: int4 pages are served from {_LEAST_INT4}")
+    return pages.cells.select(2, layer), 0, pages.codec
+
+
+def _dot(dtype: torch.dtype) -> tl.dtype:
+    """Return the type of products: float32 in the interpreter, whose bf16 is silently wrong."""
+    return tl.float32 if _INTERPRETED else _DOTS[dtype]
+
+
+def write_quantised(
+    key: Tensor, value: Tensor, pages: QuantisedPages, slots: Tensor, layer: int
+) -> None:
+    """Launch once: quantise new rows into their places; see `kvkernels.ops.write_pages`."""
+    tokens, heads, dim = key.shape
+    if dim not in (16, 32, 64, 128, 256):
+        raise Unsupported(f"head_dim {dim}: the kernels serve powers of two from 16 to 256")
+    if tokens == 0:
+        return
+    key, value = (rows if rows.stride(2) == 1 else rows.contiguous() for rows in (key, value))
+    cells = pages.cells.select(2, layer)
+    write_rows[(-(-tokens // BLOCK_TOKENS), heads, 2)](
+        key,
+        value,
+        cells,
+        slots,
+        tokens,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        cells.stride(0),
+        cells.stride(1),
+        CODEC=int(pages.codec),
+        DIM=dim,
+        PAGE=BLOCK_TOKENS,
+        ROWS=BLOCK_TOKENS,
+    )
 
 
 _INTERPRETED = isinstance(attend_pages, InterpretedFunction)

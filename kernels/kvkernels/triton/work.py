@@ -15,6 +15,9 @@ from kvkernels.plans import Rules
 TILE = 64
 """Tokens per tile: four pages."""
 
+QUANTISED_TILE = 128
+"""Tokens per tile where decode reads quantised pages: as many bytes as a tile of raw ones."""
+
 LONGEST = 64
 """Tiles of an item at most (4,096 tokens): shorter ones even out the end of a large launch, and
 their workspace traffic stays under 1 % of the bytes of K and V."""
@@ -29,27 +32,29 @@ def capacity(units: int, programs: int, heads: int, *, most_tiles: int) -> int:
     return units + max(target, -(-units * most_tiles // LONGEST))
 
 
-def tiles_seen(units: Tensor, rules: Rules) -> Tensor:
+def tiles_seen(units: Tensor, rules: Rules, tile: int = TILE) -> Tensor:
     """Return how many tiles each unit reads: int32 [units], 0 for a unit without tokens.
 
     units int32 [units, 4]: row, token, count, position of the first token.
     """
     count, position = units[:, 2], units[:, 3]
-    tiles = torch.div(position + count + TILE - 1, TILE, rounding_mode="floor")
+    tiles = torch.div(position + count + tile - 1, tile, rounding_mode="floor")
     if rules.window is not None:
-        sinks = -(-rules.sinks // TILE)
+        sinks = -(-rules.sinks // tile)
         low = (position - rules.window + 1).clamp(min=0)
-        tiles = tiles - (torch.div(low, TILE, rounding_mode="floor") - sinks).clamp(min=0)
+        tiles = tiles - (torch.div(low, tile, rounding_mode="floor") - sinks).clamp(min=0)
     return torch.where(count > 0, tiles, torch.zeros_like(tiles))
 
 
-def cut(units: Tensor, items: Tensor, *, programs: int, heads: int, rules: Rules) -> None:
+def cut(
+    units: Tensor, items: Tensor, *, programs: int, heads: int, rules: Rules, tile: int = TILE
+) -> None:
     """Fill `items`, int32 [capacity, 8], with what one launch has to do for `units`.
 
     `programs` is how many programs the device runs at once; each item is run once per KV head.
     Items past the last are marked empty.
     """
-    tiles = tiles_seen(units, rules).to(torch.int64)
+    tiles = tiles_seen(units, rules, tile).to(torch.int64)
     target = max(1, programs // heads)
     length = torch.div(tiles.sum() + target - 1, target, rounding_mode="floor").clamp(1, LONGEST)
     splits = torch.div(tiles + length - 1, length, rounding_mode="floor")

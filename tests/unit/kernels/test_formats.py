@@ -41,7 +41,7 @@ def bound(rows: torch.Tensor, codec: Codec) -> torch.Tensor:
         return torch.maximum(rows.abs() / 16, top / 448 / 1024)
     if codec == Codec.INT8:
         return (top / 127 / 2).expand_as(rows)
-    halves = rows.unflatten(-1, (2, -1)).abs().amax(-1, keepdim=True) / 7
+    halves = rows.reshape(*rows.shape[:-1], 2, -1).abs().amax(-1, keepdim=True) / 7
     # The scale is the next float16 above at most: 2^-10 more, or one step below the normal ones.
     scale = torch.maximum(halves * (1 + 2**-10), halves + 2**-24)
     return (scale / 2).expand(*rows.shape[:-1], 2, rows.shape[-1] // 2).flatten(-2)
@@ -108,8 +108,8 @@ def test_written_rows_are_those_of_the_block(codec: Codec) -> None:
     pool = torch.zeros(4, layout.block_bytes, dtype=torch.uint8)
     order = torch.randperm(16)
     for layer in (0, 1):
-        rows = (tensor[layer].transpose(0, 1)[order] for tensor in (key, value))
-        write_pages(*rows, quantised_view(pool, layout), 32 + order, layer)
+        keys, values = (tensor[layer].transpose(0, 1)[order] for tensor in (key, value))
+        write_pages(keys, values, quantised_view(pool, layout), 32 + order, layer)
     assert torch.equal(pool[2], encode_block(key, value, layout))
     assert not pool[[0, 1, 3]].any()
 

@@ -1,0 +1,187 @@
+"""Attention over quantised pages and appends that quantise; `triton.decode` has the frame.
+
+Codes are widened to float16 in registers and multiplied as they are: a token's K scale goes onto
+its column of scores, its V scale onto its weight. Weights times scales would leave float16's
+range for small V, so scales are divided by the tile's largest, which the product gets back in
+float32. Every codec has one 32-bit scale word per row (`kvkernels.quantised`): a word is what an
+asynchronous copy moves at least, so scales are fetched ahead as the codes are.
+"""
+
+# Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
+import triton
+import triton.language as tl
+
+# `core.layout.Codec`, as numbers that a kernel can compare.
+FP8 = tl.constexpr(2)
+INT4 = tl.constexpr(4)
+
+
+# One parameter a line would bury the kernels under their signatures.
+# fmt: off
+
+
+@triton.jit
+def _widen(codes, CODEC: tl.constexpr, DOT: tl.constexpr):
+    """Return FP8 or INT8 codes, uint8, as numbers."""
+    if CODEC == FP8:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(DOT)
+    else:
+        # 0x6400 is 1024 in float16, and its last bits count ones: no conversion is needed.
+        shifted = (codes.to(tl.uint16) ^ 0x6480).to(tl.float16, bitcast=True)
+        return (shifted - 1152.0).to(DOT)
+
+
+@triton.jit
+def _nibbles(codes, DOT: tl.constexpr):
+    """Return the low and the high INT4 codes of bytes as numbers."""
+    wide = codes.to(tl.uint16)
+    low = ((wide & 15) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    high = ((wide >> 4) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    return low.to(DOT), high.to(DOT)
+
+
+@triton.jit
+def _scales(words):
+    """Return the two float16 scales of INT4 words as float32."""
+    low = (words & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    high = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, DIM: tl.constexpr):
+    """Cut [BLOCK_M, DIM] into its first and last DIM / 2 columns."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, DIM // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def joined(low, high, BLOCK_M: tl.constexpr, DIM: tl.constexpr):
+    """Undo `halves`."""
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (BLOCK_M, DIM))
+
+
+@triton.jit
+def dots(q, codes, words, CODEC: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr,
+         DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return q times a tile of K: float32 [BLOCK_M, tokens]."""
+    if CODEC == INT4:
+        q_low, q_high = halves(q, BLOCK_M, DIM)
+        low, high = _nibbles(codes, DOT)
+        scale_low, scale_high = _scales(words)
+        first = tl.dot(q_low, tl.trans(low), input_precision=PRECISION) * scale_low[None, :]
+        last = tl.dot(q_high, tl.trans(high), input_precision=PRECISION) * scale_high[None, :]
+        return first + last
+    else:  # What follows a return would be compiled as well.
+        k = _widen(codes, CODEC, DOT)
+        scale = words.to(tl.float32, bitcast=True)
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[None, :]
+
+
+@triton.jit
+def weighted(
+    weights, low_acc, high_acc, keep, codes, words,
+    CODEC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Add a tile of V to the output so far; only INT4 uses `high_acc`."""
+    if CODEC == INT4:
+        low, high = _nibbles(codes, DOT)
+        scale_low, scale_high = _scales(words)
+        peak = tl.max(tl.maximum(scale_low, scale_high), 0)
+        safe = tl.where(peak == 0, 1.0, peak)
+        first = (weights * (scale_low / safe)[None, :]).to(DOT)
+        last = (weights * (scale_high / safe)[None, :]).to(DOT)
+        low_acc = low_acc * keep + tl.dot(first, low, input_precision=PRECISION) * safe
+        high_acc = high_acc * keep + tl.dot(last, high, input_precision=PRECISION) * safe
+    else:
+        scale = words.to(tl.float32, bitcast=True)
+        peak = tl.max(scale, 0)
+        safe = tl.where(peak == 0, 1.0, peak)
+        scaled = (weights * (scale / safe)[None, :]).to(DOT)
+        v = _widen(codes, CODEC, DOT)
+        low_acc = low_acc * keep + tl.dot(scaled, v, input_precision=PRECISION) * safe
+    return low_acc, high_acc
+
+
+@triton.jit
+def _largest(rows):
+    """Return the largest magnitude of each row. As integers, NaN is above Inf above the rest."""
+    bits = rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.max(bits, 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _whole(scaled, LIMIT: tl.constexpr):
+    """Return clipped values rounded to nearest, ties to even: 1.5 * 2^23 leaves no fraction."""
+    clipped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
+    return ((clipped + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+@triton.jit
+def _half_scale(rows):
+    """Return INT4's scale of half rows: float16, rounded up, 1 for zeros."""
+    top = _largest(rows)
+    exact = tl.div_rn(top, tl.full(top.shape, 7.0, tl.float32))
+    exact = tl.where((exact > 65504.0) & (exact < float("inf")), 65504.0, exact)
+    scale = exact.to(tl.float16)
+    above = (scale.to(tl.int16, bitcast=True) + 1).to(tl.float16, bitcast=True)
+    scale = tl.where(scale.to(tl.float32) < exact, above, scale)
+    return tl.where(scale == 0.0, 1.0, scale).to(tl.float16)
+
+
+@triton.jit
+def _divided(rows, scale):
+    """Return rows over their scales, rounded as torch rounds."""
+    return tl.div_rn(rows, tl.broadcast_to(scale.to(tl.float32)[:, None], rows.shape))
+
+
+@triton.jit
+def write_rows(
+    key, value, cells, slots, tokens, key_token, key_head, value_token, value_head,
+    page_stride, head_stride,
+    CODEC: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
+):
+    """Quantise ROWS tokens of KV head `program_id(1)` into their places; K, then V.
+
+    key, value [tokens, heads, DIM] with strides; cells uint8: page 0, head 0 of the layer.
+    """
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head, half = tl.program_id(1), tl.program_id(2)
+    there = token < tokens
+    slot = tl.load(slots + token, mask=there, other=0)
+    at = slot // PAGE * page_stride + head.to(tl.int64) * head_stride
+    wide = token.to(tl.int64)
+    if half == 0:
+        source = key + wide * key_token + head * key_head
+    else:
+        source = value + wide * value_token + head * value_head
+    ROW: tl.constexpr = DIM // 2 if CODEC == INT4 else DIM
+    place = cells + at + half * PAGE * ROW + slot % PAGE * ROW
+    word = cells + at + 2 * PAGE * ROW + half * PAGE * 4 + slot % PAGE * 4
+    dims = tl.arange(0, ROW)
+    mask = there[:, None]
+    rows = tl.load(source[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+    if CODEC == INT4:
+        last = tl.load(source[:, None] + ROW + dims[None, :], mask=mask, other=0.0).to(tl.float32)
+        scale, high_scale = _half_scale(rows), _half_scale(last)
+        low = _whole(_divided(rows, scale), 7.0) + 8
+        high = _whole(_divided(last, high_scale), 7.0) + 8
+        codes = (low | (high << 4)).to(tl.uint8)
+        bits = scale.to(tl.uint16, bitcast=True).to(tl.int32)
+        bits = bits | (high_scale.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+    else:
+        LIMIT: tl.constexpr = 448.0 if CODEC == FP8 else 127.0
+        top = _largest(rows)
+        scale = tl.div_rn(top, tl.full(top.shape, LIMIT, tl.float32))
+        scale = tl.where(scale == 0.0, 1.0, scale)
+        scaled = _divided(rows, scale)
+        if CODEC == FP8:
+            clipped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
+            codes = clipped.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            codes = (_whole(scaled, LIMIT) & 255).to(tl.uint8)
+        bits = scale.to(tl.int32, bitcast=True)
+    tl.store(place[:, None] + dims[None, :], codes, mask=mask)
+    tl.store(word.to(tl.pointer_type(tl.int32)), bits, mask=there)
