@@ -8,16 +8,20 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from kvstore.observe.access_metrics import AccessMetrics
 from kvstore.observe.buckets import LATENCY_SECONDS
 from kvstore.observe.client_metrics import ClientMetrics
 from kvstore.observe.peer_metrics import PeerMetrics
+from kvstore.observe.redis_metrics import RedisMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 
 __all__ = [
+    "AccessMetrics",
     "ClientMetrics",
     "ClusterMetrics",
     "NodeMetrics",
     "PeerMetrics",
+    "RedisMetrics",
     "RouterMetrics",
     "TierMetrics",
     "WorkerMetrics",
@@ -296,22 +300,6 @@ class RouterMetrics:
         )  # fmt: skip
 
 
-class RedisMetrics:
-    """What a node or worker counts that writes its events to Redis."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.connected = Gauge(
-            "kvstore_redis_connected", "1 while events are written to Redis", registry=registry
-        )
-        self.faults = Counter(
-            "kvstore_redis_faults", "Times that writing events to Redis stopped, by error",
-            ["error"], registry=registry,
-        )  # fmt: skip
-        self.streams = Counter(
-            "kvstore_redis_streams", "Streams begun, each with a snapshot", registry=registry
-        )
-
-
 class WorkerMetrics:
     """What a GPU worker counts."""
 
@@ -404,20 +392,6 @@ class ClusterMetrics:
         self.members_version = Gauge(
             "kvstore_cluster_members_version", "Changes of the member list", registry=registry
         )
-
-
-class AccessMetrics:
-    """What the door of a server counts."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.denied = Counter(
-            "kvstore_access_denied", "Calls turned away before they were looked at", ["reason"],
-            registry=registry,
-        )  # fmt: skip
-        self.admin_calls = Counter(
-            "kvstore_access_admin_calls", "Calls that need the admin role", ["outcome"],
-            registry=registry,
-        )  # fmt: skip
 
 
 def exposition(registry: CollectorRegistry) -> Callable[[], bytes]:

@@ -87,7 +87,6 @@ class BelowDram:
         self._parts = parts
         self._peers = peers
         self._peer_tier: PeerTier | None = None
-        self._disks: list[asyncio.Task[None]] = []
         self.stored = stored
         """The tiers with a medium of their own."""
         lowers = [
