@@ -8,18 +8,18 @@ import pytest
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvstore.observe.access_metrics import AccessMetrics
 from kvstore.observe.buckets import LATENCY_SECONDS
 from kvstore.observe.client_metrics import ClientMetrics
 from kvstore.observe.metrics import (
-    AccessMetrics,
     ClusterMetrics,
     NodeMetrics,
-    RedisMetrics,
     RouterMetrics,
     WorkerMetrics,
     exposition,
 )
 from kvstore.observe.peer_metrics import PeerMetrics
+from kvstore.observe.redis_metrics import RedisMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"

@@ -13,13 +13,14 @@ from kvstore.rpc.v1 import (
     cache_pb2,
     cluster_pb2,
     inference_pb2,
+    inspect_pb2,
     record_pb2,
     router_pb2,
     worker_pb2,
 )
 from tests.security_fixture import TOKENS, secured
 
-FILES = (cache_pb2, cluster_pb2, inference_pb2, record_pb2, router_pb2, worker_pb2)
+FILES = (cache_pb2, cluster_pb2, inference_pb2, inspect_pb2, record_pb2, router_pb2, worker_pb2)
 CLEAR = "/kvstore.rpc.v1.CacheNode/Clear"
 
 

@@ -64,7 +64,7 @@ def test_the_namespace_on_the_wire_has_our_fields() -> None:
 
 def test_every_file_declares_our_package() -> None:
     files = sorted(PROTO.glob("*.proto"))
-    assert len(files) == 8
+    assert len(files) == 9
     for path in files:
         assert "package kvstore.rpc.v1;" in path.read_text(encoding="utf-8")
 

@@ -153,7 +153,7 @@ class Pipeline:
         self._in_flight += 1
         entry = running.entry = self.ledger.begin(
             running.request.request_id,
-            domain=self._config.share_domain,
+            domain=running.request.share_domain or self._config.share_domain,
             model=running.offer.model,
             prompt_tokens=len(running.prompt),
         )
