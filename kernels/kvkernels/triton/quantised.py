@@ -9,7 +9,8 @@ asynchronous copy moves at least, so scales are fetched ahead as the codes are.
 
 # Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 
 import triton
 import triton.language as tl
