@@ -99,7 +99,8 @@ def test_every_cluster_comes_back_and_frontends_know_the_truth(
             cluster.round()
     cluster.settle()
     served = {report.name: report for report in cluster.members.members}
-    assert served == {n: cluster.truth[n] for n, r in ROLES.items() if r is not Role.FRONTEND}
+    truth = {name: replace(report, members_version=0) for name, report in cluster.truth.items()}
+    assert served == {n: truth[n] for n, r in ROLES.items() if r is not Role.FRONTEND}
     for given_out in cluster.incarnations.values():
         assert given_out == sorted(set(given_out)), "an incarnation was given twice"
 
@@ -120,6 +121,17 @@ def test_a_lost_worker_leaves_the_list_at_once() -> None:
     assert [report.name for report in members.members] == ["node-0", "worker-0"]
     actions = next_actions(cluster.parts, members, now_ms=cluster.now_ms)
     assert Push("frontend-0") in actions
+
+
+def test_nodes_learn_the_list_too_and_it_comes_to_rest() -> None:
+    cluster = SimulatedCluster()
+    cluster.settle()
+    cluster.round()
+    version = cluster.members.version
+    for _ in range(5):
+        cluster.round()
+    assert cluster.members.version == version
+    assert cluster.truth["node-0"].members_version == version
 
 
 def test_an_unchanged_list_keeps_its_version() -> None:

@@ -134,7 +134,8 @@ def next_members(current: MemberList, parts: Iterable[Part]) -> MemberList:
     """Return `current`, or its successor where the serving nodes and workers have changed."""
     serving = sorted(
         (
-            part.report
+            # What a node knows of the list is no part of the list: it would never come to rest.
+            replace(part.report, members_version=0)
             for part in parts
             if part.report is not None
             and part.report.phase is Phase.SERVING
