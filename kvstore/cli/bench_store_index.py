@@ -118,6 +118,7 @@ async def _bench_load(bench: Bench, directory: Path, blocks: int) -> None:
         await tier.loaded()
         seconds.append(time.perf_counter() - started)
         assert len(tier) == blocks
+        await tier.introduced()  # else a thread of it may outlive `close`, and the lock with it
         await tier.close()
     taken = sorted(seconds)[1]
     bench.row(_CASES[2], taken, f"s for {blocks:,} blocks", limit=3.0,

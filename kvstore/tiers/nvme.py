@@ -73,6 +73,7 @@ class NvmeTier:
         """Those of them that were forgotten meanwhile."""
         self._lock_fd = -1
         self._loaded = asyncio.Event()
+        self._introduced = asyncio.Event()
         self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -112,6 +113,10 @@ class NvmeTier:
                 await self._loaded.wait()
         except TimeoutError as error:
             raise Unreachable(f"NVMe directory {self._config.directory} was not read") from error
+
+    async def introduced(self) -> None:
+        """Return when policy and listener know of everything that an earlier run left."""
+        await self._introduced.wait()
 
     @property
     def in_device(self) -> int:
@@ -349,6 +354,7 @@ class NvmeTier:
         if found:
             _log.info("NVMe: %d blocks found", found)
         await self._room.introduce()
+        self._introduced.set()
 
     async def _keep_synced(self) -> None:
         while True:

@@ -358,6 +358,7 @@ async def test_outcomes_bytes_and_breakers_are_counted(tmp_path: Path) -> None:
     config = NvmeConfig(directory=tmp_path, capacity_bytes=64 * SLOT_BYTES)
     tier = await NvmeTier.start(config, Lru(), TierMetrics(registry))
     await tier.loaded()
+    await tier.introduced()
     await write(tier, [block(1), block(2)])
     await read(tier, [1, 3])
     tier.measure()
