@@ -12,12 +12,12 @@ for another, and the last one sets the counter back to 0, so a captured launch c
 
 # Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl
 
-from kvkernels.triton.quantised import INT4, dots, joined, weighted
+from kvkernels.triton.quantised import INT4, dots, nothing, weighted, word_pointer, woven
 
 MERGE_SPLITS = tl.constexpr(16)
 MERGE_ROWS = tl.constexpr(4)
@@ -136,9 +136,11 @@ def _scan_codes(
     rows = tl.arange(0, ROW)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, ROW), tl.float32)
-    high_acc = tl.zeros((BLOCK_M, ROW), tl.float32)
+    WORD: tl.constexpr = 1 if BLOCK_M > 16 else 2 if CODEC == INT4 else 4
+    acc = nothing(CODEC, WORD, BLOCK_M, DIM)
     words = (cells + 2 * PAGE * ROW).to(tl.pointer_type(tl.int32))
+    values = word_pointer(cells + PAGE * ROW, WORD)
+    columns = tl.arange(0, ROW // WORD)
     spot = _spots(begin, skip, BLOCK_N, WINDOW, SINKS)
     page = tl.load(table + spot // PAGE, mask=spot < context, other=0)
     for tile in range(begin, end):
@@ -157,18 +159,14 @@ def _scan_codes(
         weights = tl.exp2(scores - safe[:, None])
         keep = tl.exp2(top - safe)
         total = total * keep + tl.sum(weights, 1)
-        v = tl.load(place[:, None] + PAGE * ROW + rows[None, :], mask=inside[:, None], other=0)
+        value = values + (far + spot % PAGE * ROW) // WORD
+        v = tl.load(value[:, None] + columns[None, :], mask=inside[:, None], other=0)
         v_words = tl.load(word + PAGE, mask=inside, other=0)
-        acc, high_acc = weighted(
-            weights, acc, high_acc, keep[:, None], v, v_words, CODEC, DOT, PRECISION
-        )
+        acc = weighted(weights, acc, keep[:, None], v, v_words, CODEC, WORD, DOT, PRECISION)
         top = new_top
         page = next_page
         spot = ahead
-    if CODEC == INT4:
-        return top, total, joined(acc, high_acc, BLOCK_M, DIM)
-    else:
-        return top, total, acc
+    return top, total, woven(acc, CODEC, WORD, BLOCK_M, DIM)
 
 
 @triton.jit

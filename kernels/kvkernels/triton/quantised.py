@@ -82,11 +82,38 @@ def dots(q, codes, words, CODEC: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.co
 
 
 @triton.jit
-def weighted(
-    weights, low_acc, high_acc, keep, codes, words,
+def word_pointer(at, WORD: tl.constexpr):
+    """Return a pointer to bytes as one to words of one, two or four."""
+    if WORD == 1:
+        return at
+    elif WORD == 2:
+        return at.to(tl.pointer_type(tl.int16))
+    else:
+        return at.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _byte(words, AT: tl.constexpr):
+    """Return one byte of each word."""
+    return ((words >> (8 * AT)) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def _more(acc, keep, weights, numbers, safe, PRECISION: tl.constexpr):
+    """Return an output tile with another tile of V added."""
+    return acc * keep + tl.dot(weights, numbers, input_precision=PRECISION) * safe
+
+
+@triton.jit
+def _weighted_bytes(
+    weights, acc, keep, codes, words,
     CODEC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """Add a tile of V to the output so far; only INT4 uses `high_acc`."""
+    """Do what `weighted` does for the many rows of an append, with codes as bytes.
+
+    Triton 3.6 reads beyond its memory where these rows meet words (H100, head_dim 64).
+    """
+    low_acc, high_acc = acc
     if CODEC == INT4:
         low, high = _nibbles(codes, DOT)
         scale_low, scale_high = _scales(words)
@@ -104,6 +131,95 @@ def weighted(
         v = _widen(codes, CODEC, DOT)
         low_acc = low_acc * keep + tl.dot(scaled, v, input_precision=PRECISION) * safe
     return low_acc, high_acc
+
+
+@triton.jit
+def weighted(
+    weights, acc, keep, codes, words,
+    CODEC: tl.constexpr, WORD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Add a tile of V to the output so far: tiles of every fourth column, `woven` at the end.
+
+    Tensor cores want neighbouring tokens side by side, so codes cross shared memory by token and
+    column: as words of several columns, a fourth or half as often as byte by byte.
+    """
+    if WORD == 1:
+        return _weighted_bytes(weights, acc, keep, codes, words, CODEC, DOT, PRECISION)
+    else:
+        return _weighted_words(weights, acc, keep, codes, words, CODEC, DOT, PRECISION)
+
+
+@triton.jit
+def _weighted_words(
+    weights, acc, keep, codes, words,
+    CODEC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """Add a tile of V whose codes are words; `acc` are four tiles of every fourth column."""
+    zero, one, two, three = acc
+    if CODEC == INT4:  # Words of two bytes; a byte's high code belongs to a column DIM / 2 further.
+        scale_low, scale_high = _scales(words)
+        peak = tl.max(tl.maximum(scale_low, scale_high), 0)
+        safe = tl.where(peak == 0, 1.0, peak)
+        first = (weights * (scale_low / safe)[None, :]).to(DOT)
+        last = (weights * (scale_high / safe)[None, :]).to(DOT)
+        low, high = _nibbles(_byte(codes, 0), DOT)
+        zero = _more(zero, keep, first, low, safe, PRECISION)
+        two = _more(two, keep, last, high, safe, PRECISION)
+        low, high = _nibbles(_byte(codes, 1), DOT)
+        one = _more(one, keep, first, low, safe, PRECISION)
+        three = _more(three, keep, last, high, safe, PRECISION)
+    else:  # Words of four bytes.
+        scale = words.to(tl.float32, bitcast=True)
+        peak = tl.max(scale, 0)
+        safe = tl.where(peak == 0, 1.0, peak)
+        scaled = (weights * (scale / safe)[None, :]).to(DOT)
+        zero = _more(zero, keep, scaled, _widen(_byte(codes, 0), CODEC, DOT), safe, PRECISION)
+        one = _more(one, keep, scaled, _widen(_byte(codes, 1), CODEC, DOT), safe, PRECISION)
+        two = _more(two, keep, scaled, _widen(_byte(codes, 2), CODEC, DOT), safe, PRECISION)
+        three = _more(three, keep, scaled, _widen(_byte(codes, 3), CODEC, DOT), safe, PRECISION)
+    return zero, one, two, three
+
+
+@triton.jit
+def nothing(CODEC: tl.constexpr, WORD: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr):
+    """Return the output tiles before any V."""
+    if WORD == 1:
+        none = tl.zeros((BLOCK_M, DIM // 2 if CODEC == INT4 else DIM), tl.float32)
+        return none, none
+    else:
+        part = tl.zeros((BLOCK_M, DIM // 4), tl.float32)
+        return part, part, part, part
+
+
+@triton.jit
+def woven(
+    acc, CODEC: tl.constexpr, WORD: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr,
+):
+    """Put the tiles of `weighted` together as [BLOCK_M, DIM]."""
+    if WORD == 1:
+        return _woven_bytes(acc, CODEC, BLOCK_M, DIM)
+    else:
+        return _woven_words(acc, CODEC, BLOCK_M, DIM)
+
+
+@triton.jit
+def _woven_bytes(acc, CODEC: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr):
+    low, high = acc
+    if CODEC == INT4:
+        return joined(low, high, BLOCK_M, DIM)
+    else:
+        return low
+
+
+@triton.jit
+def _woven_words(acc, CODEC: tl.constexpr, BLOCK_M: tl.constexpr, DIM: tl.constexpr):
+    zero, one, two, three = acc
+    if CODEC == INT4:
+        low = tl.reshape(tl.join(zero, one), (BLOCK_M, DIM // 2))
+        high = tl.reshape(tl.join(two, three), (BLOCK_M, DIM // 2))
+        return joined(low, high, BLOCK_M, DIM)
+    else:
+        return tl.reshape(tl.join(tl.join(zero, two), tl.join(one, three)), (BLOCK_M, DIM))
 
 
 @triton.jit
