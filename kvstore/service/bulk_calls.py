@@ -24,6 +24,25 @@ PIECE_BYTES: Final = 1 << 20
 """Of a block in one message of Get: far below the message limit, and few enough to a block."""
 
 
+PUT_STALL_S: Final = 30.0
+"""A stream of Put in which nothing comes for so long is given up."""
+
+
+async def _in_time(
+    requests: AsyncIterator[cache_pb2.PutRequest],
+) -> AsyncIterator[cache_pb2.PutRequest]:
+    """Pass requests on; raises `Refused` when none comes for `PUT_STALL_S`."""
+    while True:
+        try:
+            async with asyncio.timeout(PUT_STALL_S):
+                request = await anext(requests, None)
+        except TimeoutError:
+            raise Refused(f"nothing came for {PUT_STALL_S} s", retry_after_ms=0) from None
+        if request is None:
+            return
+        yield request
+
+
 class BulkCalls(Calls):
     """`Ticket`, `Lend`, `Get` and `Put`."""
 
@@ -105,11 +124,13 @@ class BulkCalls(Calls):
             try:
                 names = split(request.names)
                 for index, name in enumerate(names[: len(acquired.slots)]):
-                    slot = acquired.slots[index]
                     outcome = await self._readable(info, name, wait_s)
                     if outcome is not Outcome.HIT:
                         yield cache_pb2.GetReply(index=index, outcome=int(outcome))  # type: ignore[arg-type]
                         return
+                    # Found anew and copied at once: a reader that dawdles outlives its lease.
+                    slot = self._store.table.find(info, keys_of(info, name)[0], name)
+                    assert slot is not None, "it was readable, and nothing ran in between"
                     for reply in self._pieces(info, slot, index):
                         yield reply
                 if len(acquired.slots) < len(names):
@@ -129,7 +150,7 @@ class BulkCalls(Calls):
             reply = cache_pb2.PutReply()
             piece: cache_pb2.PutRequest | None = None
             payload = bytearray()
-            async for request in requests:
+            async for request in _in_time(requests):
                 if session is None or info is None:
                     session, info = self._rooted(context, request.root)
                 if piece is None or not payload:

@@ -7,6 +7,7 @@ milliseconds. Slots of a job are pinned: nothing is sealed or dropped on old evi
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from kvstore.transport.arena import ArenaMapping
 
 JOB_BYTES: Final = 64 << 20
 """Bytes of one job: 2 to 10 ms of hashing."""
+_SCRUB_LOOK_S: Final = 1.0
 MAX_URGENT: Final = 256
 """Calls whose blocks are verified first; more take what is ready, for their turn is far."""
 
@@ -81,7 +83,10 @@ class Hasher:
         self._scrub.extend(slots)
         self._work.set()
         while self._scrub:
-            await self.progress()
+            # Looked at again: blocks that are gone before their turn announce nothing.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SCRUB_LOOK_S):
+                    await self.progress()
 
     async def progress(self) -> None:
         """Return at the next change of what is readable."""
