@@ -93,6 +93,15 @@ async def test_a_block_that_went_bad_is_dropped_and_its_lease_void() -> None:
             assert (again.slots, again.reason) == ([], MissReason.ABSENT)
 
 
+async def test_blocks_that_went_before_their_turn_hold_nobody_up() -> None:
+    with small_store() as small:
+        async with sealed(small, 2) as (hasher, _):
+            slots = list(small.table.index.values())
+            small.table.evict(slots, reason="test")
+            async with asyncio.timeout(10):
+                await hasher.scrub(slots)
+
+
 async def test_a_rate_of_zero_scrubs_nothing() -> None:
     with small_store() as small:
         hasher = Hasher(small.store, NodeMetrics(CollectorRegistry()))
