@@ -33,6 +33,7 @@ from kvstore.transport.bulk import BulkTransport
 from kvstore.transport.bulk_wire import MAX_BLOCKS
 
 _NAME: Final = "peer"
+_IDLE_MS: Final = 300_000.0
 _SOURCES: Final = 3
 """Neighbours asked for one block before it counts as missed."""
 
@@ -68,6 +69,7 @@ class _Line:
     channel: grpc.aio.Channel
     breaker: Breaker = field(default_factory=lambda: Breaker(threshold=1))
     moving_bytes: int = 0
+    used_ms: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +106,7 @@ class PeerTier:
         )
         self._lines: dict[Neighbour, _Line] = {}
         self._reading: set[asyncio.Task[list[Outcome]]] = set()
+        self._closing: set[asyncio.Future[None]] = set()
         self._closed = False
 
     def holds(self, root: Root, name: BlockName) -> bool:
@@ -136,17 +139,30 @@ class PeerTier:
         await self._transport.close()
         for task in list(self._reading):
             task.cancel()
-        await asyncio.gather(*self._reading, return_exceptions=True)
+        await asyncio.gather(*self._reading, *self._closing, return_exceptions=True)
         for line in self._lines.values():
             await line.channel.close(None)
 
     def measure(self) -> None:
         """Set the gauges."""
         now_ms = self._now_ms()
+        self._drop_idle(now_ms)
         states = [line.breaker.state(now_ms) for line in self._lines.values()]
         worst = max(states, default=BreakerState.CLOSED)
         self._metrics.breaker.labels(_NAME, "read").set(int(worst))
         self._metrics.in_device.labels(_NAME).set(len(self._reading))
+
+    def _drop_idle(self, now_ms: float) -> None:
+        """Close what was not used for long: a neighbour that restarts may have another address."""
+        idle = [
+            one
+            for one, line in self._lines.items()
+            if not line.moving_bytes and now_ms - line.used_ms > _IDLE_MS
+        ]
+        for one in idle:
+            closing = asyncio.ensure_future(self._lines.pop(one).channel.close(None))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     # -- reading ---------------------------------------------------------------------------
 
@@ -289,6 +305,7 @@ class PeerTier:
             line = self._lines[neighbour] = _Line(
                 open_channel(neighbour.address, self._credentials)
             )
+        line.used_ms = self._now_ms()
         return line
 
     def _may_ask(self, neighbour: Neighbour) -> bool:

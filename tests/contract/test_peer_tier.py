@@ -196,6 +196,19 @@ async def test_a_neighbour_that_dropped_a_block_is_no_failure(
     assert tier.holds(ROOT, block(0).header.name), "no breaker has opened"
 
 
+async def test_a_line_that_nobody_uses_is_closed_and_made_anew(
+    two: tuple[ScriptedHolder, ScriptedHolder], tier: PeerTier
+) -> None:
+    assert await read(tier) == [HIT] * 4
+    tier.measure()
+    assert tier._lines, "they were used just now"
+    for line in tier._lines.values():
+        line.used_ms -= 1e6
+    tier.measure()
+    assert not tier._lines
+    assert await read(tier) == [HIT] * 4
+
+
 async def test_load_is_spread_over_neighbours(
     two: tuple[ScriptedHolder, ScriptedHolder], tier: PeerTier
 ) -> None:
