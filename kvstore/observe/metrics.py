@@ -75,7 +75,7 @@ class NodeMetrics:
         self._add_space(registry)
         # Alerts watch these: an increase from nothing at all is none to Prometheus.
         self.corrupt.labels("dram")
-        for reason in ("room", "chunk", "corrupt", "cleared"):
+        for reason in ("room", "chunk", "corrupt", "cleared", "quota"):
             self.evictions.labels("dram", reason)
 
     def _add_hits(self, registry: CollectorRegistry) -> None:

@@ -137,6 +137,7 @@ class NodeChild:
             "-m",
             "kvstore.service.node",
             *(f"{flag}={value}" for flag, value in options.items()),
+            *(f"--quota={rule}" for rule in config.quotas),
             pass_fds=(self._arena_fd, theirs.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),

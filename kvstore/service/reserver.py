@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason
 from kvstore.core.slots import SlotState
+from kvstore.service.making_room import keep_quota, make_room
 from kvstore.service.roots import RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
@@ -64,7 +65,10 @@ class Reserver:
                 continue
             if session.reserved_bytes + info.shape.block_bytes > self.quota_bytes:
                 return answer._replace(reason=MissReason.REFUSED)
-            slot = self.reserve_one(session, wanted, index, count - len(answer.slots))
+            missing = count - len(answer.slots)
+            if not self.keeps_quota(session, wanted, index, missing):
+                return answer._replace(reason=MissReason.QUOTA)
+            slot = self.reserve_one(session, wanted, index, missing)
             if slot is None:
                 return answer._replace(reason=MissReason.REFUSED)
             answer.names.append(index)
@@ -72,6 +76,19 @@ class Reserver:
             if len(answer.slots) == count:
                 return answer  # whatever was skipped on the way
         return answer._replace(reason=reason)
+
+    def keeps_quota(self, session: Session, wanted: Wanted, index: int, missing: int) -> bool:
+        """Say whether one block more is within its share domain's and root's quota.
+
+        Whoever is at its quota makes room for `missing` blocks among its own, so that a call that
+        needs many looks for them once.
+        """
+        table, info = self.table, wanted.info
+        if table.book.claim(info.root, info.shape.block_bytes) is None:
+            return True
+        self.tell_policy()
+        newcomers = self._reservable(session, info, wanted.keys[index:])[:missing]
+        return keep_quota(table, info, newcomers, wanted.now_ms)
 
     def reserve_one(self, session: Session, wanted: Wanted, index: int, missing: int) -> int | None:
         """Reserve a slot for one name; later ones may want one in this call too."""
@@ -92,7 +109,7 @@ class Reserver:
                 return slot
             self.tell_policy()
             newcomers = self._reservable(session, info, keys[index:])[:missing]
-            if not table.make_room(info.shape.block_bytes, newcomers, wanted.now_ms):
+            if not make_room(table, info.shape.block_bytes, newcomers, wanted.now_ms):
                 return None
         return None
 

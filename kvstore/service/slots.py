@@ -23,6 +23,7 @@ from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.roots import RootInfo, Roots
 from kvstore.tiers.arena_space import ArenaSpace, Chunk
+from kvstore.tiers.quotas import Quotas
 from kvstore.transport.arena import ArenaMapping
 
 _BULK_LEAST: Final = 64
@@ -42,6 +43,7 @@ class SlotTable:
         node: str,
         host: str = "",
         tiers: Sequence[TierKind] = (TierKind.DRAM,),
+        quotas: Quotas | None = None,
     ) -> None:
         """`tiers` are what the node publishes: DRAM, and what lies below it."""
         slots = arena.size.max_slots
@@ -49,7 +51,10 @@ class SlotTable:
         self.policy = policy
         self.metrics = metrics
         self.space = ArenaSpace(arena.size.data_bytes, slots)
-        self.roots = Roots()
+        self.quotas = quotas or Quotas()
+        self.book = self.quotas.book("dram")
+        """Used and reserved bytes by root and share domain."""
+        self.roots = Roots(on_domain=self.quotas.opened)
         self.index: dict[int, int] = {}
         self.generation = array("Q", bytes(8 * slots))
         self.state = bytearray(slots)
@@ -163,6 +168,7 @@ class SlotTable:
         self._turn(slot, _RESERVED, session)
         self.index[key] = slot
         self.reserved_bytes += info.shape.block_bytes
+        self.book.add(info.root, info.shape.block_bytes)
         return slot
 
     def commit(self, slot: int) -> bool:
@@ -220,6 +226,8 @@ class SlotTable:
         if state is SlotState.SEALED:
             name = BlockName(self.arena.name(slot))
             self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
+        if state is not SlotState.DRAINING:
+            self.book.add(info.root, -info.shape.block_bytes)
         if state in READABLE:
             self.used_bytes -= info.shape.block_bytes
             self.policy.remove(BlockKey(key))
@@ -272,7 +280,9 @@ class SlotTable:
             return
         if self.index.get(self.key[slot]) == slot:
             del self.index[self.key[slot]]
-        self.reserved_bytes -= self.root_of(slot).shape.block_bytes
+        info = self.root_of(slot)
+        self.reserved_bytes -= info.shape.block_bytes
+        self.book.add(info.root, -info.shape.block_bytes)
         self._turn(slot, _DRAINING)
 
     def drop(self, slot: int, *, reason: str) -> None:
@@ -285,6 +295,7 @@ class SlotTable:
             name = BlockName(self.arena.name(slot))
             self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
         self.used_bytes -= info.shape.block_bytes
+        self.book.add(info.root, -info.shape.block_bytes)
         self.policy.remove(BlockKey(key))
         if self.index.get(key) == slot:
             del self.index[key]
@@ -308,6 +319,7 @@ class SlotTable:
         self.index[key] = slot
         self.counts[_FREE] -= 1
         self.counts[word.state] += 1
+        self.book.add(info.root, info.shape.block_bytes)
         if word.state is SlotState.RESERVED:
             self.reserved_bytes += info.shape.block_bytes
             return
@@ -316,46 +328,22 @@ class SlotTable:
 
     # -- room ------------------------------------------------------------------------------
 
-    def make_room(self, block_bytes: int, newcomers: Sequence[int], now_ms: float) -> bool:
-        """Evict so that slots for at least the first of `newcomers` can be reserved.
-
-        `newcomers` are keys in prefix order that a request asked for. The class takes a whole chunk
-        from another one while it holds less than its fair share, and otherwise drops its own least
-        valuable blocks. False when all is leased, reserved or unsealed, or worth more than the
-        newcomers.
-        """
-        if self.space.below_fair_share(block_bytes) and self._take_chunk(block_bytes):
-            return True
-        victims = self.policy.victims(
-            len(newcomers),
-            now_ms=now_ms,
-            may_evict=lambda key: self._evictable(key, block_bytes),
-            newcomers=[BlockKey(key) for key in newcomers] if self.bypass else (),
-        )
-        if victims:
-            self.evict((self.index[key] for key in victims), reason="room")
-            return True
-        return self._take_chunk(block_bytes)
-
     def evict(self, slots: Iterable[int], *, reason: str) -> int:
         """Drop sealed, unpinned blocks; returns how many."""
-        dropped = 0
-        for slot in list(slots):
+        dropped = list(slots)
+        for slot in dropped:
             self.free(slot)
-            dropped += 1
-        self.metrics.evictions.labels("dram", reason).inc(dropped)
-        self.evicted_blocks += dropped
-        return dropped
+        self.metrics.evictions.labels("dram", reason).inc(len(dropped))
+        self.evicted_blocks += len(dropped)
+        return len(dropped)
 
-    def _evictable(self, key: BlockKey, block_bytes: int) -> bool:
-        slot = self.index[key]
-        return self._idle(slot) and self.root_of(slot).shape.block_bytes == block_bytes
-
-    def _idle(self, slot: int) -> bool:
+    def idle(self, slot: int) -> bool:
+        """Say whether a block may be evicted at this moment."""
         return self.state[slot] == SlotState.SEALED and not self.pins[slot]
 
-    def _take_chunk(self, block_bytes: int) -> bool:
-        found = self.space.victim_chunk(block_bytes, self._idle)
+    def take_chunk(self, block_bytes: int) -> bool:
+        """Empty a chunk of another size class for this one; False where none can go."""
+        found = self.space.victim_chunk(block_bytes, self.idle)
         if found is None:
             return False
         chunk, used = found

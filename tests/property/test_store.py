@@ -28,6 +28,7 @@ from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.tiers.quotas import QuotaRule, Quotas
 from kvstore.tiers.sums import block_sum
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
@@ -38,6 +39,7 @@ SHAPES = (
 )
 ROOTS = tuple(Root(hashlib.sha256(bytes([i])).digest()) for i in range(len(SHAPES)))
 NAMES = [hashlib.sha256(bytes([0, i])).digest() for i in range(12)]
+QUOTA_BYTES = 6 * GRANULE_BYTES
 LIMITS = StoreLimits(
     lease_ms=1_000, claim_ms=300, reserve_quota_bytes=GRANULES // 2 * GRANULE_BYTES
 )
@@ -66,7 +68,8 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.arena.incarnation += 1
         metrics = NodeMetrics(CollectorRegistry())
-        self.table = SlotTable(self.arena, Lru(), metrics, node="n")
+        quotas = Quotas([QuotaRule("domain", "d0", {"dram": QUOTA_BYTES})])
+        self.table = SlotTable(self.arena, Lru(), metrics, node="n", quotas=quotas)
         self.store = ArenaStore(self.table, LIMITS)
         for number in self.reserved:
             self.store.sessions.open(number, number.to_bytes(16, "little"))
@@ -80,7 +83,7 @@ class StoreMachine(RuleBasedStateMachine):
         return session
 
     def info(self, session: Session, root: int) -> RootInfo:
-        info = self.table.roots.open(ROOTS[root], SHAPES[root], domain="d")
+        info = self.table.roots.open(ROOTS[root], SHAPES[root], domain=f"d{root}")
         session.roots[ROOTS[root]] = info
         return info
 
@@ -320,6 +323,18 @@ class StoreMachine(RuleBasedStateMachine):
         assert len(table.policy) == len(readable)
         used = sum(chunk.used for chunk in table.space.chunks())
         assert used == sum(counts.values())
+
+    @invariant()
+    def every_byte_is_charged_and_none_beyond_the_quota(self) -> None:
+        held: Counter[bytes] = Counter()
+        for slot in range(32):
+            if self.table.state[slot] not in (SlotState.FREE, SlotState.DRAINING):
+                info = self.table.root_of(slot)
+                held[info.root] += info.shape.block_bytes
+        book = self.table.book
+        assert book.by_root == held
+        assert sum(book.by_domain.values()) == sum(held.values())
+        assert held[ROOTS[0]] <= QUOTA_BYTES
 
     @invariant()
     def what_is_published_is_what_is_sealed(self) -> None:
