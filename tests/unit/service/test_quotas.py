@@ -7,6 +7,7 @@ from kvstore.core.names import Root
 from kvstore.core.outcomes import MissReason
 from kvstore.observe.metrics import TierMetrics
 from kvstore.service.counting import DomainBytes
+from kvstore.service.making_room import keep_quota
 from kvstore.service.roots import RootInfo, keys_of
 from kvstore.service.sessions import Session
 from kvstore.tiers.quotas import QuotaRule, Quotas
@@ -65,6 +66,20 @@ def test_a_reserve_beyond_the_quota_says_so() -> None:
         assert not small.table.book.by_root
         answer = small.store.acquire(session, info, packed, reserve=2, first_block=0, now_ms=1.0)
         assert answer.reserve_reason is MissReason.NONE
+
+
+def test_a_quota_that_shrank_is_kept_again_at_once() -> None:
+    with small_store(16) as first:
+        small = small_with(first, f"domain:a:dram={3 * GRANULE_BYTES}")
+        late = Root(bytes(31) + b"l")
+        session = small.store.sessions.open(1, bytes(16))
+        info = small.table.roots.open(late, SHAPE)  # whose it is nobody has said yet
+        session.roots[late] = info
+        put(small, session, info, names(8))
+        small.table.quotas.opened(late, "a")
+        assert keep_quota(small.table, info, keys_of(info, names(1, 9)[0]), 1.0)
+        assert small.table.book.by_domain == {"a": 2 * GRANULE_BYTES}
+        assert held(small, info, names(8)) == [True] * 2 + [False] * 6
 
 
 def test_what_domains_hold_is_shown_for_a_bounded_number_of_them() -> None:
