@@ -27,23 +27,21 @@ class SlotState(IntEnum):
     """Written. Readable on this host under a lease; its sum is not known yet."""
     SEALED = 3
     """Hashed. May be listed to others, demoted, sent, and re-adopted after a restart."""
-    EVICTING = 4
-    """Chosen as a victim; being written to a lower tier. Still readable, no new leases."""
     DRAINING = 5
-    """Nobody may use it, yet a device or a reader has not let go. Not free until it does."""
+    """Nobody may use it, yet a device or a reader has not let go. Not free until it does. (4 was a
+    state that nothing entered.)"""
 
 
 TRANSITIONS: Final[dict[SlotState, frozenset[SlotState]]] = {
     SlotState.FREE: frozenset({SlotState.RESERVED}),
     SlotState.RESERVED: frozenset({SlotState.COMMITTED, SlotState.DRAINING, SlotState.FREE}),
     SlotState.COMMITTED: frozenset({SlotState.SEALED, SlotState.DRAINING, SlotState.FREE}),
-    SlotState.SEALED: frozenset({SlotState.EVICTING, SlotState.DRAINING, SlotState.FREE}),
-    SlotState.EVICTING: frozenset({SlotState.SEALED, SlotState.DRAINING, SlotState.FREE}),
+    SlotState.SEALED: frozenset({SlotState.DRAINING, SlotState.FREE}),
     SlotState.DRAINING: frozenset({SlotState.FREE}),
 }
 """Every change a slot word may make. Anything else is a bug and asserts."""
 
-READABLE: Final = frozenset({SlotState.COMMITTED, SlotState.SEALED, SlotState.EVICTING})
+READABLE: Final = frozenset({SlotState.COMMITTED, SlotState.SEALED})
 """States whose bytes a lease holder on this host may read."""
 
 _STATE_BITS = 4

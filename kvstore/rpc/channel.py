@@ -30,6 +30,8 @@ _OPTIONS: Final[list[tuple[str, int]]] = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+_LOCAL_RECONNECT_MS: Final = 100
+"""On its own host a try costs nothing, and waiting longer would double what a restart costs."""
 
 
 def open_channel(address: str, credentials: Credentials = NO_CREDENTIALS) -> grpc.aio.Channel:
@@ -39,7 +41,10 @@ def open_channel(address: str, credentials: Credentials = NO_CREDENTIALS) -> grp
     """
     # A proxy from the environment must never see loopback or cluster traffic.
     options = [*_OPTIONS, ("grpc.enable_http_proxy", 0), *credentials.options()]
-    secure = None if address.startswith("unix:") else credentials.channel()
+    local = address.startswith("unix:")
+    if local:
+        options.append(("grpc.max_reconnect_backoff_ms", _LOCAL_RECONNECT_MS))
+    secure = None if local else credentials.channel()
     if secure is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, secure, options=options)

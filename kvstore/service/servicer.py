@@ -137,6 +137,7 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
                 now_ms=now_ms(),
                 pending_ms=deadline_ms,
             )
+            self._below.movement.hurry(answer.slots[answer.ready :])
             self._below.movement.load(answer.loads)
             self._explain_corruption(info, request.names, answer)
             asyncio.get_running_loop().call_soon(self._store.flush_requests)

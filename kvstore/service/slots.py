@@ -28,7 +28,7 @@ from kvstore.transport.arena import ArenaMapping
 
 _BULK_LEAST: Final = 64
 """Slots from which on numpy is cheaper than a loop."""
-_FREE, _RESERVED, _COMMITTED, _SEALED, _EVICTING, _DRAINING = map(int, SlotState)
+_FREE, _RESERVED, _COMMITTED, _SEALED, _DRAINING = map(int, SlotState)
 
 
 class SlotTable:
@@ -73,7 +73,7 @@ class SlotTable:
         self.bypass = True
         """Whether the policy may keep newcomers out. Not where tiers lie below: the arena is the
         only way into them (docs/decisions/0003-bypass-only-at-the-bottom.md)."""
-        self.counts = [0] * len(SlotState)
+        self.counts = [0] * (max(SlotState) + 1)
         """Slots by state; FREE counts down from zero."""
         self.used_bytes = 0
         self.reserved_bytes = 0
