@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class SlotState(IntEnum):
     """Where a slot stands in its life; see docs/life_of_a_block.md for the diagram."""
@@ -93,6 +96,11 @@ def may_turn(before: int, after: int) -> bool:
 def pack_word(generation: int, state: int, session: int = 0) -> int:
     """Return a slot word: `SlotWord.pack` without the object, for the node's inner loops."""
     return generation << _GENERATION_SHIFT | session << _STATE_BITS | state
+
+
+def pack_words(generations: NDArray[np.uint64], state: int) -> NDArray[np.uint64]:
+    """Return the words of many slots that nobody writes to, in one state."""
+    return generations << np.uint64(_GENERATION_SHIFT) | np.uint64(state)
 
 
 def unpack(word: int) -> SlotWord:

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from typing import Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import BlockName
-from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word
+from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word, pack_words
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.policy import BlockKey, Policy
 from kvstore.directory.publisher import Publisher
@@ -204,12 +205,13 @@ class SlotTable:
     def seal(self, slots: Sequence[int], sums: Sequence[bytes]) -> None:
         """Store the sums of committed slots and list their blocks to others."""
         by_root: dict[int, list[BlockName]] = {}
-        arena = self.arena
-        for slot, block_sum in zip(slots, sums, strict=True):
-            arena.set_sum(slot, block_sum)
-            self._turn(slot, _SEALED)
-            names = by_root.setdefault(self.root_number[slot], [])
-            names.append(BlockName(arena.name(slot)))
+        at = np.asarray(slots, np.int64)
+        self.arena.set_sums(at, b"".join(sums))
+        self.turn_all(at, _COMMITTED, _SEALED)
+        packed = self.arena.names(at)
+        for index, slot in enumerate(slots):
+            name = BlockName(packed[index * NAME_BYTES : (index + 1) * NAME_BYTES])
+            by_root.setdefault(self.root_number[slot], []).append(name)
         for number, names in by_root.items():
             info = self.roots.at(number)
             self.publisher.set(
@@ -384,3 +386,13 @@ class SlotTable:
         self.state[slot] = state
         self.counts[before] -= 1
         self.counts[state] += 1
+
+    def turn_all(self, at: NDArray[np.int64], before: int, after: int) -> None:
+        """Change the state of many slots that all stand in one, none of them to RESERVED."""
+        states = np.frombuffer(self.state, np.uint8)
+        assert may_turn(before, after) and after != _RESERVED, f"{before} -> {after}"
+        assert (states[at] == before).all(), f"one of the slots is not {SlotState(before).name}"
+        self.arena.set_words(at, pack_words(np.frombuffer(self.generation, np.uint64)[at], after))
+        states[at] = after
+        self.counts[before] -= len(at)
+        self.counts[after] += len(at)

@@ -18,6 +18,7 @@ from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
 from kvstore.directory.events import TierKind
 from kvstore.directory.policy import Prompt
+from kvstore.service.bulk_commit import commit_all
 from kvstore.service.counting import HitCounts
 from kvstore.service.pins import Pins
 from kvstore.service.promotion import Load, Promoter
@@ -201,6 +202,10 @@ class ArenaStore:
         self, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]], now_ms: float
     ) -> list[SettleOutcome]:
         """Make reserved slots readable; `refs` are (slot, generation) in prefix order."""
+        if commit_all(self.table, session, info, refs):
+            self.to_seal.extend(refs)
+            self.table.tell_inserted([slot for slot, _ in refs], now_ms)
+            return [SettleOutcome.DONE] * len(refs)
         outcomes: list[SettleOutcome] = []
         committed: list[int] = []
         table = self.table

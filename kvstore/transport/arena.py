@@ -39,9 +39,10 @@ _WORD_BYTES: Final = 8
 _PLACE: Final = struct.Struct(f"<8xII{RECORD_BYTES - 16}x")
 _NAME_AT: Final = 60
 _SUM_AT: Final = 92
+_SUM_BYTES: Final = 16
 _ROW: Final = np.dtype(
-    {"names": ["name"], "formats": [f"V{NAME_BYTES}"], "offsets": [_NAME_AT],
-     "itemsize": RECORD_BYTES}
+    {"names": ["name", "sum"], "formats": [f"V{NAME_BYTES}", f"V{_SUM_BYTES}"],
+     "offsets": [_NAME_AT, _SUM_AT], "itemsize": RECORD_BYTES}
 )  # fmt: skip
 HUGE_PAGE_BYTES: Final = 2 << 20
 _PREFAULT_STEP: Final = 64 << 20
@@ -226,6 +227,15 @@ class ArenaMapping:
         """Store the sum of a slot's payload; owner only, before the word turns SEALED."""
         at = HEADER_BYTES + slot * RECORD_BYTES + _SUM_AT
         self._table[at : at + len(block_sum)] = block_sum
+
+    def set_sums(self, slots: NDArray[np.int64], sums: bytes) -> None:
+        """Store the packed sums of several slots; owner only, before their words turn SEALED."""
+        rows = np.frombuffer(self._bytes, _ROW, self.size.max_slots, HEADER_BYTES)
+        rows["sum"][slots] = np.frombuffer(sums, _ROW["sum"])
+
+    def set_words(self, slots: NDArray[np.int64], words: NDArray[np.uint64]) -> None:
+        """Store the words of several slots, each in one piece; owner only."""
+        np.asarray(self.slot_words)[slots] = words
 
     def lay(self, slot: int, offset: int, block_bytes: int) -> None:
         """Say where a slot of a new chunk lies; owner only, while the slot is free."""

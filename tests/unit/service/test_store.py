@@ -7,6 +7,7 @@ import pytest
 from kvstore.core.errors import BadInput, Refused, SessionLost, TooLarge, WrongRoot
 from kvstore.core.names import Root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
+from kvstore.core.slots import SlotState
 from kvstore.service import store as module
 from kvstore.service.roots import BlockShape, Roots, keys_of
 from tests.arena_fixture import ROOT, SHAPE, names, small_store
@@ -193,3 +194,38 @@ def test_leases_of_an_earlier_keeper_are_never_ours() -> None:
         held = store.acquire(session, info, names(1)[0], **ask).lease
         assert held == 1_000
         assert store.release(session, [999, held]) == [SettleOutcome.ALREADY, SettleOutcome.DONE]
+
+
+@pytest.mark.parametrize("odd", ["none", "stale", "twice", "aborted", "taken over"])
+def test_many_are_committed_as_one_by_one(odd: str) -> None:
+    """Whatever is unusual about one of 40 slots, the others are committed all the same."""
+    with small_store(64, quota_blocks=64, max_slots=128) as small:
+        session, info = small.session(1)
+        store, table = small.store, small.table
+        prompt = names(40)
+        ask: dict[str, Any] = {"reserve": 40, "first_block": 0}
+        answer = store.acquire(session, info, b"".join(prompt), now_ms=0.0, **ask)
+        refs = [(slot, table.generation[slot]) for slot in answer.reserved_slots]
+        expected = [SettleOutcome.DONE] * 40
+        if odd == "stale":
+            refs[7] = (refs[7][0], refs[7][1] + 1)
+            expected[7] = SettleOutcome.NOT_YOURS
+        elif odd == "twice":
+            refs[7] = refs[6]
+            expected[7] = SettleOutcome.ALREADY
+        elif odd == "aborted":
+            store.abort(session, info, [refs[7]])
+            expected[7] = SettleOutcome.STALE
+        elif odd == "taken over":
+            other, _ = small.session(2)
+            small.put(other, info, prompt[:1], 1_000.0)
+            expected[0] = SettleOutcome.DUPLICATE
+        assert store.commit(session, info, refs, 2_000.0) == expected
+        done = {
+            ref[0] for ref, one in zip(refs, expected, strict=True) if one is SettleOutcome.DONE
+        }
+        assert all(table.state[slot] == SlotState.COMMITTED for slot in done)
+        assert all(small.arena.word(slot).state is SlotState.COMMITTED for slot in done)
+        left = odd in ("stale", "twice")
+        assert (len(session.reserved), session.reserved_bytes) == (left, left * 4096)
+        assert {slot for slot, _ in store.to_seal} >= done
