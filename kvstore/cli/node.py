@@ -117,6 +117,13 @@ from kvstore.service.keeper import run_keeper
     help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
 )
 @click.option(
+    "--numa",
+    default="auto",
+    show_default=True,
+    metavar="NODES",
+    help="NUMA nodes to put the arena on, such as 0-1; auto: all in turn, where there are several.",
+)
+@click.option(
     "--quota",
     "quotas",
     type=QUOTA,

@@ -70,3 +70,12 @@ class TierMetrics:
             ["tier", "domain"],
             registry=registry,
         )
+
+
+def numa_gauge(registry: CollectorRegistry) -> Gauge:
+    """Return the gauge of where a node's arena lies."""
+    return Gauge(
+        "kvstore_node_numa_nodes",
+        "NUMA nodes that the arena was put on; 0: wherever its pages fell",
+        registry=registry,
+    )

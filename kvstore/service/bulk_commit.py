@@ -1,7 +1,6 @@
 """Commits many slots at once where all is as it usually is: a Settle of 2,048 blocks. Pure."""
 
 from collections.abc import Sequence
-from typing import Final
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from kvstore.service.roots import RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
 
-_LEAST: Final = 32
+_LEAST = 32
 """Slots from which on one look at all of them is cheaper than one at each."""
 
 

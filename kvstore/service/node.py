@@ -69,6 +69,7 @@ class Node:
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
         self._metrics.info.labels(options.name).set(1)
+        self._metrics.numa_nodes.set(options.numa_nodes)
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
@@ -353,6 +354,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", default="")
     parser.add_argument("--security", default="")
     parser.add_argument("--trace", default="")
+    parser.add_argument("--numa-nodes", type=int, default=0)
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
     parser.add_argument("--events-redis", default="")

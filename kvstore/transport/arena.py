@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from kvstore.core.layout import round_up
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import BlockName, Root
 from kvstore.core.slots import SlotWord, unpack
+from kvstore.transport.numa import place
 
 HEADER_BYTES: Final = 4096
 RECORD_BYTES: Final = 128
@@ -265,6 +266,11 @@ class ArenaMapping:
         """Return the bytes of one block."""
         assert 0 <= offset and offset + block_bytes <= self.size.data_bytes
         return self.data[offset : offset + block_bytes]
+
+    def place(self, nodes: Sequence[int]) -> None:
+        """Let pages that nobody touched yet lie on these NUMA nodes; raises `OSError`."""
+        view = np.frombuffer(self.data, np.uint8)
+        place(view.ctypes.data, self.size.data_bytes, nodes)
 
     def prefault(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Bring every page of the data into this process, in steps, reporting (done, total) bytes.
