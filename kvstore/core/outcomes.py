@@ -43,6 +43,8 @@ class MissReason(IntEnum):
     """The cache node did not answer; the request went on without it."""
     CHEAPER = 10
     """Recomputing was predicted to be faster than loading."""
+    OUTWEIGHED = 12
+    """There was no room, and all that could go is worth more than what would have come."""
 
 
 class SettleOutcome(IntEnum):

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import BlockName
+from kvstore.core.outcomes import MissReason
 from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.policy import BlockKey, Policy
@@ -73,6 +74,7 @@ class SlotTable:
         self.used_bytes = 0
         self.reserved_bytes = 0
         self.evicted_blocks = 0
+        self.refusal = MissReason.REFUSED  # why `make_room` found none the last time
         self.publisher = Publisher(node, arena.incarnation, tiers, self, host=host)
 
     # -- looking ---------------------------------------------------------------------------
@@ -108,15 +110,14 @@ class SlotTable:
     def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
         """Return the slot that holds or will hold the block, or None."""
         slot = self.index.get(key)
-        return slot if slot is not None and self.holds(slot, info, name) else None
+        return None if slot is None or not self.holds(slot, info, name) else slot
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
         """Return what sealed slots from `cursor` on hold: a slice of a Watch snapshot."""
         stop = min(cursor + limit, len(self.state))
         found: dict[int, list[BlockName]] = {}
-        sealed = int(SlotState.SEALED)
         for slot in range(cursor, stop):
-            if self.state[slot] == sealed:
+            if self.state[slot] == _SEALED:
                 names = found.setdefault(self.root_number[slot], [])
                 names.append(BlockName(self.arena.name(slot)))
         changes = [
@@ -170,8 +171,7 @@ class SlotTable:
 
         The caller tells the policy of what it committed (`tell_inserted`).
         """
-        key = self.key[slot]
-        holder = self.index.get(key)
+        holder = self.index.get(key := self.key[slot])
         if holder != slot:
             if holder is not None and SlotState(self.state[holder]) in READABLE:
                 self.free(slot)
@@ -215,8 +215,7 @@ class SlotTable:
         """Take a slot back from whatever state it is in; nobody may need its bytes any more."""
         state = SlotState(self.state[slot])
         assert self.pins[slot] == 0, f"slot {slot} is pinned"
-        key = self.key[slot]
-        info = self.root_of(slot)
+        key, info = self.key[slot], self.root_of(slot)
         if state is SlotState.SEALED:
             name = BlockName(self.arena.name(slot))
             self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
@@ -268,8 +267,7 @@ class SlotTable:
         """
         assert self.state[slot] == SlotState.RESERVED
         if not self.pins[slot]:
-            self.free(slot)
-            return
+            return self.free(slot)
         if self.index.get(self.key[slot]) == slot:
             del self.index[self.key[slot]]
         self.reserved_bytes -= self.root_of(slot).shape.block_bytes
@@ -326,6 +324,7 @@ class SlotTable:
         """
         if self.space.below_fair_share(block_bytes) and self._take_chunk(block_bytes):
             return True
+        self.refusal = MissReason.REFUSED
         victims = self.policy.victims(
             len(newcomers),
             now_ms=now_ms,
@@ -339,24 +338,27 @@ class SlotTable:
 
     def evict(self, slots: Iterable[int], *, reason: str) -> int:
         """Drop sealed, unpinned blocks; returns how many."""
-        dropped = 0
-        for slot in list(slots):
+        dropped = list(slots)
+        for slot in dropped:
             self.free(slot)
-            dropped += 1
-        self.metrics.evictions.labels("dram", reason).inc(dropped)
-        self.evicted_blocks += dropped
-        return dropped
+        self.metrics.evictions.labels("dram", reason).inc(len(dropped))
+        self.evicted_blocks += len(dropped)
+        return len(dropped)
 
     def _evictable(self, key: BlockKey, block_bytes: int) -> bool:
-        slot = self.index[key]
-        return self._idle(slot) and self.root_of(slot).shape.block_bytes == block_bytes
+        if (
+            not self._idle(slot := self.index[key])
+            or self.root_of(slot).shape.block_bytes != block_bytes
+        ):
+            return False
+        self.refusal = MissReason.OUTWEIGHED  # unless it is chosen: it is worth more
+        return True
 
     def _idle(self, slot: int) -> bool:
         return self.state[slot] == SlotState.SEALED and not self.pins[slot]
 
     def _take_chunk(self, block_bytes: int) -> bool:
-        found = self.space.victim_chunk(block_bytes, self._idle)
-        if found is None:
+        if (found := self.space.victim_chunk(block_bytes, self._idle)) is None:
             return False
         chunk, used = found
         self.evict(used, reason="chunk")
