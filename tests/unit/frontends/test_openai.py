@@ -86,7 +86,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {
+    scope: dict[str, Any] = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
         "scheme": "http", "path": "/v1/chat/completions", "raw_path": b"", "root_path": "",
         "query_string": b"", "headers": [], "client": ("127.0.0.1", 1), "server": None,
