@@ -45,6 +45,8 @@ class MissReason(IntEnum):
     """Recomputing was predicted to be faster than loading."""
     QUOTA = 11
     """The share domain or the root holds all that it may, and none of that can go now."""
+    OUTWEIGHED = 12
+    """There was no room, and all that could go is worth more than what would have come."""
 
 
 class SettleOutcome(IntEnum):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from kvstore.core.names import Root
+from kvstore.core.outcomes import MissReason
 from kvstore.directory.policy import BlockKey
 from kvstore.service.roots import RootInfo
 from kvstore.service.slots import SlotTable
@@ -18,10 +19,14 @@ def make_room(table: SlotTable, block_bytes: int, newcomers: Sequence[int], now_
     """
     if table.space.below_fair_share(block_bytes) and table.take_chunk(block_bytes):
         return True
+    table.refusal = MissReason.REFUSED
 
     def may_evict(key: BlockKey) -> bool:
         slot = table.index[key]
-        return table.idle(slot) and table.root_of(slot).shape.block_bytes == block_bytes
+        if not table.idle(slot) or table.root_of(slot).shape.block_bytes != block_bytes:
+            return False
+        table.refusal = MissReason.OUTWEIGHED  # unless it is chosen: it is worth more
+        return True
 
     victims = table.policy.victims(
         len(newcomers),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason
@@ -19,6 +19,16 @@ class Reserved(NamedTuple):
     names: list[int]
     slots: list[int]
     reason: MissReason
+
+
+class Hints(NamedTuple):
+    """What the caller of one call tells the policy, as `kvstore.directory.policy.Prompt` has it."""
+
+    kind: str = ""
+    depth_cost: float = 0.0
+
+
+NO_HINTS: Final = Hints()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Reserver:
                 return answer._replace(reason=MissReason.QUOTA)
             slot = self.reserve_one(session, wanted, index, missing)
             if slot is None:
-                return answer._replace(reason=MissReason.REFUSED)
+                return answer._replace(reason=table.refusal)
             answer.names.append(index)
             answer.slots.append(slot)
             if len(answer.slots) == count:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import BlockName
+from kvstore.core.outcomes import MissReason
 from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word, pack_words
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.policy import BlockKey, Policy
@@ -79,6 +80,7 @@ class SlotTable:
         self.used_bytes = 0
         self.reserved_bytes = 0
         self.evicted_blocks = 0
+        self.refusal = MissReason.REFUSED  # why `make_room` found none the last time
         self.publisher = Publisher(node, arena.incarnation, tiers, self, host=host)
 
     # -- looking ---------------------------------------------------------------------------
@@ -114,15 +116,14 @@ class SlotTable:
     def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
         """Return the slot that holds or will hold the block, or None."""
         slot = self.index.get(key)
-        return slot if slot is not None and self.holds(slot, info, name) else None
+        return None if slot is None or not self.holds(slot, info, name) else slot
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
         """Return what sealed slots from `cursor` on hold: a slice of a Watch snapshot."""
         stop = min(cursor + limit, len(self.state))
         found: dict[int, list[BlockName]] = {}
-        sealed = int(SlotState.SEALED)
         for slot in range(cursor, stop):
-            if self.state[slot] == sealed:
+            if self.state[slot] == _SEALED:
                 names = found.setdefault(self.root_number[slot], [])
                 names.append(BlockName(self.arena.name(slot)))
         changes = [
@@ -177,8 +178,7 @@ class SlotTable:
 
         The caller tells the policy of what it committed (`tell_inserted`).
         """
-        key = self.key[slot]
-        holder = self.index.get(key)
+        holder = self.index.get(key := self.key[slot])
         if holder != slot:
             if holder is not None and SlotState(self.state[holder]) in READABLE:
                 self.free(slot)
@@ -223,8 +223,7 @@ class SlotTable:
         """Take a slot back from whatever state it is in; nobody may need its bytes any more."""
         state = SlotState(self.state[slot])
         assert self.pins[slot] == 0, f"slot {slot} is pinned"
-        key = self.key[slot]
-        info = self.root_of(slot)
+        key, info = self.key[slot], self.root_of(slot)
         if state is SlotState.SEALED:
             name = BlockName(self.arena.name(slot))
             self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
@@ -278,8 +277,7 @@ class SlotTable:
         """
         assert self.state[slot] == SlotState.RESERVED
         if not self.pins[slot]:
-            self.free(slot)
-            return
+            return self.free(slot)
         if self.index.get(self.key[slot]) == slot:
             del self.index[self.key[slot]]
         info = self.root_of(slot)

@@ -120,7 +120,7 @@ class StoreLink:
 
     async def load(
         self, names: Sequence[BlockName], pages: Sequence[int], *, usable: int, first_block: int,
-        reserve: int, recompute_ms: float = 0.0,
+        reserve: int, recompute_ms: float = 0.0, kind: str = "", depth_cost: float = 0.0,
     ) -> LoadResult:  # fmt: skip
         """Copy the longest cached prefix of `names` into `pages`, at most `usable` blocks.
 
@@ -137,6 +137,8 @@ class StoreLink:
                 deadline_ms=self._config.call_ms,
                 pending_ms=patience_ms,
                 first_block=first_block,
+                kind=kind,
+                depth_cost=depth_cost,
             )
         except KvStoreError as error:
             result.reason = self._failed("acquire", error)
