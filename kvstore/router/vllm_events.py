@@ -223,7 +223,7 @@ def _events(payload: bytes) -> Iterable[dict[str, Any]]:
     """Return the events of a batch `[ts, events, data_parallel_rank]`."""
     try:
         batch = msgspec.msgpack.decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # the second: text that is no UTF-8
         raise BadInput(f"a batch is no msgpack: {error}") from None
     if not isinstance(batch, list) or len(batch) < 2 or not isinstance(batch[1], list):
         raise BadInput("a batch is not [time, events, rank]")
