@@ -233,6 +233,11 @@ class OpaqueBlocks:
                 raise BadInput(f"a block of {size} bytes, not {self.payload_bytes}")
 
 
+def leading(held: Sequence[bool]) -> int:
+    """Return the number of leading True."""
+    return next((at for at, here in enumerate(held) if not here), len(held))
+
+
 @lru_cache(maxsize=1)
 def _metrics() -> ClientMetrics:
     """Return the one set of this process: an engine serves the default registry."""

@@ -1,8 +1,10 @@
-"""Which lengths of a prefix can be restored, given what each pool holds. Pure."""
+"""Which lengths of a prefix can be restored, given what each pool holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from kvstore.adapters.opaque import leading
 
 Policy = Literal["all_pages", "trailing_pages", "block_groups"]
 
@@ -46,11 +48,6 @@ def hit_of(kv_pages: int, side_pools: Sequence[SidePool]) -> Hit:
             by_pool[pool.name] = max(legal)
         restorable = [length for length in restorable if length in legal]
     return Hit(restorable[-1] if restorable else 0, by_pool, restorable)
-
-
-def leading(held: Sequence[bool]) -> int:
-    """Return the number of leading True."""
-    return next((at for at, here in enumerate(held) if not here), len(held))
 
 
 def _legal(pool: SidePool, pages: int) -> set[int]:
