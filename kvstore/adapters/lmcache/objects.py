@@ -113,17 +113,17 @@ class Objects:
             return task
 
         def run() -> None:
-            result = Result([False] * count, 0)
+            result, failure = Result([False] * count, 0), "of a bug"
             try:
-                result = work()
-            except Exception as error:  # a task without a result would be waited for for ever
-                self.failed += 1
-                _LOG.warning("a task of %d objects failed: %s", count, error)
-                if not isinstance(error, KvStoreError):
-                    raise
-            finally:
+                result, failure = work(), ""
+            except KvStoreError as error:
+                failure = str(error)
+            finally:  # a task without a result would be waited for for ever
                 with self._lock:
                     self._waiting -= 1
+                    self.failed += bool(failure)
+                if failure:
+                    _LOG.warning("a task of %d objects failed because %s", count, failure)
                 tasks.finish(task, result)
 
         self._threads.submit(run)
