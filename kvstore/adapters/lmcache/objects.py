@@ -89,15 +89,16 @@ class Objects:
         return self._submit(self.loads, len(keys), lambda: self._loaded(keys, objects))
 
     def lookup(self, keys: Sequence[Any], sizes: Sequence[int]) -> int:
-        """Look up objects of given sizes; the result is, for each, whether it is there."""
+        """Look up objects; the result is, for each, whether it is there.
+
+        A size of 0 is one that the caller does not know: those seen before are tried.
+        """
         return self._submit(self.lookups, len(keys), lambda: self._held(keys, sizes))
 
     def close(self) -> None:
         """Wait for what runs, drop what waits, end the sessions. Harmless when repeated."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
-            blocks = list(self._by_size.values())
-        for one in blocks:
+        for one in self._known():
             one.close()
         for tasks in (self.stores, self.lookups, self.loads):
             tasks.close()
@@ -158,10 +159,15 @@ class Objects:
     def _held(self, keys: Sequence[Any], sizes: Sequence[int]) -> Result:
         done = [False] * len(keys)
         for size, places in _by_size(sizes).items():
-            held = self._blocks(size).held([name_of(keys[at]) for at in places])
-            for at, here in zip(places, held, strict=True):
-                done[at] = here
+            names = [name_of(keys[at]) for at in places]
+            for blocks in [self._blocks(size)] if size else self._known():
+                for at, here in zip(places, blocks.held(names), strict=True):
+                    done[at] = done[at] or here
         return Result(done, 0)
+
+    def _known(self) -> list[OpaqueBlocks]:
+        with self._lock:
+            return list(self._by_size.values())
 
     def _blocks(self, size: int) -> OpaqueBlocks:
         with self._lock:

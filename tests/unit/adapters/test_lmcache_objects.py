@@ -85,6 +85,7 @@ def test_store_look_up_and_load_of_several_sizes_with_holes(node: RunningNode) -
     sizes = [9_000, 9_000, 9_000, 5_000, 5_000]
     found = ended(cache.lookups, cache.lookup(asked, sizes)).done
     assert found == [False, True, True, True, True]
+    assert ended(cache.lookups, cache.lookup(asked, [0] * 5)).done == found
     into = [Memory(bytes(size)) for size in sizes]
     assert ended(cache.loads, cache.load(asked, into)) == Result(found, 28_000)
     assert [one.buffer.raw for one in into[1:]] == [one.content for one in stored]
