@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from lmcache.lmcache_native import Bitmap
-from lmcache.v1.distributed.internal_api import L2StoreResult
-from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
+from lmcache.lmcache_native import Bitmap  # pyright: ignore[reportMissingImports]
+from lmcache.v1.distributed.internal_api import L2StoreResult  # pyright: ignore[reportMissingImports]
+from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface  # pyright: ignore[reportMissingImports]
 
 from kvstore.adapters.lmcache.identity import settings_of
 from kvstore.adapters.lmcache.objects import Objects

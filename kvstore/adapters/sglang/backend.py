@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.hicache_storage import (
+from sglang.srt.mem_cache.hicache_storage import (  # pyright: ignore[reportMissingImports]
     HiCacheStorage,
     PoolTransferResult,
 )

@@ -72,13 +72,14 @@ class Opaque:
 
 
 class TestOpaqueBlocks(StoreConformance):
-    capacity_blocks = 448  # of 40 KiB, in 16 MiB
+    capacity_blocks = 224  # of 40 KiB, in 8 MiB
+    faults = True
     node: ClassVar[RunningNode]
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def _running(cls) -> Iterator[None]:
-        with start_node(arena_bytes=16 << 20) as node:
+        with start_node(arena_bytes=8 << 20) as node:
             cls.node = node
             yield
 

@@ -110,6 +110,7 @@ def test_every_field_of_a_key_and_every_setting_keeps_objects_apart(node: Runnin
     plain.close()
 
 
+@pytest.mark.slow
 def test_every_task_ends_whatever_the_node_does(monkeypatch: pytest.MonkeyPatch) -> None:
     with start_node(arena_bytes=16 << 20) as node:
         cache = opened(node, pause_ms=50)

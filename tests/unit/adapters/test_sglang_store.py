@@ -213,6 +213,7 @@ def _sessions(node: RunningNode) -> int:
         return client.stats().sessions
 
 
+@pytest.mark.slow
 def test_every_call_answers_in_full_whatever_the_node_does() -> None:
     pool, pages = HostPool(), keys("fault", 4)
     with start_node(arena_bytes=16 << 20) as node:
