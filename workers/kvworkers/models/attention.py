@@ -39,9 +39,7 @@ _running: ContextVar[RunningStep] = ContextVar("kvstore_running_step")
 
 
 @contextmanager
-def running(
-    step: StepInputs, pages: Tensor, plan: AttentionPlan | None = None
-) -> Iterator[None]:
+def running(step: StepInputs, pages: Tensor, plan: AttentionPlan | None = None) -> Iterator[None]:
     """Make `step` the one that attention calls in this context belong to.
 
     `plan` is the step's where the caller has one that outlives it (a captured graph's).

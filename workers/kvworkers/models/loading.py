@@ -18,7 +18,7 @@ from kvworkers.models.spec import ModelSpec, read_spec
 from kvworkers.models.step import StepInputs
 
 if TYPE_CHECKING:
-    from kvworkers.models.graphs import DecodeGraphs
+    from kvworkers.models.graphs import StepGraphs
 
 
 @dataclass(slots=True)
@@ -29,8 +29,8 @@ class LoadedModel:
     device: torch.device
     module: Any
     """The transformers model, attention set to `kvstore_paged`."""
-    graphs: "DecodeGraphs | None" = None
-    """Captured decode steps over one pool; None until `capture`, and always on a CPU."""
+    graphs: "StepGraphs | None" = None
+    """Captured steps over one pool; None until `capture`, and always on a CPU."""
 
     def new_pool(self, pages: int) -> Tensor:
         """Return a zeroed page pool, uint8 [pages, block_bytes], on the model's device."""
@@ -62,16 +62,16 @@ class LoadedModel:
             return self._compute(step.on(self.device), pages, None)
 
     def capture(self, pages: Tensor, *, batch: int, max_pages: int) -> None:
-        """Capture decode steps of up to `batch` sequences over `pages`; nothing on a CPU.
+        """Capture short appends and decode steps of up to `batch` sequences over `pages`.
 
-        The last of the pages becomes scratch: no sequence may be given it.
+        Nothing on a CPU. The last of the pages becomes scratch: no sequence may be given it.
         """
         if self.device.type != "cuda":
             return
-        from kvworkers.models.graphs import DecodeGraphs  # needs triton
+        from kvworkers.models.graphs import StepGraphs  # needs triton
 
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(self._compute, pages)
+            self.graphs = StepGraphs(self._compute, pages)
             self.graphs.prepare(batch, max_pages=max_pages)
 
     def _compute(self, step: StepInputs, pages: Tensor, plan: AttentionPlan | None) -> Tensor:

@@ -51,7 +51,9 @@ SHAPES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 """Architecture and sizes, as the published configs have them."""
 
 
-def random_model(name: str, *, device: str, seed: int = 0, layers: int | None = None) -> LoadedModel:
+def random_model(
+    name: str, *, device: str, seed: int = 0, layers: int | None = None
+) -> LoadedModel:
     """Return a model of shape `name`, its weights drawn from `seed` on `device`.
 
     `layers` cuts its depth. Raises `BadInput` for an unknown shape.
