@@ -2,17 +2,19 @@
 
 import asyncio
 import mmap
-import statistics
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import pytest
 import torch
+from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
 from kvworkers.bench.rig import Rig, rig
+from kvworkers.models.graphs import APPENDS, BATCHES
 from kvworkers.models.loading import LoadedModel
 from kvworkers.models.random_weights import random_model
 from kvworkers.models.step import StepInputs
 from kvworkers.stream.device_mover import make_mover
+from kvworkers.stream.registration import Registration
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -20,7 +22,8 @@ pytestmark = [
 ]
 
 PAGES = 512
-GAP = 0.25
+STEPS = 4
+"""Steps of bf16 at the size of the largest logit."""
 
 
 @pytest.fixture(scope="module", params=["llama-3.1-8b", "qwen3-0.6b", "smollm2-135m"])
@@ -52,11 +55,12 @@ def reference(model: LoadedModel, tokens: list[int], kind: str = "sdpa") -> torc
 
 
 def differences(model: LoadedModel, prompt: list[int], reply: list[int]) -> list[float]:
-    """Teacher-forced on the reply: the reference's gap wherever its own choice is another."""
+    """Teacher-forced: how far below the reference's own choice each other one lies, in steps."""
     logits = reference(model, prompt + reply)[len(prompt) - 1 : -1]
     best = logits.max(dim=-1).values
     chosen = logits[torch.arange(len(reply)), torch.tensor(reply)]
-    return [float(gap) for gap in (best - chosen) if gap > 0]
+    step = torch.exp2(torch.floor(torch.log2(best.abs())) - 7)
+    return [float(gap) for gap in (best - chosen) / step if gap > 0]
 
 
 def rivals(model: LoadedModel, prompt: list[int], reply: list[int]) -> int:
@@ -88,12 +92,9 @@ async def test_replies_are_the_references_cached_or_not(model: LoadedModel) -> N
         ]
         total = sum(len(reply.tokens) for reply in replies)
         others = sum(rivals(model, p, r.tokens) for p, r in zip(prompts, replies, strict=True))
-        print(
-            f"{model.spec.name}: {len(gaps)} of {total} differ, gaps {sorted(gaps)}; "
-            f"transformers' eager from its sdpa: {others}"
-        )
-        assert len(gaps) <= total / 100, f"{len(gaps)} of {total} tokens differ"
-        assert max(gaps, default=0.0) <= GAP
+        # Logits are bf16: near ties fall either way, for transformers' own attentions too.
+        assert len(gaps) <= max(total / 100, others), f"{len(gaps)} of {total}, theirs {others}"
+        assert max(gaps, default=0.0) <= STEPS, f"gaps {sorted(gaps)}"
 
 
 def decode_step(rows: int, contexts: list[int], pages_each: int, vocab: int) -> StepInputs:
@@ -184,14 +185,24 @@ async def test_bytes_survive_the_way_through_the_arena() -> None:
         await mover.load(arena, places, back)
         assert torch.equal(pool[torch.tensor(back)], before[:48])
         assert torch.equal(pool[:48], before[:48])
-        times = []
-        for _ in range(5):
-            began = asyncio.get_running_loop().time()
-            await mover.load(arena, places, back)
-            times.append(asyncio.get_running_loop().time() - began)
-        print(f"loads at {48 * block / statistics.median(times) / 1e9:.1f} GB/s")
     finally:
         mover.close()
+
+
+def test_padded_sizes_are_cut_anew_for_what_is_there() -> None:
+    plan = ReplayedAppend(APPENDS[1], 8, torch.device("cuda"))
+    assert plan.query_tokens == APPENDS[1] and plan.tables.shape == (1, 8)
+    rows = ReplayedDecode(BATCHES[1], 8, torch.device("cuda"))
+    assert rows.query_tokens == BATCHES[1] == rows.contexts.shape[0]
+
+
+def test_registration_ends_with_everything_known() -> None:
+    arena = memoryview(mmap.mmap(-1, 8 << 20))
+    registration = Registration(arena)
+    assert registration.wait(deadline_s=30) and registration.registered_bytes == 8 << 20
+    assert registration.is_of(arena)
+    registration.close()
+    assert registration.registered_bytes == 0
 
 
 async def test_unregistered_memory_is_not_reached() -> None:

@@ -7,7 +7,7 @@ which no sequence ever gets, and attend to nothing.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
@@ -44,7 +44,7 @@ class StepGraphs:
         self._pages = pages
         self._scratch = (pages.shape[0] - 1) * BLOCK_TOKENS
         self._captured: dict[tuple[bool, int, int], _Captured] = {}
-        self._memory: tuple[int, int] | None = None
+        self._memory: Any = None
 
     def fits(self, step: StepInputs, pages: Tensor) -> bool:
         """Say whether `step` over this pool is a decode step or one short append, small enough."""
