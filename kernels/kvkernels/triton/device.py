@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvkernels.movement import Movement
 from kvkernels.plans import AttentionPlan, Rules
 from kvkernels.quantised import QuantisedPages
 from kvkernels.triton.launch import Work, attend, make_work, write_quantised
+from kvkernels.triton.moving import move
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 
@@ -96,3 +98,22 @@ def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) ->
     size = pool.shape[1]
     for offset, page in zip(offsets.tolist(), pages.tolist(), strict=True):
         arena[offset : offset + size].copy_(pool[page])
+
+
+def move_layers(
+    movement: Movement,
+    layers: range | None,
+    blocks: range | None,
+    *,
+    store: bool,
+    programs: int,
+) -> None:
+    """See `kvkernels.ops.load_layers`: launches on the current stream, one a slice."""
+    chosen = range(movement.pool_layout.layers) if layers is None else layers
+    wanted = range(movement.blocks) if blocks is None else blocks
+    if not chosen or not wanted:
+        return
+    for part in movement.slices(chosen):
+        begin, end = max(part.start, wanted.start), min(part.stop, wanted.stop)
+        if begin < end:
+            move(movement, chosen, range(begin, end), store=store, programs=programs)
