@@ -238,7 +238,7 @@ def _cells(side: Side, block: int, layers: range) -> Tensor:
 def _elements(side: Side, block: int, layers: range, element: torch.dtype) -> Tensor:
     """Return raw elements of one block: [kv_heads, layers, 2, 16, head_dim], a view."""
     cells = _cells(side, block, layers).view(element)
-    return cells.unflatten(2, (2, BLOCK_TOKENS, side.layout.head_dim))
+    return cells.view(*cells.shape[:2], 2, BLOCK_TOKENS, side.layout.head_dim)
 
 
 def _decode_block(

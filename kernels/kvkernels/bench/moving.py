@@ -58,7 +58,8 @@ GATE: Final = (
     Move(Codec.RAW16, 1, 16, store=True),
     Move(Codec.RAW16, 8, 16, store=True),
     Move(Codec.FP8, 8, 16, store=True),
-    Move(Codec.INT8, 8, 16, store=True),
+    Move(Codec.FP8, 8, 32, store=True),
+    Move(Codec.FP8, 8, 64, store=True),
     Move(Codec.INT4, 8, 64, store=True),
 )
 
