@@ -22,10 +22,13 @@ POINTERS = {
     "partial": "*fp32",
     "stats": "*fp32",
     "counters": "*i32",
+    "members": "*i32",
+    "state": "*fp32",
+    "masses": "*fp32",
 }
 NUMBERS = {
     **dict.fromkeys(("query_token", "query_head", "page_stride", "head_stride"), "i32"),
-    **dict.fromkeys(("value_offset", "table_stride"), "i32"),
+    **dict.fromkeys(("value_offset",), "i32"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -57,6 +60,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "SOFTCAP": False,
         "CODEC": 4,
     },
+    "shared": {
+        "HEADS": 8,
+        "GROUP": 4,
+        "DIM": 128,
+        "WINDOW": 0,
+        "SINKS": 0,
+        "SOFTCAP": False,
+        "BLOCK_M": 128,
+        "FROM": True,
+        "TO": True,
+    },
     "window": {"HEADS": 8, "GROUP": 3, "DIM": 64, "WINDOW": 4096, "SINKS": 4, "SOFTCAP": True},
 }
 
@@ -65,7 +79,7 @@ def compile_for(capability: int, shape: dict[str, Any]) -> int:
     """Return the bytes of the binary; raises what the compiler raises."""
     quantised = "CODEC" in shape
     constants = {
-        "CODEC": 0, **shape, "BLOCK_M": 16, "BLOCK_N": 64, "PAGE": 16, "PRECISION": "ieee",
+        "CODEC": 0, "FROM": False, "TO": False, "BLOCK_M": 16, **shape, "BLOCK_N": 64, "PAGE": 16, "PRECISION": "ieee",
         "DOT": triton.language.float16 if quantised else triton.language.bfloat16,
     }  # fmt: skip
     pointers = {**POINTERS, "layer_pages": "*u8" if quantised else "*bf16"}

@@ -118,7 +118,12 @@ def write_pages(
 def plan_attention(
     block_tables: Tensor, context_lengths: Tensor, query_starts: Tensor, *, device_type: str = "cpu"
 ) -> AttentionPlan:
-    """Prepare what every layer of one step shares; the arguments are `paged_attention`'s."""
+    """Prepare what every layer of one step shares; the arguments are `paged_attention`'s.
+
+    Give `block_tables` on the host: for a GPU they are copied, and sequences that begin with the
+    same pages have those read once for all of them. Tables on the device are taken as they are
+    and never looked at.
+    """
     sequences = context_lengths.shape[0]
     _check(
         block_tables.dim() == 2 and block_tables.shape[0] == sequences,
