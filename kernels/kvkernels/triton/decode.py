@@ -233,17 +233,39 @@ def _leave(
     tl.store(partial + cells, acc, mask=used[:, None])
     tl.store(stats + slot * 2, top, mask=used)
     tl.store(stats + slot * 2 + 1, total, mask=used)
-    # Every thread's stores come before the one thread's release below.
-    tl.debug_barrier()
-    counter = counters + first * HEADS + head
-    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
-    if arrived == splits - 1:
-        tl.store(counter, 0)
-        for base_row in range(0, count * GROUP, MERGE_ROWS):
-            _merge(
-                out, partial, stats, members, state, masses, first, splits, head, token, base_row,
-                count * GROUP, HEADS, GROUP, DIM, BLOCK_M, TO,
-            )
+    if not TO:  # `merge_groups` merges what is left for groups.
+        # Every thread's stores come before the one thread's release below.
+        tl.debug_barrier()
+        counter = counters + first * HEADS + head
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+        if arrived == splits - 1:
+            tl.store(counter, 0)
+            for base_row in range(0, count * GROUP, MERGE_ROWS):
+                _merge(
+                    out, partial, stats, members, state, masses, first, splits, head, token,
+                    base_row, count * GROUP, HEADS, GROUP, DIM, BLOCK_M, TO,
+                )
+
+
+@triton.jit
+def merge_groups(
+    partial, stats, items, members, state, masses,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """Merge rows [4 p, 4 p + 4) of a group's unit, p `program_id(2)`, into `state` and `masses`.
+
+    A launch of its own: a group has many rows, and its last item alone would take longer to merge
+    them than all items took to attend.
+    """
+    field, head = items + tl.program_id(0) * 8, tl.program_id(1)
+    token, count, begin = tl.load(field + 1), tl.load(field + 2), tl.load(field + 4)
+    first, splits = tl.load(field + 6), tl.load(field + 7)
+    base_row = tl.program_id(2) * MERGE_ROWS
+    if (begin == 0) & (splits > 1) & (base_row < count * GROUP):
+        _merge(
+            state, partial, stats, members, state, masses, first, splits, head, token, base_row,
+            count * GROUP, HEADS, GROUP, DIM, BLOCK_M, True,
+        )
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from kvkernels.plans import Rules
 from kvkernels.quantised import QuantisedPages
 from kvkernels.triton import work as cutting
-from kvkernels.triton.decode import attend_pages
+from kvkernels.triton.decode import MERGE_ROWS, attend_pages, merge_groups
 from kvkernels.triton.quantised import write_rows
 from kvkernels.triton.sharing import Group, find_groups
 from kvstore.core.errors import Unsupported
@@ -47,6 +47,9 @@ _SHARED_ROWS = 128
 """Rows of query in a unit of a group: a page is read once for all of them."""
 
 _SHARED_STAGES = 3
+
+_SHARED_PROGRAMS = 2
+"""A processor holds two tiles of 64 rows."""
 
 Span = tuple[int, int, int]
 """First row of `query`, new tokens, context."""
@@ -214,8 +217,10 @@ def _work(
     device, heads = shape.device, shape.heads
     table = torch.tensor(units, dtype=torch.int32).to(device, non_blocking=True)
     programs = _programs(len(units) * heads, shape.dim, _processors(device))
-    if rows > _APPEND_ROWS:
-        programs = _processors(device)
+    if shared:
+        # As many items for each unit as all run at once: none is left for a second round.
+        programs = _processors(device) * (1 if rows > _APPEND_ROWS else _SHARED_PROGRAMS)
+        programs = heads * len(units) * max(1, programs // (heads * len(units)))
     wide = shape.quantised and rows == 16 and shape.dim <= 128 and not shared
     tile = cutting.QUANTISED_TILE if wide else cutting.TILE
     most = max(-(-(position + count) // tile) for _, _, count, position in units)
@@ -272,9 +277,9 @@ def _launch(
     capped = rules.softcap is not None
     stages = _stages(dim, query.dtype) if raw else _QUANTISED_STAGES
     warps = 8 if work.rows > _APPEND_ROWS else 4
-    options: dict[str, Any] = {
-        "num_warps": warps, "num_stages": _SHARED_STAGES if warps == 8 else stages
-    }  # fmt: skip
+    if work.shared:
+        stages = min(stages, _SHARED_STAGES)
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     attend_pages[(work.items.shape[0], heads)](
         *(query, out, cells, tables, work.items, work.partial, work.stats, work.counters),
         *(work.members, work.state, work.masses),
@@ -297,6 +302,14 @@ def _launch(
         TO=work.shared,
         **options,
     )
+    if work.shared:
+        merge_groups[(work.items.shape[0], heads, work.rows // MERGE_ROWS.value)](
+            *(work.partial, work.stats, work.items, work.members, work.state, work.masses),
+            HEADS=heads,
+            GROUP=query.shape[1] // heads,
+            DIM=dim,
+            BLOCK_M=work.rows,
+        )
 
 
 def _cells(pages: Tensor | QuantisedPages, layer: int) -> tuple[Tensor, int, Codec]:
