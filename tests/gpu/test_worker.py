@@ -9,7 +9,7 @@ import pytest
 import torch
 from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
 from kvworkers.bench.rig import Rig, rig
-from kvworkers.models.graphs import APPENDS, BATCHES
+from kvworkers.models.graphs import APPENDS, BATCHES, StepGraphs
 from kvworkers.models.loading import LoadedModel
 from kvworkers.models.random_weights import random_model
 from kvworkers.models.step import StepInputs
@@ -145,6 +145,11 @@ def test_a_replayed_append_is_the_step_itself(model: LoadedModel, new: int) -> N
         model.graphs = None
 
 
+def captured(model: LoadedModel) -> StepGraphs:
+    assert model.graphs is not None, "nothing was captured"
+    return model.graphs
+
+
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_a_replayed_step_is_the_step_itself(model: LoadedModel, rows: int) -> None:
     memory = model.new_pool(257)
@@ -159,7 +164,7 @@ def test_a_replayed_step_is_the_step_itself(model: LoadedModel, rows: int) -> No
     plain = [model.forward(step, view).clone() for step in steps]
     try:
         model.capture(view, batch=8, max_pages=256)
-        assert model.graphs is not None and model.graphs.fits(steps[0], view)
+        assert captured(model).fits(steps[0], view)
         for step, expected in zip(steps, plain, strict=True):
             got = model.forward(step, view)
             assert got.shape == expected.shape

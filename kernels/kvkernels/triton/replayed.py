@@ -10,7 +10,7 @@ from torch import Tensor
 from kvkernels.plans import Rules
 from kvkernels.triton import work as cutting
 from kvkernels.triton.device import DevicePlan
-from kvkernels.triton.launch import _APPEND_ROWS, _processors, _programs
+from kvkernels.triton.launch import _APPEND_ROWS, Shape, Work, _processors, _programs
 from kvstore.core.limits import BLOCK_TOKENS
 
 
@@ -33,13 +33,11 @@ class ReplayedDecode(DevicePlan):
         """Queue the cutting of every work list made so far from `contexts`; capture it too."""
         rows = torch.arange(self.query_tokens, dtype=torch.int32, device=self.contexts.device)
         live = (self.contexts > 0).to(torch.int32)
-        units = torch.stack([rows, rows, live, (self.contexts - 1).clamp(min=0)], dim=1)
-        for (heads, _, dim, device, rules, _), work in self.works.items():
-            assert isinstance(rules, Rules)
-            programs = _programs(self.query_tokens * heads, dim, _processors(device))
-            cutting.cut(
-                units, work.items, programs=programs, heads=heads, rules=rules, tile=work.tile
-            )
+        units = torch.stack(
+            [rows * self.tables.stride(0), rows, live, (self.contexts - 1).clamp(min=0)], dim=1
+        )
+        for (shape, rules), works in self.works.items():
+            _cut_again(units, self.query_tokens, shape, rules, works)
 
 
 class ReplayedAppend(DevicePlan):
@@ -60,13 +58,19 @@ class ReplayedAppend(DevicePlan):
     def cut(self) -> None:
         """As `ReplayedDecode.cut`."""
         context, new = self.contexts[0], self.contexts[1]
-        for (heads, group, dim, device, rules, _), work in self.works.items():
-            assert isinstance(rules, Rules)
-            each = min(self.query_tokens, max(1, _APPEND_ROWS // group))
-            at = torch.arange(0, self.query_tokens, each, dtype=torch.int32, device=device)
+        for (shape, rules), works in self.works.items():
+            each = min(self.query_tokens, max(1, _APPEND_ROWS // shape.group))
+            at = torch.arange(0, self.query_tokens, each, dtype=torch.int32, device=shape.device)
             count = (new - at).clamp(0, each)
             units = torch.stack([torch.zeros_like(at), at, count, context - new + at], dim=1)
-            programs = _programs(at.shape[0] * heads, dim, _processors(device))
-            cutting.cut(
-                units, work.items, programs=programs, heads=heads, rules=rules, tile=work.tile
-            )
+            _cut_again(units, at.shape[0], shape, rules, works)
+
+
+def _cut_again(
+    units: Tensor, count: int, shape: Shape, rules: Rules, works: tuple[Work, ...]
+) -> None:
+    (work,) = works  # Tables that change between replays are never cut by what they share.
+    programs = _programs(count * shape.heads, shape.dim, _processors(shape.device))
+    cutting.cut(
+        units, work.items, programs=programs, heads=shape.heads, rules=rules, tile=work.tile
+    )
