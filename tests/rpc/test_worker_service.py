@@ -193,6 +193,7 @@ async def test_health_and_metrics_are_served(worker: WorkerServer) -> None:
     [
         ({"name": ""}, "name"),
         ({"pool_bytes": 0}, "pool_bytes"),
+        ({"device": "tpu"}, "device 'tpu'"),
         ({"threads": 0}, "threads"),
         ({"metrics": "nowhere"}, "metrics"),
         ({"drain_ms": -1}, "drain_ms"),

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import signal
 import sys
@@ -47,6 +48,8 @@ from kvworkers.engine.sequence import Request
 from kvworkers.models.loading import LoadedModel, load_model
 from kvworkers.models.provision import ensure_model
 from kvworkers.pages.pool import PagePool
+from kvworkers.pages.sizing import new_pages
+from kvworkers.stream.device_mover import make_mover
 from kvworkers.stream.mover import Mover
 from kvworkers.worker_service import SERVICE_NAME, WorkerIdentity, WorkerService, WorkerState
 
@@ -72,9 +75,10 @@ class WorkerConfig:
     """Where Prometheus metrics are served."""
     security: Path | None = None
     """Who may connect: docs/security.md; None: loopback only."""
-    device: str = "cpu"
-    pool_bytes: int = 512 << 20
-    """Pages of the device, in bytes."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`; `auto`: the first GPU that this process may use, or else the CPU."""
+    pool_bytes: int | None = None
+    """Pages of the device, in bytes; None: what a GPU has room for, 512 MiB on a CPU."""
     policy: str = DEFAULT_POLICY
     """Which pages are evicted, by the name in `kvstore.directory.policies`."""
     threads: int | None = None
@@ -103,8 +107,10 @@ class WorkerConfig:
         if not self.name:
             raise BadInput("name is empty")
         for field in ("pool_bytes", "step_tokens", "max_running", "max_waiting", "store_call_ms"):
-            if getattr(self, field) <= 0:
-                raise BadInput(f"{field} must be positive, got {getattr(self, field)}")
+            if (value := getattr(self, field)) is not None and value <= 0:
+                raise BadInput(f"{field} must be positive, got {value}")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
+            raise BadInput(f"device {self.device!r}: auto, cpu, cuda or cuda:N")
         if self.drain_ms < 0 or self.incarnation < 0:
             raise BadInput("drain_ms and incarnation must not be negative")
         if self.threads is not None and self.threads <= 0:
@@ -165,20 +171,20 @@ class WorkerServer:
     async def _start(self) -> None:
         config = self.config
         model = await asyncio.to_thread(_load, config)
-        spec, block_bytes = model.spec, model.spec.layout.block_bytes
+        spec = model.spec
         self.model_name = spec.name
-        pages = config.pool_bytes // block_bytes
-        if pages == 0:
-            raise BadInput(f"pool_bytes {config.pool_bytes} is below one block of {block_bytes}")
-        memory = await asyncio.to_thread(_touched_pool, model, pages)
-        mover = Mover(memory)
-        self._stack.push_async_callback(asyncio.to_thread, mover.close)
-        self._stack.push_async_callback(self._leave_node)
+        pages = await asyncio.to_thread(
+            new_pages, model, config.pool_bytes,
+            step_tokens=config.step_tokens, batch=config.max_running,
+        )  # fmt: skip
+        mover = make_mover(pages.memory)
+        self._stack.push_async_callback(self._leave_node, mover)
         await self._join_node(model, mover)
         host = config.host or (self._client.node if self._client else config.name)
-        pool = PagePool(pages, block_bytes=block_bytes, policy=make_policy(config.policy))
+        policy = make_policy(config.policy)
+        pool = PagePool(pages.count, block_bytes=spec.layout.block_bytes, policy=policy)
         publisher = Publisher(config.name, self.incarnation, [TierKind.HBM], pool, host=host)
-        engine = self._engine = self._new_engine(model, memory, pool, publisher)
+        engine = self._engine = self._new_engine(model, pages.view, pool, publisher)
         engine.start()
         self._stack.push_async_callback(engine.stop, drain_ms=config.drain_ms)
         await _warm_up(engine, spec.max_model_tokens)
@@ -187,11 +193,11 @@ class WorkerServer:
             incarnation=self.incarnation,
             host=host,
             share_domain=config.share_domain,
-            device=config.device,
+            device=str(model.device),
         )
         tracing = start_tracing(config.trace, service="kvstore-worker", name=config.name)
         self._stack.push_async_callback(asyncio.to_thread, tracing.close)
-        tokens = pages * BLOCK_TOKENS
+        tokens = pages.count * BLOCK_TOKENS
         await self._serve(
             WorkerState(identity, spec, engine, publisher, capacity_tokens=tokens, tracing=tracing)
         )
@@ -200,7 +206,7 @@ class WorkerServer:
         )
 
     def _new_engine(
-        self, model: LoadedModel, memory: torch.Tensor, pool: PagePool, publisher: Publisher
+        self, model: LoadedModel, view: torch.Tensor, pool: PagePool, publisher: Publisher
     ) -> Engine:
         config = self.config
         bounds = SchedulerConfig(
@@ -211,7 +217,7 @@ class WorkerServer:
         )
         return Engine(
             model,
-            model.page_view(memory),
+            view,
             pool,
             Scheduler(bounds, pool),
             Reporter(publisher, self._metrics),
@@ -284,10 +290,11 @@ class WorkerServer:
             config=StoreConfig(call_ms=self.config.store_call_ms),
         )
 
-    async def _leave_node(self) -> None:
+    async def _leave_node(self, mover: Mover) -> None:
         if self._link is not None:
             await self._link.drained(deadline_ms=_LAST_STORES_MS)
             await self._link.close()
+        await asyncio.to_thread(mover.close)  # Before the arena it may have registered is unmapped.
         if self._client is not None:
             await self._client.close()
 
@@ -301,12 +308,10 @@ def health_status(name: str) -> int:
 
 def _load(config: WorkerConfig) -> LoadedModel:
     path = ensure_model(config.model)
-    return load_model(path, device=config.device, threads=config.threads)
-
-
-def _touched_pool(model: LoadedModel, pages: int) -> torch.Tensor:
-    """Return the pool with every page of memory touched: first touch costs seconds, paid here."""
-    return model.new_pool(pages).fill_(0)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(path, device=device, threads=config.threads)
 
 
 async def _warm_up(engine: Engine, max_model_tokens: int) -> None:
@@ -340,7 +345,8 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--name", default="worker-0", show_default=True)
 @click.option("--security", type=click.Path(path_type=Path), help="Who may connect, as TOML.")
 @click.option("--host", default="", help="Who shares an arena; default: the node's name.")
-@click.option("--pool-bytes", default=512 << 20, show_default=True, help="Memory of the pages.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+@click.option("--pool-bytes", type=int, help="Bytes of pages; default: as there is room.")
 @click.option("--threads", type=int, help="Compute threads; default: torch's choice.")
 @click.option("--no-store", is_flag=True, help="Do not use the cache node.")
 @click.option("--store-call-ms", default=250, show_default=True, help="Patience with the node.")

@@ -27,7 +27,7 @@ from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
 from kvworkers.engine.sequence import Request
 from kvworkers.models.loading import LoadedModel
 from kvworkers.pages.pool import PagePool
-from kvworkers.pages.sizing import fit_pages
+from kvworkers.pages.sizing import allocate_pages, fit_pages
 from kvworkers.stream.device_mover import DeviceMover, make_mover
 
 _REGISTER_S = 120.0
@@ -104,9 +104,7 @@ async def rig(
     spec = model.spec
     pages = await asyncio.to_thread(fit_pages, model, step_tokens=step_tokens)
     pages = min(pages, max_pages) if max_pages else pages
-    memory = model.new_pool(pages + 1)
-    view = model.page_view(memory)
-    await asyncio.to_thread(model.capture, view, batch=batch, max_pages=256)
+    held = await asyncio.to_thread(allocate_pages, model, pages, batch=batch)
     pool = PagePool(pages, block_bytes=spec.layout.block_bytes, policy=make_policy(DEFAULT_POLICY))
     publisher = Publisher("bench", 1, [TierKind.HBM], pool)
     registry = CollectorRegistry()
@@ -129,7 +127,7 @@ async def rig(
             config=ClientConfig(call_ms=10_000, connect_ms=30_000),
         )
         await stack.enter_async_context(client)
-        mover = make_mover(memory)
+        mover = make_mover(held.memory)
         stack.push_async_callback(asyncio.to_thread, mover.close)
         if isinstance(mover, DeviceMover) and not await asyncio.to_thread(
             mover.registered, client.arena, deadline_s=_REGISTER_S
@@ -141,7 +139,7 @@ async def rig(
         )  # fmt: skip
         stack.push_async_callback(link.close)
         engine = Engine(
-            model, view, pool, Scheduler(bounds, pool), Reporter(publisher, metrics),
+            model, held.view, pool, Scheduler(bounds, pool), Reporter(publisher, metrics),
             root=lambda: client.root, store=lambda: link,
         )  # fmt: skip
         engine.start()

@@ -52,7 +52,7 @@ def cluster_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--pool",
                 type=BYTES,
                 default=None,
-                help="Each worker's own pages. [default: 512MiB]",
+                help="Each worker's own pages. [default: what a GPU has room for; 512MiB on a CPU]",
             ),
             click.option(
                 "--policy",

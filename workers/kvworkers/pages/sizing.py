@@ -1,10 +1,12 @@
 """How many pages a device's memory leaves, measured with the largest step that will ever run."""
 
+from dataclasses import dataclass
 from typing import Final
 
 import torch
+from torch import Tensor
 
-from kvstore.core.errors import Refused
+from kvstore.core.errors import BadInput, Refused
 from kvstore.core.limits import BLOCK_TOKENS
 from kvworkers.models.loading import LoadedModel
 from kvworkers.models.step import StepInputs
@@ -14,6 +16,57 @@ _RESERVE_BYTES: Final = 3 << 30
 """Left free: captured graphs, work lists of long contexts, what fragments, other processes."""
 _SPARE: Final = 1.25
 """Of the largest step's own memory: sizes in between fragment the allocator."""
+
+
+_CAPTURED_PAGES: Final = 256
+"""Pages of a sequence that steps are captured for at the start: 4k tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePages:
+    """A worker's pages on its device."""
+
+    memory: Tensor
+    """uint8 [pages, block_bytes]; on a GPU one page more than `count`, for padded rows."""
+    view: Tensor
+    """The same, as `LoadedModel.forward` takes it."""
+    count: int
+    """Pages that sequences may be given."""
+
+
+def allocate_pages(model: LoadedModel, count: int, *, batch: int) -> DevicePages:
+    """Allocate and touch `count` pages, and capture steps of up to `batch` sequences over them."""
+    scratch = 1 if model.device.type == "cuda" else 0
+    memory = model.new_pool(count + scratch).fill_(0)  # First touch costs seconds, paid here.
+    view = model.page_view(memory)
+    model.capture(view, batch=batch, max_pages=_CAPTURED_PAGES)
+    return DevicePages(memory, view, count)
+
+
+def new_pages(
+    model: LoadedModel, pool_bytes: int | None, *, step_tokens: int, batch: int
+) -> DevicePages:
+    """Return pages of `pool_bytes` in all (None: as many as fit); `batch` as in `allocate_pages`.
+
+    Raises `BadInput` when that is none, and `Refused` when a GPU has no room for them.
+    """
+    if pool_bytes is None:
+        count = fit_pages(model, step_tokens=step_tokens)
+    else:
+        count = _asked(model, pool_bytes, step_tokens)
+    return allocate_pages(model, count, batch=batch)
+
+
+def _asked(model: LoadedModel, pool_bytes: int, step_tokens: int) -> int:
+    block_bytes = model.spec.layout.block_bytes
+    count = pool_bytes // block_bytes
+    if count == 0:
+        raise BadInput(f"pool_bytes {pool_bytes} is below one block of {block_bytes}")
+    if model.device.type == "cuda":
+        most = fit_pages(model, step_tokens=step_tokens)
+        if count > most:
+            raise Refused(f"pool_bytes {pool_bytes}: the GPU has room for {most * block_bytes}")
+    return count
 
 
 def fit_pages(model: LoadedModel, *, step_tokens: int) -> int:
