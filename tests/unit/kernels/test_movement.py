@@ -11,6 +11,7 @@ from kvkernels import ops
 from kvkernels.formats import decode_block, encode_block
 from kvkernels.movement import Movement
 from kvkernels.triton import device
+from kvkernels.triton import moving as launching
 
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
@@ -153,3 +154,13 @@ def test_moving_no_block_or_layer_is_allowed() -> None:
         move(plan)
         move(planned(Codec.INT8, Codec.RAW32), range(0))
     device.move_layers(plan, None, None, store=False, programs=4)
+
+
+def test_one_launch_moves_its_layers_of_its_blocks_and_nothing_else() -> None:
+    ours, wanted = (planned(Codec.INT8, Codec.RAW32) for _ in range(2))
+    launching.move(ours, range(1, 3), range(2, 5), store=False, programs=2)
+    ops.load_layers(wanted, range(1, 3), blocks=range(2, 5))
+    untouched = planned(Codec.INT8, Codec.RAW32)
+    assert torch.equal(ours.pool, wanted.pool)
+    assert not torch.equal(ours.pool, untouched.pool)
+    assert torch.equal(ours.arena, untouched.arena)
