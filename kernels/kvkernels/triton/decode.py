@@ -158,11 +158,16 @@ def _scan(
         inside = spot < context
         place = page.to(tl.int64) * page_stride + (spot % PAGE) * DIM
         k = _row_tile(keys + place[:, None], inside, FULL).to(DOT)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = _scores(scores, spot, seen, softcap, WINDOW, SINKS, SOFTCAP, FULL)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - safe[:, None])
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if FULL and not SOFTCAP:  # One multiplication and addition an element; nothing is -inf.
+            new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+            safe = new_top
+            weights = tl.exp2(scores * scale - safe[:, None])
+        else:
+            scores = _scores(scores * scale, spot, seen, softcap, WINDOW, SINKS, SOFTCAP, FULL)
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = tl.exp2(scores - safe[:, None])
         keep = tl.exp2(top - safe)
         total = total * keep + tl.sum(weights, 1)
         v = _row_tile(keys + value_offset + place[:, None], inside, FULL).to(DOT)
@@ -216,6 +221,28 @@ def _scan_codes(
         page = next_page
         spot = ahead
     return top, total, woven(acc, CODEC, WORD, BLOCK_M, DIM)
+
+
+@triton.jit
+def _scan_any(
+    q, place, table, begin, end, skip, seen, context, page_stride, value_offset, scale, softcap,
+    DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, CODEC: tl.constexpr, FULL: tl.constexpr,
+):
+    """Read raw or quantised tiles, as CODEC says."""
+    dims = tl.arange(0, DIM)
+    if CODEC == 0:
+        return _scan(
+            q, place + dims[None, :], table, begin, end, skip, seen, context,
+            page_stride, value_offset, scale, softcap,
+            DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, FULL,
+        )
+    else:
+        return _scan_codes(
+            q, place, table, begin, end, skip, seen, context, page_stride, scale, softcap,
+            CODEC, DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, FULL,
+        )
 
 
 @triton.jit
@@ -294,9 +321,8 @@ def attend_pages(
     if count == 0:
         return
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
-    used = rows < count * GROUP
+    used, query_heads = rows < count * GROUP, head * GROUP + rows % GROUP
     at = _tokens(members, token + rows // GROUP, used, TO)
-    query_heads = head * GROUP + rows % GROUP
     places = at * query_token + query_heads.to(tl.int64) * query_head
     q = tl.load(query + places[:, None] + dims[None, :], mask=used[:, None], other=0.0).to(DOT)
     seen = position + tl.minimum(rows // GROUP, count - 1)
@@ -304,17 +330,11 @@ def attend_pages(
     skip = tl.maximum(low - (SINKS + BLOCK_N - 1) // BLOCK_N, 0)
     place = layer_pages + head.to(tl.int64) * head_stride
     table = tables + start
-    if CODEC == 0:
-        top, total, acc = _scan(
-            q, place + dims[None, :], table, begin, end, skip, seen, position + count,
-            page_stride, value_offset, scale, softcap,
-            DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, TO,
-        )
-    else:
-        top, total, acc = _scan_codes(
-            q, place, table, begin, end, skip, seen, position + count, page_stride, scale, softcap,
-            CODEC, DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, TO,
-        )
+    top, total, acc = _scan_any(
+        q, place, table, begin, end, skip, seen, position + count, page_stride, value_offset,
+        scale, softcap, DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, CODEC,
+        TO,
+    )
     target = at * (HEADS * GROUP) + query_heads
     if FROM:  # noqa: SIM102 - a branch for what is constant, another for what is not
         if begin == 0:

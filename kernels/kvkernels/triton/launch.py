@@ -175,7 +175,8 @@ def _group_work(
     rows = min(most, max(16, next_power_of_2(max(map(len, lists)) * shape.group)))
     rows = max(rows, next_power_of_2(shape.group))
     each = rows // shape.group
-    units, members = [], []
+    units: list[Unit] = []
+    members: list[int] = []
     for group, listed in zip(groups, lists, strict=True):
         start = group.rows[0] * table_stride + group.begin
         for at in range(0, len(listed), each):
