@@ -1,5 +1,6 @@
 """A whole worker on a GPU: its server, its cache node, its pages."""
 
+import asyncio
 import random
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ pytestmark = [
 ]
 
 VOCAB = 997
+ARENA = 256 << 20
 IGNORE_EOS = {"ignore_eos": True}
 
 
@@ -38,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[RunningNode]:
-    with start_node(arena_bytes=256 << 20, deadline_s=60.0) as running:
+    with start_node(arena_bytes=ARENA, deadline_s=60.0) as running:
         yield running
 
 
@@ -58,16 +60,25 @@ async def worker(
         await server.stop()
 
 
+async def registered(server: WorkerServer) -> None:
+    """Wait until copies can go to and from all of the arena."""
+    async with asyncio.timeout(30):
+        while server.registry.get_sample_value("kvstore_worker_reachable_arena_bytes") != ARENA:
+            await asyncio.sleep(0.05)
+
+
 async def test_a_worker_chooses_the_gpu_and_another_takes_its_blocks(
     model: Path, node: RunningNode
 ) -> None:
     draw = random.Random(1)
     prompt = [draw.randrange(3, VOCAB) for _ in range(1_000)]
-    async with worker(model, node, name="worker-0") as first:
+    async with worker(model, node, name="worker-0", pool_bytes=64 << 20) as first:
+        await registered(first)
         cold = await ask(first.address, prompt, max_tokens=16, sampling=IGNORE_EOS)
         again = await ask(first.address, prompt, max_tokens=16, sampling=IGNORE_EOS)
         assert await first.settled(deadline_ms=20_000)
     async with worker(model, node, name="worker-1", pool_bytes=64 << 20) as second:
+        await registered(second)
         hit = await ask(second.address, prompt, max_tokens=16, sampling=IGNORE_EOS)
     assert cold.cache.hbm_tokens == cold.cache.dram_tokens == 0
     assert again.cache.hbm_tokens == 992
