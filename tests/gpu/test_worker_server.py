@@ -60,10 +60,15 @@ async def worker(
         await server.stop()
 
 
+def has_all(server: WorkerServer) -> bool:
+    reachable = server.registry.get_sample_value("kvstore_worker_reachable_arena_bytes")
+    return reachable is not None and reachable >= ARENA
+
+
 async def registered(server: WorkerServer) -> None:
     """Wait until copies can go to and from all of the arena."""
     async with asyncio.timeout(30):
-        while server.registry.get_sample_value("kvstore_worker_reachable_arena_bytes") != ARENA:
+        while not has_all(server):  # noqa: ASYNC110 - a thread registers it
             await asyncio.sleep(0.05)
 
 

@@ -94,6 +94,8 @@ async def test_what_one_worker_computed_another_gets_from_the_arena(node: Runnin
         second = await stack.enter_async_context(worker(node.run_dir, name="worker-1"))
         cold = await ask(first.address, prompt, max_tokens=40, sampling={"ignore_eos": True})
         assert await first.settled(deadline_ms=SETTLED_MS)
+        sample = first.registry.get_sample_value("kvstore_worker_reachable_arena_bytes")
+        assert sample is not None and sample >= 64 << 20
         hit = await ask(second.address, prompt, max_tokens=40, sampling={"ignore_eos": True})
         turn = prompt + cold.tokens + prompt_of(2, 30)
         again = await ask(second.address, turn, max_tokens=8)

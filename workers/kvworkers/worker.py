@@ -173,11 +173,10 @@ class WorkerServer:
         model = await asyncio.to_thread(_load, config)
         spec = model.spec
         self.model_name = spec.name
-        pages = await asyncio.to_thread(
-            new_pages, model, config.pool_bytes,
-            step_tokens=config.step_tokens, batch=config.max_running,
-        )  # fmt: skip
+        steps = {"step_tokens": config.step_tokens, "batch": config.max_running}
+        pages = await asyncio.to_thread(new_pages, model, config.pool_bytes, **steps)
         mover = make_mover(pages.memory)
+        self._metrics.reachable_arena_bytes.set_function(lambda: mover.reachable_bytes)
         self._stack.push_async_callback(self._leave_node, mover)
         await self._join_node(model, mover)
         host = config.host or (self._client.node if self._client else config.name)
@@ -281,6 +280,7 @@ class WorkerServer:
             config=ClientConfig(),
             metrics=self._client_metrics,
         )
+        mover.meet(client.arena)
         self._client = client
         self._link = StoreLink(
             client,

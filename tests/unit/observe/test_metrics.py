@@ -15,12 +15,12 @@ from kvstore.observe.metrics import (
     ClusterMetrics,
     NodeMetrics,
     RouterMetrics,
-    WorkerMetrics,
     exposition,
 )
 from kvstore.observe.peer_metrics import PeerMetrics
 from kvstore.observe.redis_metrics import RedisMetrics
 from kvstore.observe.tier_metrics import TierMetrics
+from kvstore.observe.worker_metrics import WorkerMetrics
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"
 BUNDLES = {

@@ -34,6 +34,15 @@ class DeviceMover(Mover):
         self._load = _Lane(pool, "load")
         self._store = _Lane(pool, "store")
 
+    @property
+    def reachable_bytes(self) -> int:
+        """Bytes that are registered now."""
+        return 0 if self._registration is None else self._registration.registered_bytes
+
+    def meet(self, arena: memoryview) -> None:
+        """Begin to register: the first request is to find it done, or well under way."""
+        self._known(arena)
+
     def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
         """Return how many blocks, from the first on, lie in registered memory.
 

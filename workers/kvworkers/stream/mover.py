@@ -27,6 +27,7 @@ class Mover:
         self._pool = pool
         self._block_bytes = pool.shape[1]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mover")
+        self._met_bytes = 0
 
     async def load(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
         """Copy arena blocks at `offsets` (bytes) into `pages`."""
@@ -43,6 +44,15 @@ class Mover:
             ops.store_blocks(self._pool, rows, memory, at)
 
         await self._run(copy, arena, offsets, pages)
+
+    @property
+    def reachable_bytes(self) -> int:
+        """Bytes of the arena met last that copies can use now."""
+        return self._met_bytes
+
+    def meet(self, arena: memoryview) -> None:
+        """Make ready for a mapping that copies will use: what takes long begins now."""
+        self._met_bytes = arena.nbytes
 
     def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
         """Return how many blocks, from the first on, lie where copies can go now: here all."""
