@@ -26,7 +26,8 @@ from kvstore.observe.metrics import TierMetrics
 from kvstore.testing.contracts import block, wanted
 from kvstore.tiers.base import ReadItem, WriteItem
 from kvstore.tiers.block_rows import HEADER_BYTES, pack_row
-from kvstore.tiers.files import FilesConfig, FilesTier
+from kvstore.tiers.files import FilesTier
+from kvstore.tiers.files_config import FilesConfig
 from kvstore.tiers.sums import block_sum
 
 BLOCK_BYTES = 2 << 20

@@ -16,6 +16,7 @@ from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.tiers.quotas import Quotas
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
 ROOT = Root(hashlib.sha256(b"root").digest())
@@ -29,16 +30,18 @@ def names(count: int, seed: int = 0) -> list[bytes]:
 class SmallStore:
     """One incarnation over an arena; `again` makes the next one over the same memory."""
 
-    def __init__(self, arena: ArenaMapping, limits: StoreLimits) -> None:
+    def __init__(
+        self, arena: ArenaMapping, limits: StoreLimits, quotas: Quotas | None = None
+    ) -> None:
         self.arena = arena
         self.limits = limits
         arena.incarnation += 1
         self.metrics = NodeMetrics(CollectorRegistry())
-        self.table = SlotTable(arena, Lru(), self.metrics, node="n")
+        self.table = SlotTable(arena, Lru(), self.metrics, node="n", quotas=quotas)
         self.store = ArenaStore(self.table, limits)
 
-    def again(self) -> "SmallStore":
-        return SmallStore(self.arena, self.limits)
+    def again(self, quotas: Quotas | None = None) -> "SmallStore":
+        return SmallStore(self.arena, self.limits, quotas)
 
     def session(self, number: int) -> tuple[Session, RootInfo]:
         session = self.store.sessions.open(number, bytes([number]) * 16)

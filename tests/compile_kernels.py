@@ -9,6 +9,7 @@ from typing import Any
 
 import triton
 from kvkernels.triton.decode import attend_pages
+from kvkernels.triton.movement import copy_runs, decode_cells, encode_cells
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -21,10 +22,13 @@ POINTERS = {
     "partial": "*fp32",
     "stats": "*fp32",
     "counters": "*i32",
+    "members": "*i32",
+    "state": "*fp32",
+    "masses": "*fp32",
 }
 NUMBERS = {
     **dict.fromkeys(("query_token", "query_head", "page_stride", "head_stride"), "i32"),
-    **dict.fromkeys(("value_offset", "table_stride"), "i32"),
+    **dict.fromkeys(("value_offset",), "i32"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
 }
 SHAPES: dict[str, dict[str, Any]] = {
@@ -56,6 +60,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "SOFTCAP": False,
         "CODEC": 4,
     },
+    "shared": {
+        "HEADS": 8,
+        "GROUP": 4,
+        "DIM": 128,
+        "WINDOW": 0,
+        "SINKS": 0,
+        "SOFTCAP": False,
+        "BLOCK_M": 128,
+        "FROM": True,
+        "TO": True,
+    },
     "window": {"HEADS": 8, "GROUP": 3, "DIM": 64, "WINDOW": 4096, "SINKS": 4, "SOFTCAP": True},
 }
 
@@ -64,7 +79,8 @@ def compile_for(capability: int, shape: dict[str, Any]) -> int:
     """Return the bytes of the binary; raises what the compiler raises."""
     quantised = "CODEC" in shape
     constants = {
-        "CODEC": 0, **shape, "BLOCK_M": 16, "BLOCK_N": 64, "PAGE": 16, "PRECISION": "ieee",
+        "CODEC": 0, "FROM": False, "TO": False, "BLOCK_M": 16, **shape, "BLOCK_N": 64, "PAGE": 16,
+        "PRECISION": "ieee",
         "DOT": triton.language.float16 if quantised else triton.language.bfloat16,
     }  # fmt: skip
     pointers = {**POINTERS, "layer_pages": "*u8" if quantised else "*bf16"}
@@ -80,6 +96,33 @@ def compile_for(capability: int, shape: dict[str, Any]) -> int:
     return len(compiled.asm["cubin"])
 
 
+MOVEMENTS: dict[str, tuple[Any, str, str, dict[str, int]]] = {
+    "copy": (copy_runs, "*u8", "*u8", {"UNITS": 256}),
+    "load int4": (decode_cells, "*u8", "*bf16", {"CODEC": 4, "DIM": 128, "CELLS": 8}),
+    "load fp8": (decode_cells, "*u8", "*bf16", {"CODEC": 2, "DIM": 128, "CELLS": 8}),
+    "store int4": (encode_cells, "*bf16", "*u8", {"CODEC": 4, "DIM": 64, "CELLS": 16}),
+    "store fp8": (encode_cells, "*bf16", "*u8", {"CODEC": 2, "DIM": 64, "CELLS": 16}),
+}
+
+
+def compile_movement(capability: int, name: str) -> int:
+    """Return the bytes of the binary; raises what the compiler raises."""
+    kernel, source, target, shape = MOVEMENTS[name]
+    constants = {**shape, "STAGES": 1}
+    names = kernel.arg_names
+    kinds = {"source": source, "target": target, "source_units": "*i64", "target_units": "*i64"}
+    signature = {
+        each: "constexpr" if each in constants else kinds.get(each, "i32") for each in names
+    }
+    made = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(each),): value for each, value in constants.items()},
+    )
+    target_gpu = GPUTarget("cuda", capability, 32)
+    return len(triton.compile(made, target=target_gpu, options={"num_warps": 16}).asm["cubin"])
+
+
 def main() -> None:
     """Compile each shape for each generation."""
     for capability in map(int, sys.argv[1:]):
@@ -88,6 +131,10 @@ def main() -> None:
                 continue  # no conversion from fp8 there
             size = compile_for(capability, shape)
             sys.stdout.write(f"sm_{capability} {name} {size}\n")
+        for name in MOVEMENTS:
+            if "fp8" not in name or capability >= 89:
+                size = compile_movement(capability, name)
+                sys.stdout.write(f"sm_{capability} {name} {size}\n")
 
 
 if __name__ == "__main__":

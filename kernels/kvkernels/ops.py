@@ -15,6 +15,7 @@ every call; values of index tensors are checked once per step by whoever builds 
 import torch
 from torch import Tensor
 
+from kvkernels.movement import UNIT_BYTES, Movement, check_layouts
 from kvkernels.plans import AttentionPlan, Implementation, Rules
 from kvkernels.quantised import QuantisedPages, view_cells
 from kvstore.core.errors import BadInput, Unsupported
@@ -117,7 +118,12 @@ def write_pages(
 def plan_attention(
     block_tables: Tensor, context_lengths: Tensor, query_starts: Tensor, *, device_type: str = "cpu"
 ) -> AttentionPlan:
-    """Prepare what every layer of one step shares; the arguments are `paged_attention`'s."""
+    """Prepare what every layer of one step shares; the arguments are `paged_attention`'s.
+
+    Give `block_tables` on the host: for a GPU they are copied, and sequences that begin with the
+    same pages have those read once for all of them. Tables on the device are taken as they are
+    and never looked at.
+    """
     sequences = context_lengths.shape[0]
     _check(
         block_tables.dim() == 2 and block_tables.shape[0] == sequences,
@@ -192,14 +198,115 @@ def load_blocks(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> 
     uint8 [pages, block_bytes]; pages int64 [n], unique. On the CPU the copies release the GIL.
     Raises `BadInput` before anything is written when a block lies outside arena or pool.
     """
-    _check_movement(arena, offsets, pool, pages)
+    _check_places(arena, offsets, pool.shape[1], pool, pages)
     implementation(pool.device.type).load_blocks(arena, offsets, pool, pages)
 
 
 def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) -> None:
     """Copy whole pages of a pool to arena memory; shapes, errors and GIL as `load_blocks`."""
-    _check_movement(arena, offsets, pool, pages)
+    _check_places(arena, offsets, pool.shape[1], pool, pages)
     implementation(pool.device.type).store_blocks(pool, pages, arena, offsets)
+
+
+def plan_movement(
+    arena: Tensor,
+    arena_layout: BlockLayout,
+    offsets: Tensor,
+    pool: Tensor,
+    pool_layout: BlockLayout,
+    pages: Tensor,
+    *,
+    element: torch.dtype | None = None,
+) -> Movement:
+    """Prepare what all loads and stores between the same blocks and pages share.
+
+    arena uint8 [bytes]; for a pool on a GPU it is pinned (or registered) wherever a block lies.
+    offsets int64 [n], bytes, multiples of 128; pool uint8 [all pages, block_bytes]; pages int64
+    [n], unique. The layouts may differ in their codecs: equal ones move as bytes, and between a raw
+    and a quantised one blocks are encoded or decoded on the way. `element` is the type that the
+    raw side holds, where that is not `page_view`'s default. Values are looked at here, once: give
+    index tensors on the host. Raises `BadInput` for what does not fit, `Unsupported` for two
+    different raw or two different quantised codecs.
+    """
+    check_layouts(arena_layout, pool_layout)
+    _check_pool(pool, pool_layout)
+    _check_places(arena, offsets, arena_layout.block_bytes, pool, pages)
+    _check(
+        not bool((offsets % UNIT_BYTES).any()) and pool.stride(0) % UNIT_BYTES == 0,
+        f"offsets and the pool's rows must be multiples of {UNIT_BYTES} bytes",
+    )
+    _check(
+        pool.device.type == "cpu" or arena.is_pinned(),
+        "the arena must be pinned or registered memory for a pool on a GPU",
+    )
+    raw = arena_layout if arena_layout.codec in _ELEMENT_TYPES else pool_layout
+    types = _ELEMENT_TYPES.get(raw.codec, ())
+    kind = element or (types[0] if types else torch.uint8)
+    _check(kind in (types or (torch.uint8,)), f"codec {raw.codec.name} does not hold {kind}")
+    rows = pool.stride(0) // UNIT_BYTES
+    return Movement(
+        arena=arena,
+        arena_layout=arena_layout,
+        pool=pool,
+        pool_layout=pool_layout,
+        element=kind,
+        arena_units=(offsets // UNIT_BYTES).to(pool.device),
+        pool_units=(pages * rows).to(pool.device),
+    )
+
+
+def load_layers(
+    movement: Movement,
+    layers: range | None = None,
+    *,
+    blocks: range | None = None,
+    programs: int = 16,
+) -> None:
+    """Move blocks' `layers` (all by default) from the arena into the pages, transcoding.
+
+    On a GPU: kernels on the current stream, in launches of at most 64 MiB of the arena and
+    `programs` programs each; 16 fill a PCIe 5 bus with raw or fp8 bytes, int4 wants 32 to 64,
+    and so do stores that encode. The
+    call returns at once, so arena and index tensors stay as they are until an event recorded
+    after it. `blocks` are the plan's blocks to move, all by default: pass those of
+    `movement.slices(layers)` one by one to be able to stop in between. On the CPU it has
+    happened when the call returns. Raises `BadInput` for layers or blocks that are not there.
+    """
+    _check_layers(movement, layers, blocks, programs)
+    implementation(movement.pool.device.type).move_layers(
+        movement, layers, blocks, store=False, programs=programs
+    )
+
+
+def store_layers(
+    movement: Movement,
+    layers: range | None = None,
+    *,
+    blocks: range | None = None,
+    programs: int = 16,
+) -> None:
+    """Move pages' `layers` to the blocks in the arena; otherwise `load_layers`.
+
+    The host may read the arena when an event recorded after the call has completed. Padding at
+    the end of a block is not written.
+    """
+    _check_layers(movement, layers, blocks, programs)
+    implementation(movement.pool.device.type).move_layers(
+        movement, layers, blocks, store=True, programs=programs
+    )
+
+
+def _check_layers(
+    movement: Movement, layers: range | None, blocks: range | None, programs: int
+) -> None:
+    for name, chosen, count in (
+        ("layers", layers, movement.pool_layout.layers),
+        ("blocks", blocks, movement.blocks),
+    ):
+        if chosen is not None and len(chosen):
+            fits = chosen.step == 1 and chosen.start >= 0 and chosen.stop <= count
+            _check(fits, f"{name} {chosen} of {count}")
+    _check(programs >= 1, f"programs must be at least 1, got {programs}")
 
 
 def _device(pages: Tensor | QuantisedPages) -> str:
@@ -232,7 +339,9 @@ def _check_pages(pages: Tensor | QuantisedPages, layer: int) -> tuple[int, int]:
     return heads, dim
 
 
-def _check_movement(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None:
+def _check_places(
+    arena: Tensor, offsets: Tensor, block_bytes: int, pool: Tensor, pages: Tensor
+) -> None:
     _check(
         arena.dtype == torch.uint8 and arena.dim() == 1 and arena.is_contiguous(),
         f"arena must be contiguous uint8 [bytes], got {_say(arena)}",
@@ -242,7 +351,7 @@ def _check_movement(arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor)
         f"pool must be uint8 [pages, bytes], got {_say(pool)}",
     )
     for name, tensor, last in (
-        ("offsets", offsets, arena.shape[0] - pool.shape[1]),
+        ("offsets", offsets, arena.shape[0] - block_bytes),
         ("pages", pages, pool.shape[0] - 1),
     ):
         _check(

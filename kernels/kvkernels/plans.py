@@ -5,6 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvkernels.movement import Movement
 from kvkernels.quantised import QuantisedPages
 from kvstore.core.errors import BadInput
 
@@ -71,3 +72,13 @@ class Implementation(Protocol):
     def load_blocks(self, arena: Tensor, offsets: Tensor, pool: Tensor, pages: Tensor) -> None: ...
 
     def store_blocks(self, pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) -> None: ...
+
+    def move_layers(
+        self,
+        movement: Movement,
+        layers: range | None,
+        blocks: range | None,
+        *,
+        store: bool,
+        programs: int,
+    ) -> None: ...

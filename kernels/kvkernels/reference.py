@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvkernels.movement import UNIT_BYTES, Movement, Side, sides
 from kvkernels.plans import AttentionPlan, Rules
-from kvkernels.quantised import QuantisedPages, decode_rows, encode_rows
+from kvkernels.quantised import (
+    LARGEST_CODE,
+    QuantisedPages,
+    decode_rows,
+    encode_rows,
+    view_cells,
+)
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 
@@ -190,3 +197,66 @@ def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) ->
     source, target, size = pool.numpy(), arena.numpy(), pool.shape[1]
     for offset, page in zip(offsets.tolist(), pages.tolist(), strict=True):
         target[offset : offset + size] = source[page]
+
+
+def move_layers(
+    movement: Movement,
+    layers: range | None,
+    blocks: range | None,
+    *,
+    store: bool,
+    programs: int,
+) -> None:
+    """See `kvkernels.ops.load_layers`; one block after another, `programs` means nothing here."""
+    del programs
+    source, target = sides(movement, store=store)
+    chosen = range(movement.pool_layout.layers) if layers is None else layers
+    for block in range(movement.blocks) if blocks is None else blocks:
+        if not chosen:
+            return
+        if source.layout.codec == target.layout.codec:
+            _cells(target, block, chosen).copy_(_cells(source, block, chosen))
+        elif source.layout.codec in LARGEST_CODE:
+            _decode_block(source, target, block, chosen, movement.element)
+        else:
+            _encode_block(source, target, block, chosen, movement.element)
+
+
+def _block(side: Side, block: int) -> Tensor:
+    """Return one block's bytes: uint8 [1, block_bytes], a view."""
+    start = int(side.units[block]) * UNIT_BYTES
+    return side.memory.view(-1)[start : start + side.layout.block_bytes][None]
+
+
+def _cells(side: Side, block: int, layers: range) -> Tensor:
+    """Return some layers' cells of one block: uint8 [kv_heads, layers, cell_bytes], a view."""
+    layout = side.layout
+    shares = _block(side, block)[0, : layout.payload_bytes].view(layout.kv_heads, layout.layers, -1)
+    return shares[:, layers.start : layers.stop]
+
+
+def _elements(side: Side, block: int, layers: range, element: torch.dtype) -> Tensor:
+    """Return raw elements of one block: [kv_heads, layers, 2, 16, head_dim], a view."""
+    cells = _cells(side, block, layers).view(element)
+    return cells.view(*cells.shape[:2], 2, BLOCK_TOKENS, side.layout.head_dim)
+
+
+def _decode_block(
+    source: Side, target: Side, block: int, layers: range, element: torch.dtype
+) -> None:
+    pages = view_cells(_block(source, block), source.layout)
+    wanted = _elements(target, block, layers, element)
+    for place, layer in enumerate(layers):
+        rows = decode_rows(pages.codes(layer)[0], pages.words(layer)[0], pages.codec)
+        wanted[:, place] = rows.to(element)
+
+
+def _encode_block(
+    source: Side, target: Side, block: int, layers: range, element: torch.dtype
+) -> None:
+    pages = view_cells(_block(target, block), target.layout)
+    given = _elements(source, block, layers, element)
+    for place, layer in enumerate(layers):
+        codes, words = encode_rows(given[:, place], pages.codec)
+        pages.codes(layer)[0] = codes
+        pages.words(layer)[0] = words

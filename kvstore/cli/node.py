@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kvstore.cli.inspection import inspect
-from kvstore.cli.values import BYTES
+from kvstore.cli.values import BYTES, QUOTA
 from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper import run_keeper
@@ -115,6 +115,22 @@ from kvstore.service.keeper import run_keeper
     default="64MiB",
     show_default=True,
     help="How fast idle blocks in memory are reread to find bad bytes; 0B: not at all.",
+)
+@click.option(
+    "--numa",
+    default="auto",
+    show_default=True,
+    metavar="NODES",
+    help="NUMA nodes to put the arena on, such as 0-1; auto: all in turn, where there are several.",
+)
+@click.option(
+    "--quota",
+    "quotas",
+    type=QUOTA,
+    multiple=True,
+    metavar="RULE",
+    help="Bytes one share domain or root may hold, as domain:NAME:dram=8GiB,nvme=1TiB; NAME * is"
+    " each other one. May be repeated: docs/tiers.md.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 def node(as_json: bool, **options: Any) -> None:

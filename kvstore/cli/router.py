@@ -12,7 +12,7 @@ import click
 from kvstore.cli.values import ADDRESS, Address
 from kvstore.core.errors import BadInput
 from kvstore.core.names import Root
-from kvstore.router.members import Kind, Member, Members, parse_member, parse_vllm
+from kvstore.router.members import Kind, Member, Members, parse_hashes, parse_member, parse_vllm
 from kvstore.router.router import RouterConfig
 from kvstore.router.server import RouterServer
 from kvstore.rpc.convert import root_from_wire
@@ -75,6 +75,10 @@ class RouterOptions:
     "--vllm-root", default=bytes(32).hex(), metavar="HEX",
     help="32 bytes that callers name the prompts of vLLM engines under. [default: zeros]",
 )  # fmt: skip
+@click.option(
+    "--vllm-hash", default="", metavar="ALGORITHM[:SEED]",
+    help="Their --prefix-caching-hash-algo (sha256, sha256_cbor) and PYTHONHASHSEED: check them.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def router(
     workers: tuple[str, ...],
@@ -88,6 +92,7 @@ def router(
     events_redis: str,
     engines: tuple[str, ...],
     vllm_root: str,
+    vllm_hash: str,
     as_json: bool,
 ) -> None:
     """Follow workers and cache nodes, and answer where a prompt should go.
@@ -97,7 +102,8 @@ def router(
     """
     if not workers and not engines:
         raise click.UsageError("give at least one --worker or --vllm")
-    vllm = [parse_vllm(text, _root(vllm_root)) for text in engines]
+    hashes = parse_hashes(vllm_hash)
+    vllm = [parse_vllm(text, _root(vllm_root), hashes) for text in engines]
     members = Members.of(
         [*_members("worker", workers), *_members("node", nodes), *(member for member, _ in vllm)]
     )

@@ -7,6 +7,9 @@ from typing import Final
 
 import click
 
+from kvstore.core.errors import BadInput
+from kvstore.tiers.quotas import QuotaRule
+
 _UNITS: Final = {
     "": 1, "b": 1,
     "k": 1 << 10, "kib": 1 << 10, "kb": 1000,
@@ -95,5 +98,22 @@ class AddressType(click.ParamType[Address]):
             self.fail(str(error), param, ctx)
 
 
+class QuotaType(click.ParamType[QuotaRule]):
+    """What a share domain or a root may hold: `domain:acme:dram=8GiB,nvme=1TiB`."""
+
+    name = "quota"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> QuotaRule:
+        if isinstance(value, QuotaRule):
+            return value
+        try:
+            return QuotaRule.parse(str(value), parse_bytes)
+        except BadInput as error:
+            self.fail(str(error), param, ctx)
+
+
 BYTES: Final = BytesType()
 ADDRESS: Final = AddressType()
+QUOTA: Final = QuotaType()

@@ -167,13 +167,17 @@ class AsyncClient:
         deadline_ms: int | None = None,
         pending_ms: int | None = None,
         first_block: int = 0,
+        kind: str = "",
+        depth_cost: float = 0.0,
     ) -> Acquired:
         """Lease the longest prefix of `names` that is here, and reserve slots for what follows.
 
         At most `reserve` slots are reserved; each has to be committed or aborted by `settle`.
         `first_block` is the position of `names[0]` in its prompt, in blocks. The node starts moving
         up what it holds below DRAM and predicts to arrive within `pending_ms` (the deadline where
-        none is given); `wait_ready` waits for that.
+        none is given); `wait_ready` waits for that. `kind` (what sort of request it is) and
+        `depth_cost` (what a block costs more to compute for each one before it, as a share of the
+        first one's cost; 0: not known) are what the node's policy learns from.
         """
         deadline = _deadline(deadline_ms, self.config.call_ms)
         patience = _deadline(pending_ms, deadline)
@@ -186,6 +190,8 @@ class AsyncClient:
             reserve=reserve,
             deadline_ms=patience,
             first_block=first_block,
+            kind=kind,
+            depth_cost=depth_cost,
         )
         if not reserve:
             reply = await self._link.call(session, "Acquire", request, deadline)

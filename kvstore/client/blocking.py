@@ -172,6 +172,8 @@ class Client:
         deadline_ms: int | None = None,
         pending_ms: int | None = None,
         first_block: int = 0,
+        kind: str = "",
+        depth_cost: float = 0.0,
     ) -> Acquired:
         """Lease what is here and reserve for the rest; see `AsyncClient.acquire`."""
         work = self._inner.acquire(
@@ -180,6 +182,8 @@ class Client:
             deadline_ms=deadline_ms,
             pending_ms=pending_ms,
             first_block=first_block,
+            kind=kind,
+            depth_cost=depth_cost,
         )
         return self._run(work, self._limit(deadline_ms, self._inner.config.call_ms))
 

@@ -43,6 +43,10 @@ class MissReason(IntEnum):
     """The cache node did not answer; the request went on without it."""
     CHEAPER = 10
     """Recomputing was predicted to be faster than loading."""
+    QUOTA = 11
+    """The share domain or the root holds all that it may, and none of that can go now."""
+    OUTWEIGHED = 12
+    """There was no room, and all that could go is worth more than what would have come."""
 
 
 class SettleOutcome(IntEnum):

@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class SlotState(IntEnum):
     """Where a slot stands in its life; see docs/life_of_a_block.md for the diagram."""
@@ -27,23 +30,21 @@ class SlotState(IntEnum):
     """Written. Readable on this host under a lease; its sum is not known yet."""
     SEALED = 3
     """Hashed. May be listed to others, demoted, sent, and re-adopted after a restart."""
-    EVICTING = 4
-    """Chosen as a victim; being written to a lower tier. Still readable, no new leases."""
     DRAINING = 5
-    """Nobody may use it, yet a device or a reader has not let go. Not free until it does."""
+    """Nobody may use it, yet a device or a reader has not let go. Not free until it does. (4 was a
+    state that nothing entered.)"""
 
 
 TRANSITIONS: Final[dict[SlotState, frozenset[SlotState]]] = {
     SlotState.FREE: frozenset({SlotState.RESERVED}),
     SlotState.RESERVED: frozenset({SlotState.COMMITTED, SlotState.DRAINING, SlotState.FREE}),
     SlotState.COMMITTED: frozenset({SlotState.SEALED, SlotState.DRAINING, SlotState.FREE}),
-    SlotState.SEALED: frozenset({SlotState.EVICTING, SlotState.DRAINING, SlotState.FREE}),
-    SlotState.EVICTING: frozenset({SlotState.SEALED, SlotState.DRAINING, SlotState.FREE}),
+    SlotState.SEALED: frozenset({SlotState.DRAINING, SlotState.FREE}),
     SlotState.DRAINING: frozenset({SlotState.FREE}),
 }
 """Every change a slot word may make. Anything else is a bug and asserts."""
 
-READABLE: Final = frozenset({SlotState.COMMITTED, SlotState.SEALED, SlotState.EVICTING})
+READABLE: Final = frozenset({SlotState.COMMITTED, SlotState.SEALED})
 """States whose bytes a lease holder on this host may read."""
 
 _STATE_BITS = 4
@@ -95,6 +96,11 @@ def may_turn(before: int, after: int) -> bool:
 def pack_word(generation: int, state: int, session: int = 0) -> int:
     """Return a slot word: `SlotWord.pack` without the object, for the node's inner loops."""
     return generation << _GENERATION_SHIFT | session << _STATE_BITS | state
+
+
+def pack_words(generations: NDArray[np.uint64], state: int) -> NDArray[np.uint64]:
+    """Return the words of many slots that nobody writes to, in one state."""
+    return generations << np.uint64(_GENERATION_SHIFT) | np.uint64(state)
 
 
 def unpack(word: int) -> SlotWord:

@@ -48,6 +48,9 @@ class Prompt:
     share_domain: str = ""
     kind: str = ""
     """Request type or hint (`chat`, `tool`, `stop` …), where the caller tells it."""
+    depth_cost: float = 0.0
+    """What a block costs to compute more per block before it, as a share of the first one's cost;
+    0: the caller has not measured it."""
 
 
 class Policy(Protocol):

@@ -26,8 +26,8 @@ class Run:
     """A stretch of blocks with one history."""
 
     __slots__ = (
-        "bin", "block_bytes", "cell", "ends", "evidence", "held", "held_kids", "keys", "kids",
-        "last_ms", "parent", "position", "uses",
+        "bin", "block_bytes", "cell", "depth_cost", "ends", "evidence", "held", "held_kids", "keys",
+        "kids", "last_ms", "parent", "position", "uses",
     )  # fmt: skip
 
     def __init__(self, keys: Keys, parent: "Run | None", position: int) -> None:
@@ -48,6 +48,7 @@ class Run:
         self.evidence = 0
         self.bin = 0
         self.block_bytes = 0
+        self.depth_cost = 0.0
         self.cell: tuple[int, int, int, int] | None = None
         """Where the policy keeps it while it can be shortened."""
 
@@ -195,6 +196,7 @@ class PrefixTree:
         run.parent.kids[head.keys[0]] = head
         head.kids = {run.keys[at]: run}
         head.uses, head.last_ms, head.block_bytes = run.uses, run.last_ms, run.block_bytes
+        head.depth_cost = run.depth_cost
         head.held = min(run.held, at)
         run.held -= head.held
         head.held_kids = 1 if run.held else 0

@@ -38,7 +38,7 @@ class ValueDensity:
 
     `depth_cost` is how much more a block costs to compute per block of depth, as a share of the
     first block's cost: quadratic over linear prefill cost, times the tokens of a block; 0 counts
-    tokens.
+    tokens. It is for prompts that do not tell their own.
     """
 
     name = "ours"
@@ -95,6 +95,7 @@ class ValueDensity:
         run.uses += 1
         run.last_ms = prompt.now_ms
         run.block_bytes = prompt.block_bytes
+        run.depth_cost = prompt.depth_cost or run.depth_cost
         if share_known:
             detail = min(len(run.kids) if run.kids else 0, _KIDS_MAX)
         else:  # a prompt that continues nothing tells its size and no more
@@ -145,8 +146,7 @@ class ValueDensity:
         cell: _Cell | None = None
         if run.is_leaf:
             depth = run.position + run.held
-            value = round(4 * math.log2(1 + self._depth_cost * depth)) if self._depth_cost else 0
-            cell = (run.evidence, run.bin, value, run.block_bytes)
+            cell = (run.evidence, run.bin, self._value(run, depth), run.block_bytes)
         if cell == run.cell:
             return
         if run.cell is not None:
@@ -237,8 +237,13 @@ class ValueDensity:
                 index += 1
 
     def _cell_of(self, run: Run) -> _Cell:
-        value = round(4 * math.log2(1 + self._depth_cost * run.position)) if self._depth_cost else 0
+        value = self._value(run, run.position)
         return (run.evidence, run.bin, value, run.block_bytes)
+
+    def _value(self, run: Run, depth: int) -> int:
+        """Return the bucket, four an octave, of what a block of a run costs to compute."""
+        depth_cost = run.depth_cost or self._depth_cost
+        return round(4 * math.log2(1 + depth_cost * depth)) if depth_cost else 0
 
     def _price(self, cell: _Cell) -> float:
         """Return the saving per byte and millisecond of what stands in a cell."""

@@ -13,7 +13,7 @@ from kvstore.observe.buckets import LATENCY_SECONDS
 from kvstore.observe.client_metrics import ClientMetrics
 from kvstore.observe.peer_metrics import PeerMetrics
 from kvstore.observe.redis_metrics import RedisMetrics
-from kvstore.observe.tier_metrics import TierMetrics
+from kvstore.observe.tier_metrics import TierMetrics, numa_gauge
 
 __all__ = [
     "AccessMetrics",
@@ -73,9 +73,10 @@ class NodeMetrics:
         self._add_movement(registry)
         self._add_gauges(registry)
         self._add_space(registry)
+        self.numa_nodes = numa_gauge(registry)
         # Alerts watch these: an increase from nothing at all is none to Prometheus.
         self.corrupt.labels("dram")
-        for reason in ("room", "chunk", "corrupt", "cleared"):
+        for reason in ("room", "chunk", "corrupt", "cleared", "quota"):
             self.evictions.labels("dram", reason)
 
     def _add_hits(self, registry: CollectorRegistry) -> None:

@@ -52,3 +52,30 @@ class TierMetrics:
         self.queued = Gauge(
             "kvstore_tier_queued", "Operations that wait", ["tier"], registry=registry
         )
+        self._add_quotas(registry)
+
+    def _add_quotas(self, registry: CollectorRegistry) -> None:
+        """Add who holds how much, and who may not hold more."""
+        self.quota_refusals = Counter(
+            "kvstore_tier_quota_refusals",
+            "Blocks not taken because their root or share domain is at its quota",
+            ["tier"],
+            registry=registry,
+        )
+        for tier in ("dram", "nvme", "files"):  # from the start: alerts watch it
+            self.quota_refusals.labels(tier)
+        self.domain_bytes = Gauge(
+            "kvstore_tier_domain_bytes",
+            "Bytes held by a share domain; unknown: of roots that no session has opened yet",
+            ["tier", "domain"],
+            registry=registry,
+        )
+
+
+def numa_gauge(registry: CollectorRegistry) -> Gauge:
+    """Return the gauge of where a node's arena lies."""
+    return Gauge(
+        "kvstore_node_numa_nodes",
+        "NUMA nodes that the arena was put on; 0: wherever its pages fell",
+        registry=registry,
+    )

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from kvstore.core.engine_hashes import DEFAULT_SEED, EngineHashes
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import MAX_ID_BYTES
 from kvstore.core.names import Root
@@ -45,6 +46,8 @@ class VllmEvents:
     root: Root
     """What callers name its prompts under."""
     replay: str = ""
+    hashes: EngineHashes | None = None
+    """How it hashes blocks, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +114,22 @@ def parse_member(kind: Kind, text: str, *, default_name: str = "") -> Member:
     return Member(kind, name, address, host)
 
 
-def parse_vllm(text: str, root: Root) -> tuple[Member, VllmEvents]:
+def parse_hashes(text: str) -> EngineHashes | None:
+    """Return what `ALGORITHM[:SEED]` describes, None for no text."""
+    algorithm, colon, seed = text.partition(":")
+    if not text:
+        return None
+    if colon and not seed:
+        raise BadInput(f"{text!r} is not ALGORITHM[:SEED]")
+    return EngineHashes.of(algorithm, seed or DEFAULT_SEED)
+
+
+def parse_vllm(
+    text: str, root: Root, hashes: EngineHashes | None = None
+) -> tuple[Member, VllmEvents]:
     """Return the engine that `NAME=HOST:PORT,EVENTS[,REPLAY]` describes."""
     engine, *endpoints = text.split(",")
     if not 1 <= len(endpoints) <= 2 or not all(endpoints):
         raise BadInput(f"{text!r} is not NAME=HOST:PORT,EVENTS[,REPLAY]")
-    return parse_member("worker", engine), VllmEvents(endpoints[0], root, *endpoints[1:])
+    replay = endpoints[1] if len(endpoints) > 1 else ""
+    return parse_member("worker", engine), VllmEvents(endpoints[0], root, replay, hashes)

@@ -57,7 +57,7 @@ def _vllm_sources(
             "pip install kvstore-llm[vllm]"
         ) from None
     configs = {
-        name: VllmConfig(endpoint=one.endpoint, replay=one.replay, root=one.root)
+        name: VllmConfig(endpoint=one.endpoint, replay=one.replay, root=one.root, hashes=one.hashes)
         for name, one in engines.items()
     }
     return lambda member: VllmSource(member.name, configs[member.name], metrics)

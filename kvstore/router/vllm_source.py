@@ -17,10 +17,11 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from kvstore.core.engine_hashes import EngineHashes
 from kvstore.core.errors import BadInput, Unreachable
 from kvstore.core.limits import MARK_PERIOD_MS, SUSPECT_AFTER_MS
 from kvstore.core.names import Root
-from kvstore.directory.events import Began, Ended, Event, Lost, Marked, TierKind
+from kvstore.directory.events import Began, Changed, Ended, Event, Lost, Marked, TierKind
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.vllm_events import VllmIndex
 
@@ -41,6 +42,8 @@ class VllmConfig:
     replay: str = ""
     """Its `replay_endpoint`; without one a late start knows only what comes after it."""
     topic: str = ""
+    hashes: EngineHashes | None = None
+    """How the engine hashes, where that is known: what it publishes is then checked."""
     mark_period_ms: int = MARK_PERIOD_MS
     silent_ms: int = SUSPECT_AFTER_MS
     """An engine that leaves ZeroMQ's pings unanswered for so long is lost."""
@@ -80,14 +83,14 @@ class VllmSource:
         config = self._config
         with _subscribed(config) as (context, socket, monitor):
             await self._connected(monitor)
-            index, sequence = VllmIndex(config.root), 0
+            index, sequence = VllmIndex(config.root, config.hashes), 0
             batches = await self._replayed(context, 0)
             while True:
                 # A fresh picture: what is known so far is its snapshot.
                 if batches and batches[0][0] != 0:
-                    index = VllmIndex(config.root)
+                    index = VllmIndex(config.root, config.hashes)
                 for _, payload in batches:
-                    index.apply(payload)
+                    self._apply(index, payload)
                 last = batches[-1][0] if batches else -1
                 sequence = index.digest().count
                 yield self._began(sequence)
@@ -100,13 +103,22 @@ class VllmSource:
                         if not whole:
                             gap = batch
                             break
-                        for change in index.apply(batch[1]) if batch is not None else ():
+                        for change in self._apply(index, batch[1]) if batch is not None else ():
                             yield replace(change, first_sequence=sequence + 1)
                             sequence += len(change.names)
                         if batch is None:
                             yield Marked(sequence, (index.digest(),))
                 self._metrics.source_faults.labels(source="vllm", error="gap").inc()
-                index, batches = VllmIndex(config.root), [gap] if gap is not None else []
+                index = VllmIndex(config.root, config.hashes)
+                batches = [gap] if gap is not None else []
+
+    def _apply(self, index: VllmIndex, payload: bytes) -> list[Changed]:
+        before = index.disagreed
+        changes = index.apply(payload)
+        if index.disagreed > before:
+            faults = self._metrics.source_faults.labels(source="vllm", error="hash")
+            faults.inc(index.disagreed - before)
+        return changes
 
     def _began(self, sequence: int) -> Began:
         # Engines have no incarnation; a connection is the closest thing to it.

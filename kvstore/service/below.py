@@ -19,8 +19,9 @@ from kvstore.service.holdings import NodeHoldings, Stored, publish
 from kvstore.service.movement import Lower, Movement
 from kvstore.service.peers import Peers
 from kvstore.service.store import ArenaStore
-from kvstore.tiers.base import Held, StoredTier
-from kvstore.tiers.files import FilesConfig, FilesTier
+from kvstore.tiers.base import Held, StoredTier, Terms
+from kvstore.tiers.files import FilesTier
+from kvstore.tiers.files_config import FilesConfig
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.tiers.peer import PeerTier, RootFacts
@@ -163,6 +164,7 @@ async def _open(config: BelowConfig, parts: NodeParts) -> Stored:
                 make_policy(config.policy),
                 parts.tier_metrics,
                 listener=partial(_publish, parts.store, TierKind.NVME),
+                terms=_terms(parts.store, TierKind.NVME),
             )
         if config.files is not None:
             stored[TierKind.FILES] = await FilesTier.start(
@@ -170,6 +172,7 @@ async def _open(config: BelowConfig, parts: NodeParts) -> Stored:
                 make_policy(config.policy),
                 parts.tier_metrics,
                 listener=partial(_publish, parts.store, TierKind.FILES),
+                terms=_terms(parts.store, TierKind.FILES),
             )
     except KvStoreError:
         for tier in stored.values():
@@ -180,6 +183,11 @@ async def _open(config: BelowConfig, parts: NodeParts) -> Stored:
 
 def _publish(store: ArenaStore, kind: TierKind, held: Sequence[Held], deleted: bool) -> None:
     publish(store.table.publisher, kind, held, deleted=deleted)
+
+
+def _terms(store: ArenaStore, kind: TierKind) -> Terms:
+    book = store.table.quotas.book(kind.name.lower())
+    return Terms(book=book, pinned=store.pins.holds)
 
 
 def _tell_policies(tiers: Sequence[StoredTier], prompt: Prompt) -> None:

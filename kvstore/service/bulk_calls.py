@@ -120,6 +120,7 @@ class BulkCalls(Calls):
                 session, info, request.names, reserve=0, first_block=0, now_ms=now_ms(),
                 pending_ms=wait_s * 1_000,
             )  # fmt: skip
+            self._below.movement.hurry(acquired.slots[acquired.ready :])
             self._below.movement.load(acquired.loads)
             try:
                 names = split(request.names)

@@ -30,7 +30,11 @@ class NodeChild:
         sessions: Callable[[], list[SessionRow]],
         on_ready: Callable[[], None],
         on_writers_done: Callable[[int], None] = lambda number: None,
+        *,
+        numa_nodes: int = 0,
     ) -> None:
+        """`numa_nodes`: how many NUMA nodes the arena was put on; 0: on none in particular."""
+        self._numa_nodes = numa_nodes
         self._config = config
         self._arena_fd = arena_fd
         self._sessions = sessions
@@ -125,6 +129,7 @@ class NodeChild:
             "--scrub-bytes-per-s": config.scrub_bytes_per_s,
             "--security": config.security.absolute() if config.security else "",
             "--trace": config.trace,
+            "--numa-nodes": self._numa_nodes,
             "--nvme": config.nvme or "",
             "--nvme-bytes": config.nvme_bytes,
             "--events-redis": config.events_redis,
@@ -137,6 +142,7 @@ class NodeChild:
             "-m",
             "kvstore.service.node",
             *(f"{flag}={value}" for flag, value in options.items()),
+            *(f"--quota={rule}" for rule in config.quotas),
             pass_fds=(self._arena_fd, theirs.fileno()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),

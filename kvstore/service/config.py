@@ -12,7 +12,9 @@ from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 from kvstore.service.scrubbing import DEFAULT_BYTES_PER_S
+from kvstore.tiers.quotas import QuotaRule, Quotas
 from kvstore.transport.arena import ArenaSize
+from kvstore.transport.numa import AUTO, chosen_nodes, host_nodes
 
 SOCKET_PATH_BYTES: Final = 107
 """What `sockaddr_un` holds."""
@@ -60,6 +62,10 @@ class KeeperConfig:
     """File that lists the other nodes; None: there are none."""
     scrub_bytes_per_s: int = DEFAULT_BYTES_PER_S
     """How fast idle blocks in memory are reread; 0: not at all."""
+    quotas: tuple[QuotaRule, ...] = ()
+    """Bytes that share domains and roots may hold: docs/tiers.md."""
+    numa: str = AUTO
+    """NUMA nodes that the arena lies on, such as `0-1`; `auto`: all where there are several."""
     ping_period_ms: int = 1_000
     hang_ms: int = 10_000
     """A node that leaves a ping unanswered this long is killed and restarted."""
@@ -91,6 +97,8 @@ class KeeperConfig:
         )
         if self.scrub_bytes_per_s < 0:
             raise BadInput(f"--scrub-bytes-per-s {self.scrub_bytes_per_s} is negative")
+        Quotas(self.quotas)
+        chosen_nodes(self.numa, host_nodes())
         check_redis("--events-redis", self.events_redis)
         if self.parent_pid < 0:
             raise BadInput(f"--parent-pid {self.parent_pid} is no process id")

@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Final
 
 from prometheus_client import Counter
 
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.observe.bounded import BoundedLabels
-from kvstore.observe.metrics import NodeMetrics
+from kvstore.observe.metrics import NodeMetrics, TierMetrics
+from kvstore.tiers.quotas import EACH, Quotas
+
+UNKNOWN: Final = "unknown"
+"""Label of what stands under roots that no session of this incarnation has opened."""
 
 
 class HitCounts:
@@ -45,3 +50,31 @@ class HitCounts:
         calls, blocks = self._misses(reason, self._label(domain))
         calls.inc()
         blocks.inc(missed_blocks)
+
+
+class DomainBytes:
+    """Sets the gauge of what each share domain holds in each tier, for few enough of them."""
+
+    def __init__(self, quotas: Quotas, metrics: TierMetrics) -> None:
+        """Domains that a rule names have a label of their own before all others."""
+        self._quotas = quotas
+        self._metrics = metrics
+        domains = BoundedLabels()
+        self._label = domains.label
+        self._shown: set[tuple[str, str]] = set()
+        for rule in quotas.rules:
+            if rule.kind == "domain" and rule.name != EACH:
+                domains.label(rule.name)
+
+    def measure(self) -> None:
+        """Set the gauges; a domain that holds nothing any more is 0."""
+        totals = dict.fromkeys(self._shown, 0)
+        for book in self._quotas.books:
+            self._metrics.quota_refusals.labels(book.tier).inc(book.refusals)
+            book.refusals = 0
+            for domain, size in book.by_domain.items():
+                key = book.tier, self._label(domain) if domain else UNKNOWN
+                totals[key] = totals.get(key, 0) + size
+        for (tier, label), size in totals.items():
+            self._metrics.domain_bytes.labels(tier, label).set(size)
+        self._shown = set(totals)

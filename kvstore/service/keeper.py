@@ -30,6 +30,7 @@ from kvstore.service.child import NodeChild
 from kvstore.service.config import KeeperConfig
 from kvstore.service.keeper_sessions import KeptSessions
 from kvstore.transport.arena import ArenaMapping, create_arena
+from kvstore.transport.numa import chosen_nodes, host_nodes
 
 KEY_BYTES: Final = 32
 _BACKLOG: Final = 128
@@ -51,6 +52,7 @@ class Keeper:
         self._on_progress = on_progress
         self._ended = asyncio.Event()
         self._announced = False
+        self._numa_nodes = 0
 
     async def run(self) -> None:
         """Keep until SIGTERM, SIGINT or the parent's end; leaves no socket behind.
@@ -73,7 +75,12 @@ class Keeper:
                 return
             self._sessions = KeptSessions(config, arena_fd, self._tell)
             self._child = NodeChild(
-                config, arena_fd, self._sessions.rows, self._ready, self._sessions.writers_done
+                config,
+                arena_fd,
+                self._sessions.rows,
+                self._ready,
+                self._sessions.writers_done,
+                numa_nodes=self._numa_nodes,
             )
             stack.callback(_remove, config.run_dir, "keeper.sock", "node.sock", "node.json")
             await self._serve()
@@ -105,6 +112,12 @@ class Keeper:
                 raise InterruptedError
 
         arena = ArenaMapping(arena_fd, owner=True)
+        if nodes := chosen_nodes(self._config.numa, host_nodes()):
+            try:
+                arena.place(nodes)
+                self._numa_nodes = len(nodes)
+            except OSError as error:  # slower on some GPUs, and no reason not to serve
+                _log.warning("the arena lies where it falls, not on nodes %s: %s", nodes, error)
         with contextlib.suppress(InterruptedError):
             await asyncio.to_thread(arena.prefault, report)
         arena.close()

@@ -142,6 +142,14 @@ class Movement:
             self._hasher.announce()
         return started
 
+    def hurry(self, slots: Sequence[int]) -> None:
+        """Let prefetches of these slots that still wait go with the loads: somebody waits now."""
+        wanted = frozenset(slots)
+        for lanes in self._lanes.values() if wanted else ():
+            lanes.hurry(
+                Lane.PREFETCH, Lane.LOAD, lambda m: isinstance(m, Load) and m.slot in wanted
+            )
+
     async def _bring_up(self, lower: Lower, loads: Sequence[Load]) -> None:
         table = self._store.table
         items = [

@@ -37,6 +37,7 @@ from kvstore.service.below import BelowConfig, BelowDram, NodeParts
 from kvstore.service.bulk_port import BulkPort
 from kvstore.service.calls import ServiceParts
 from kvstore.service.control import Control, Message
+from kvstore.service.counting import DomainBytes
 from kvstore.service.hashing import Hasher
 from kvstore.service.inspection import InspectorService
 from kvstore.service.metrics_http import MetricsServer
@@ -47,6 +48,7 @@ from kvstore.service.scrubbing import Scrubber
 from kvstore.service.servicer import CacheNodeService
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.tiers.quotas import QuotaRule, Quotas
 from kvstore.transport.arena import ArenaMapping
 
 HOUSEKEEPING_S: Final = 0.1
@@ -67,6 +69,7 @@ class Node:
         self._registry = CollectorRegistry()
         self._metrics = NodeMetrics(self._registry)
         self._metrics.info.labels(options.name).set(1)
+        self._metrics.numa_nodes.set(options.numa_nodes)
         self._below_config = BelowConfig(
             nvme=Path(options.nvme) if options.nvme else None,
             nvme_bytes=options.nvme_bytes,
@@ -82,6 +85,7 @@ class Node:
             node=options.name,
             host=options.name,
             tiers=self._below_config.kinds,
+            quotas=Quotas(options.quota),
         )
         limits = StoreLimits(
             lease_ms=options.lease_ms,
@@ -96,6 +100,8 @@ class Node:
         self._tracing = start_tracing(options.trace, service="kvstore-node", name=options.name)
         self._recorders = Recorders(self._metrics)
         self._peer_metrics = PeerMetrics(self._registry)
+        self._tier_metrics = TierMetrics(self._registry)
+        self._domain_bytes = DomainBytes(table.quotas, self._tier_metrics)
         self._bulk = BulkPort(table, self._peer_metrics, now_ms)
         self._remote = RemoteSessions(self._store, self._bulk)
         self._below: BelowDram | None = None
@@ -116,7 +122,7 @@ class Node:
             store=self._store,
             hasher=self._hasher,
             metrics=self._metrics,
-            tier_metrics=TierMetrics(self._registry),
+            tier_metrics=self._tier_metrics,
             peer_metrics=self._peer_metrics,
             credentials=Credentials.of(self._security),
         )
@@ -313,6 +319,7 @@ class Node:
         metrics.queued.labels("verify").set(self._hasher.unverified)
         metrics.queued.labels("watch").set(table.publisher.subscribers)
         self._measure_space()
+        self._domain_bytes.measure()
         if self._below is not None:
             self._below.measure()
         for state in SlotState:
@@ -342,10 +349,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--claim-ms", type=int, required=True)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--scrub-bytes-per-s", type=int, required=True)
+    parser.add_argument("--quota", type=QuotaRule.parse, action="append", default=[])
     parser.add_argument("--bulk", required=True)
     parser.add_argument("--peers", default="")
     parser.add_argument("--security", default="")
     parser.add_argument("--trace", default="")
+    parser.add_argument("--numa-nodes", type=int, default=0)
     parser.add_argument("--nvme", default="")
     parser.add_argument("--nvme-bytes", type=int, default=0)
     parser.add_argument("--events-redis", default="")

@@ -1,13 +1,15 @@
 """Blocks that stay for a time whatever the policy thinks, within a quota for each share domain.
 
-Pure: time is passed in. A pin keeps a block in the arena; it ends by its time, by word, when the
-block is cleared, and with the node.
+Pure: time is passed in. A pin keeps a block in the arena, and its copies in the tiers below too; it
+ends by its time, by word, when the block is cleared, and with the node's process: the next
+incarnation knows of none.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvstore.core.limits import NAME_BYTES
+from kvstore.directory.policy import BlockKey
 from kvstore.service.roots import RootInfo, keys_of
 from kvstore.service.slots import SlotTable
 
@@ -29,6 +31,11 @@ class Pins:
 
     def __len__(self) -> int:
         return len(self._pins)
+
+    def holds(self, key: BlockKey) -> bool:
+        """Say whether the block with this key is pinned: no tier drops it to make room."""
+        slot = self._table.index.get(key)
+        return slot is not None and slot in self._pins
 
     @property
     def total_bytes(self) -> int:

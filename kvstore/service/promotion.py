@@ -160,6 +160,9 @@ class Promoter:
             answer.reason = MissReason.LATE
             return None
         missing = min(budget[tier], quota) // block_bytes
+        if not self._reserver.keeps_quota(self.loader, wanted, index, missing):
+            answer.reason = MissReason.QUOTA
+            return None
         slot = self._reserver.reserve_one(self.loader, wanted, index, missing)
         if slot is None:
             answer.reason = MissReason.REFUSED

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason
 from kvstore.core.slots import SlotState
+from kvstore.service.making_room import keep_quota, make_room
 from kvstore.service.roots import RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
@@ -18,6 +19,16 @@ class Reserved(NamedTuple):
     names: list[int]
     slots: list[int]
     reason: MissReason
+
+
+class Hints(NamedTuple):
+    """What the caller of one call tells the policy, as `kvstore.directory.policy.Prompt` has it."""
+
+    kind: str = ""
+    depth_cost: float = 0.0
+
+
+NO_HINTS: Final = Hints()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +75,30 @@ class Reserver:
                 continue
             if session.reserved_bytes + info.shape.block_bytes > self.quota_bytes:
                 return answer._replace(reason=MissReason.REFUSED)
-            slot = self.reserve_one(session, wanted, index, count - len(answer.slots))
+            missing = count - len(answer.slots)
+            if not self.keeps_quota(session, wanted, index, missing):
+                return answer._replace(reason=MissReason.QUOTA)
+            slot = self.reserve_one(session, wanted, index, missing)
             if slot is None:
-                return answer._replace(reason=MissReason.REFUSED)
+                return answer._replace(reason=table.refusal)
             answer.names.append(index)
             answer.slots.append(slot)
             if len(answer.slots) == count:
                 return answer  # whatever was skipped on the way
         return answer._replace(reason=reason)
+
+    def keeps_quota(self, session: Session, wanted: Wanted, index: int, missing: int) -> bool:
+        """Say whether one block more is within its share domain's and root's quota.
+
+        Whoever is at its quota makes room for `missing` blocks among its own, so that a call that
+        needs many looks for them once.
+        """
+        table, info = self.table, wanted.info
+        if table.book.claim(info.root, info.shape.block_bytes) is None:
+            return True
+        self.tell_policy()
+        newcomers = self._reservable(session, info, wanted.keys[index:])[:missing]
+        return keep_quota(table, info, newcomers, wanted.now_ms)
 
     def reserve_one(self, session: Session, wanted: Wanted, index: int, missing: int) -> int | None:
         """Reserve a slot for one name; later ones may want one in this call too."""
@@ -92,7 +119,7 @@ class Reserver:
                 return slot
             self.tell_policy()
             newcomers = self._reservable(session, info, keys[index:])[:missing]
-            if not table.make_room(info.shape.block_bytes, newcomers, wanted.now_ms):
+            if not make_room(table, info.shape.block_bytes, newcomers, wanted.now_ms):
                 return None
         return None
 

@@ -1,5 +1,6 @@
 """The roots a node knows: what a block under each looks like. Pure."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,10 +67,16 @@ class RootInfo:
 class Roots:
     """All roots, by value and by number."""
 
-    def __init__(self, max_roots: int = MAX_ROOTS) -> None:
+    def __init__(
+        self,
+        max_roots: int = MAX_ROOTS,
+        on_domain: Callable[[Root, str], None] = lambda root, domain: None,
+    ) -> None:
+        """`on_domain` is told of roots and the share domains that they belong to."""
         self._by_root: dict[Root, RootInfo] = {}
         self._by_number: list[RootInfo] = []
         self._max_roots = max_roots
+        self._on_domain = on_domain
 
     def open(self, root: Root, shape: BlockShape, *, domain: str = "") -> RootInfo:
         """Return the root's entry, new or known; `BadInput` when its blocks have other sizes."""
@@ -82,7 +89,9 @@ class Roots:
             self._by_number.append(info)
         elif info.shape != shape:
             raise BadInput(f"blocks under this root have {info.shape}, not {shape}")
-        info.domain = domain or info.domain
+        if domain and domain != info.domain:
+            info.domain = domain
+            self._on_domain(root, domain)
         return info
 
     def get(self, root: Root) -> RootInfo | None:

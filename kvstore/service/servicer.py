@@ -35,7 +35,7 @@ from kvstore.service.requests import (
     refs,
     split,
 )
-from kvstore.service.reserver import Wanted
+from kvstore.service.reserver import Hints, Wanted
 from kvstore.service.roots import BlockShape, RootInfo, keys_of
 from kvstore.service.sessions import Session
 from kvstore.service.statistics import stats_reply
@@ -45,6 +45,8 @@ from kvstore.transfer.lanes import Lane
 MAX_WAITERS: Final = 1_024
 _DRAM_BIT: Final = 1 << int(TierKind.DRAM)
 _SERVED_GROUP: Final = "full"
+_DEPTH_COST_MAX: Final = 16.0
+"""A block that costs only by what it looks back on has 2."""
 MAX_PIN_MS: Final = 86_400_000
 """A day: longer is a mistake in units, or wants another tier."""
 
@@ -122,6 +124,9 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
             if request.first_block + count > MAX_NAMES_PER_CALL:
                 raise TooLarge(f"blocks beyond number {MAX_NAMES_PER_CALL} of a prompt")
             deadline_ms = deadline(request.deadline_ms)
+            check_id(request.kind, "kind")
+            if not 0 <= request.depth_cost <= _DEPTH_COST_MAX:
+                raise BadInput(f"depth_cost {request.depth_cost}; 0 to {_DEPTH_COST_MAX} allowed")
             self._parts.recorders.note(request.first_block, request.names)
             if self._hasher.unverified:
                 unverified = self._store.unverified(info, request.names)
@@ -136,7 +141,9 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
                 first_block=request.first_block,
                 now_ms=now_ms(),
                 pending_ms=deadline_ms,
+                hints=Hints(request.kind, request.depth_cost),
             )
+            self._below.movement.hurry(answer.slots[answer.ready :])
             self._below.movement.load(answer.loads)
             self._explain_corruption(info, request.names, answer)
             asyncio.get_running_loop().call_soon(self._store.flush_requests)

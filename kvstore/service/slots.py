@@ -13,21 +13,24 @@ from collections.abc import Iterable, Sequence
 from typing import Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import BlockName
-from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word
+from kvstore.core.outcomes import MissReason
+from kvstore.core.slots import READABLE, SlotState, SlotWord, may_turn, pack_word, pack_words
 from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.policy import BlockKey, Policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.roots import RootInfo, Roots
 from kvstore.tiers.arena_space import ArenaSpace, Chunk
+from kvstore.tiers.quotas import Quotas
 from kvstore.transport.arena import ArenaMapping
 
 _BULK_LEAST: Final = 64
 """Slots from which on numpy is cheaper than a loop."""
-_FREE, _RESERVED, _COMMITTED, _SEALED, _EVICTING, _DRAINING = map(int, SlotState)
+_FREE, _RESERVED, _COMMITTED, _SEALED, _DRAINING = map(int, SlotState)
 
 
 class SlotTable:
@@ -42,6 +45,7 @@ class SlotTable:
         node: str,
         host: str = "",
         tiers: Sequence[TierKind] = (TierKind.DRAM,),
+        quotas: Quotas | None = None,
     ) -> None:
         """`tiers` are what the node publishes: DRAM, and what lies below it."""
         slots = arena.size.max_slots
@@ -49,7 +53,10 @@ class SlotTable:
         self.policy = policy
         self.metrics = metrics
         self.space = ArenaSpace(arena.size.data_bytes, slots)
-        self.roots = Roots()
+        self.quotas = quotas or Quotas()
+        self.book = self.quotas.book("dram")
+        """Used and reserved bytes by root and share domain."""
+        self.roots = Roots(on_domain=self.quotas.opened)
         self.index: dict[int, int] = {}
         self.generation = array("Q", bytes(8 * slots))
         self.state = bytearray(slots)
@@ -68,11 +75,12 @@ class SlotTable:
         self.bypass = True
         """Whether the policy may keep newcomers out. Not where tiers lie below: the arena is the
         only way into them (docs/decisions/0003-bypass-only-at-the-bottom.md)."""
-        self.counts = [0] * len(SlotState)
+        self.counts = [0] * (max(SlotState) + 1)
         """Slots by state; FREE counts down from zero."""
         self.used_bytes = 0
         self.reserved_bytes = 0
         self.evicted_blocks = 0
+        self.refusal = MissReason.REFUSED  # why `make_room` found none the last time
         self.publisher = Publisher(node, arena.incarnation, tiers, self, host=host)
 
     # -- looking ---------------------------------------------------------------------------
@@ -108,15 +116,14 @@ class SlotTable:
     def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
         """Return the slot that holds or will hold the block, or None."""
         slot = self.index.get(key)
-        return slot if slot is not None and self.holds(slot, info, name) else None
+        return None if slot is None or not self.holds(slot, info, name) else slot
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
         """Return what sealed slots from `cursor` on hold: a slice of a Watch snapshot."""
         stop = min(cursor + limit, len(self.state))
         found: dict[int, list[BlockName]] = {}
-        sealed = int(SlotState.SEALED)
         for slot in range(cursor, stop):
-            if self.state[slot] == sealed:
+            if self.state[slot] == _SEALED:
                 names = found.setdefault(self.root_number[slot], [])
                 names.append(BlockName(self.arena.name(slot)))
         changes = [
@@ -163,6 +170,7 @@ class SlotTable:
         self._turn(slot, _RESERVED, session)
         self.index[key] = slot
         self.reserved_bytes += info.shape.block_bytes
+        self.book.add(info.root, info.shape.block_bytes)
         return slot
 
     def commit(self, slot: int) -> bool:
@@ -170,8 +178,7 @@ class SlotTable:
 
         The caller tells the policy of what it committed (`tell_inserted`).
         """
-        key = self.key[slot]
-        holder = self.index.get(key)
+        holder = self.index.get(key := self.key[slot])
         if holder != slot:
             if holder is not None and SlotState(self.state[holder]) in READABLE:
                 self.free(slot)
@@ -198,12 +205,13 @@ class SlotTable:
     def seal(self, slots: Sequence[int], sums: Sequence[bytes]) -> None:
         """Store the sums of committed slots and list their blocks to others."""
         by_root: dict[int, list[BlockName]] = {}
-        arena = self.arena
-        for slot, block_sum in zip(slots, sums, strict=True):
-            arena.set_sum(slot, block_sum)
-            self._turn(slot, _SEALED)
-            names = by_root.setdefault(self.root_number[slot], [])
-            names.append(BlockName(arena.name(slot)))
+        at = np.asarray(slots, np.int64)
+        self.arena.set_sums(at, b"".join(sums))
+        self.turn_all(at, _COMMITTED, _SEALED)
+        packed = self.arena.names(at)
+        for index, slot in enumerate(slots):
+            name = BlockName(packed[index * NAME_BYTES : (index + 1) * NAME_BYTES])
+            by_root.setdefault(self.root_number[slot], []).append(name)
         for number, names in by_root.items():
             info = self.roots.at(number)
             self.publisher.set(
@@ -215,11 +223,12 @@ class SlotTable:
         """Take a slot back from whatever state it is in; nobody may need its bytes any more."""
         state = SlotState(self.state[slot])
         assert self.pins[slot] == 0, f"slot {slot} is pinned"
-        key = self.key[slot]
-        info = self.root_of(slot)
+        key, info = self.key[slot], self.root_of(slot)
         if state is SlotState.SEALED:
             name = BlockName(self.arena.name(slot))
             self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
+        if state is not SlotState.DRAINING:
+            self.book.add(info.root, -info.shape.block_bytes)
         if state in READABLE:
             self.used_bytes -= info.shape.block_bytes
             self.policy.remove(BlockKey(key))
@@ -268,11 +277,12 @@ class SlotTable:
         """
         assert self.state[slot] == SlotState.RESERVED
         if not self.pins[slot]:
-            self.free(slot)
-            return
+            return self.free(slot)
         if self.index.get(self.key[slot]) == slot:
             del self.index[self.key[slot]]
-        self.reserved_bytes -= self.root_of(slot).shape.block_bytes
+        info = self.root_of(slot)
+        self.reserved_bytes -= info.shape.block_bytes
+        self.book.add(info.root, -info.shape.block_bytes)
         self._turn(slot, _DRAINING)
 
     def drop(self, slot: int, *, reason: str) -> None:
@@ -285,6 +295,7 @@ class SlotTable:
             name = BlockName(self.arena.name(slot))
             self.publisher.delete(info.root, TierKind.DRAM, [name], group=info.group)
         self.used_bytes -= info.shape.block_bytes
+        self.book.add(info.root, -info.shape.block_bytes)
         self.policy.remove(BlockKey(key))
         if self.index.get(key) == slot:
             del self.index[key]
@@ -308,6 +319,7 @@ class SlotTable:
         self.index[key] = slot
         self.counts[_FREE] -= 1
         self.counts[word.state] += 1
+        self.book.add(info.root, info.shape.block_bytes)
         if word.state is SlotState.RESERVED:
             self.reserved_bytes += info.shape.block_bytes
             return
@@ -316,46 +328,22 @@ class SlotTable:
 
     # -- room ------------------------------------------------------------------------------
 
-    def make_room(self, block_bytes: int, newcomers: Sequence[int], now_ms: float) -> bool:
-        """Evict so that slots for at least the first of `newcomers` can be reserved.
-
-        `newcomers` are keys in prefix order that a request asked for. The class takes a whole chunk
-        from another one while it holds less than its fair share, and otherwise drops its own least
-        valuable blocks. False when all is leased, reserved or unsealed, or worth more than the
-        newcomers.
-        """
-        if self.space.below_fair_share(block_bytes) and self._take_chunk(block_bytes):
-            return True
-        victims = self.policy.victims(
-            len(newcomers),
-            now_ms=now_ms,
-            may_evict=lambda key: self._evictable(key, block_bytes),
-            newcomers=[BlockKey(key) for key in newcomers] if self.bypass else (),
-        )
-        if victims:
-            self.evict((self.index[key] for key in victims), reason="room")
-            return True
-        return self._take_chunk(block_bytes)
-
     def evict(self, slots: Iterable[int], *, reason: str) -> int:
         """Drop sealed, unpinned blocks; returns how many."""
-        dropped = 0
-        for slot in list(slots):
+        dropped = list(slots)
+        for slot in dropped:
             self.free(slot)
-            dropped += 1
-        self.metrics.evictions.labels("dram", reason).inc(dropped)
-        self.evicted_blocks += dropped
-        return dropped
+        self.metrics.evictions.labels("dram", reason).inc(len(dropped))
+        self.evicted_blocks += len(dropped)
+        return len(dropped)
 
-    def _evictable(self, key: BlockKey, block_bytes: int) -> bool:
-        slot = self.index[key]
-        return self._idle(slot) and self.root_of(slot).shape.block_bytes == block_bytes
-
-    def _idle(self, slot: int) -> bool:
+    def idle(self, slot: int) -> bool:
+        """Say whether a block may be evicted at this moment."""
         return self.state[slot] == SlotState.SEALED and not self.pins[slot]
 
-    def _take_chunk(self, block_bytes: int) -> bool:
-        found = self.space.victim_chunk(block_bytes, self._idle)
+    def take_chunk(self, block_bytes: int) -> bool:
+        """Empty a chunk of another size class for this one; False where none can go."""
+        found = self.space.victim_chunk(block_bytes, self.idle)
         if found is None:
             return False
         chunk, used = found
@@ -396,3 +384,13 @@ class SlotTable:
         self.state[slot] = state
         self.counts[before] -= 1
         self.counts[state] += 1
+
+    def turn_all(self, at: NDArray[np.int64], before: int, after: int) -> None:
+        """Change the state of many slots that all stand in one, none of them to RESERVED."""
+        states = np.frombuffer(self.state, np.uint8)
+        assert may_turn(before, after) and after != _RESERVED, f"{before} -> {after}"
+        assert (states[at] == before).all(), f"one of the slots is not {SlotState(before).name}"
+        self.arena.set_words(at, pack_words(np.frombuffer(self.generation, np.uint64)[at], after))
+        states[at] = after
+        self.counts[before] -= len(at)
+        self.counts[after] += len(at)

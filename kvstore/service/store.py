@@ -18,10 +18,11 @@ from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
 from kvstore.directory.events import TierKind
 from kvstore.directory.policy import Prompt
+from kvstore.service.bulk_commit import commit_all
 from kvstore.service.counting import HitCounts
 from kvstore.service.pins import Pins
 from kvstore.service.promotion import Load, Promoter
-from kvstore.service.reserver import Reserver, Wanted
+from kvstore.service.reserver import NO_HINTS, Hints, Reserver, Wanted
 from kvstore.service.roots import RootInfo, keys_of
 from kvstore.service.sessions import MAX_LEASES_PER_SESSION, Leases, Session, Sessions
 from kvstore.service.slots import SlotTable
@@ -98,6 +99,7 @@ class ArenaStore:
         first_block: int,
         now_ms: float,
         pending_ms: float = 0.0,
+        hints: Hints = NO_HINTS,
     ) -> Acquired:
         """Lease the longest prefix of `packed` names and reserve slots for what follows.
 
@@ -107,7 +109,7 @@ class ArenaStore:
         wanted = Wanted(info, packed, keys, first_block, now_ms)
         answer = Acquired(slots=self.table.ready(info, packed, keys))
         answer.ready = len(answer.slots)
-        self._remember(info, keys, first_block, now_ms)
+        self._remember(info, keys, first_block, now_ms, hints)
         if len(session.leases) < MAX_LEASES_PER_SESSION:
             self._lease(session, wanted, pending_ms, answer)
         elif answer.slots:
@@ -201,6 +203,10 @@ class ArenaStore:
         self, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]], now_ms: float
     ) -> list[SettleOutcome]:
         """Make reserved slots readable; `refs` are (slot, generation) in prefix order."""
+        if commit_all(self.table, session, info, refs):
+            self.to_seal.extend(refs)
+            self.table.tell_inserted([slot for slot, _ in refs], now_ms)
+            return [SettleOutcome.DONE] * len(refs)
         outcomes: list[SettleOutcome] = []
         committed: list[int] = []
         table = self.table
@@ -362,7 +368,9 @@ class ArenaStore:
             if self.on_request is not None:
                 self.on_request(prompt)
 
-    def _remember(self, info: RootInfo, keys: list[int], first_block: int, now_ms: float) -> None:
+    def _remember(
+        self, info: RootInfo, keys: list[int], first_block: int, now_ms: float, hints: Hints
+    ) -> None:
         self._requests.append(
             Prompt(
                 keys=array("Q", np.asarray(keys, np.uint64).tobytes()),
@@ -370,6 +378,8 @@ class ArenaStore:
                 first_block=first_block,
                 block_bytes=info.shape.block_bytes,
                 share_domain=info.domain,
+                kind=hints.kind,
+                depth_cost=hints.depth_cost,
             )
         )
         if len(self._requests) >= _REQUESTS_MAX:

@@ -15,11 +15,13 @@ Contract (`kvstore.testing.contracts.TierContract` runs over every tier and its 
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
+from kvstore.core.errors import Unreachable
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
-from kvstore.directory.policy import Prompt
+from kvstore.directory.policy import BlockKey, Prompt
+from kvstore.tiers.quotas import Book
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,32 @@ class Held:
 
 Listener = Callable[[Sequence[Held], bool], None]
 """Told of blocks that the tier holds now (False), or does not hold any more (True: deleted)."""
+
+
+def _never(key: BlockKey) -> bool:
+    return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a tier with a medium of its own keeps to, beside its policy."""
+
+    book: Book | None = None
+    """Quotas, and what stands under them; None: there are none."""
+    pinned: Callable[[BlockKey], bool] = _never
+    """Says whether a block may not be dropped to make room."""
+
+
+NO_TERMS: Final = Terms()
+
+
+async def reached(event: asyncio.Event, deadline_s: float, what: str) -> None:
+    """Wait for an event; raises `Unreachable` naming `what` was not read at the deadline."""
+    try:
+        async with asyncio.timeout(deadline_s):
+            await event.wait()
+    except TimeoutError as error:
+        raise Unreachable(f"{what} was not read in {deadline_s:g} s") from error
 
 
 class Tier(Protocol):

@@ -15,10 +15,8 @@ import contextlib
 import errno
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 from kvstore.core.errors import BadInput
@@ -26,13 +24,15 @@ from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.policy import BlockKey, Policy, Prompt, block_key
 from kvstore.observe.metrics import TierMetrics
-from kvstore.tiers.base import BlockHeader, Held, Listener, ReadItem, WriteItem
+from kvstore.tiers.base import NO_TERMS, Held, Listener, ReadItem, Terms, WriteItem, reached
 from kvstore.tiers.block_rows import HEADER_BYTES
 from kvstore.tiers.device_flights import Flight, judge, outcomes_of, see_through
 from kvstore.tiers.device_health import DeviceHealth
 from kvstore.tiers.device_threads import DeviceThreads
+from kvstore.tiers.files_config import FilesConfig
 from kvstore.tiers.files_device import LEAVES, BlockFiles, PlainFiles, SharedFiles
 from kvstore.tiers.files_index import FilesIndex, keys_of
+from kvstore.tiers.quotas import Quotas
 
 _FULL_PAUSE_MS: Final = 10_000.0
 """How long a directory that had no room is not asked for any."""
@@ -43,27 +43,6 @@ _TICK_S: Final = 0.02
 _START_S: Final = 10.0
 _CLOSE_S: Final = 2.0
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FilesConfig:
-    """One shared directory, as this node uses it."""
-
-    directory: Path
-    capacity_bytes: int
-    """Bytes of all blocks in it, whoever wrote them: beyond it a write drops others first."""
-    threads: int = 8
-    writers: int = 4
-    round_s: float = 60.0
-    """How long it takes at most to see what others have written."""
-
-    def __post_init__(self) -> None:
-        if self.capacity_bytes <= HEADER_BYTES:
-            raise BadInput(f"--files-bytes {self.capacity_bytes} holds nothing")
-        if not 0 < self.writers <= self.threads:
-            raise BadInput(f"{self.writers} writers of {self.threads} threads")
-        if self.round_s <= 0:
-            raise BadInput(f"a round of {self.round_s} s")
 
 
 class FilesTier:
@@ -79,6 +58,7 @@ class FilesTier:
         *,
         system: SharedFiles,
         listener: Listener | None,
+        terms: Terms,
     ) -> None:
         """For `start`: use that."""
         self._config = config
@@ -89,7 +69,9 @@ class FilesTier:
         self._health = DeviceHealth(self.name, metrics, self._now_ms)
         self._threads = DeviceThreads(config.threads, config.writers)
         self._files = BlockFiles(config.directory, system)
-        self._index = FilesIndex()
+        self._pinned = terms.pinned
+        self._book = terms.book or Quotas().book(self.name)
+        self._index = FilesIndex(self._book)
         self._writing: dict[BlockKey, Held] = {}
         self._writing_bytes = 0
         self._unwanted: set[BlockKey] = set()
@@ -108,13 +90,15 @@ class FilesTier:
         *,
         system: SharedFiles | None = None,
         listener: Listener | None = None,
+        terms: Terms = NO_TERMS,
     ) -> "FilesTier":
         """Open the directory and begin to list it.
 
         Raises `BadInput` when it cannot be used. One that answers nothing is waited for in the
         background: the node goes on without it.
         """
-        tier = cls(config, policy, metrics, system=system or PlainFiles(), listener=listener)
+        system = system or PlainFiles()
+        tier = cls(config, policy, metrics, system=system, listener=listener, terms=terms)
         try:
             async with asyncio.timeout(_START_S):
                 await tier._threads.submit(tier._files.prepare, write=True).future
@@ -126,9 +110,9 @@ class FilesTier:
         tier._tasks = [asyncio.create_task(tier._keep_listing(), name="files-list")]
         return tier
 
-    async def loaded(self) -> None:
-        """Return when every directory has been listed once."""
-        await self._loaded.wait()
+    async def loaded(self, deadline_s: float = 60.0) -> None:
+        """Return when every directory was listed once; `Unreachable` at the deadline."""
+        await reached(self._loaded, deadline_s, f"directory {self._config.directory}")
 
     # -- what is there ---------------------------------------------------------------------
 
@@ -194,11 +178,9 @@ class FilesTier:
     def _start_read(self, item: ReadItem) -> Flight | Outcome:
         held = self._index.find(item.root, item.name)
         refusal: Outcome | None = None
-        if self._closed:
-            refusal = Outcome.REFUSED
-        elif held is None or held.slot_bytes != HEADER_BYTES + len(item.into):
-            refusal = Outcome.MISS
-        elif not self._health.enter("read"):
+        if held is None or held.slot_bytes != HEADER_BYTES + len(item.into):
+            refusal = Outcome.REFUSED if self._closed else Outcome.MISS
+        elif self._closed or not self._health.enter("read"):
             refusal = Outcome.REFUSED
         if refusal is not None:
             item.drained.set()
@@ -222,10 +204,7 @@ class FilesTier:
 
     async def write(self, batch: Sequence[WriteItem], *, deadline_ms: int) -> list[Outcome]:
         """Store each item, where it is worth its room; see `kvstore.tiers.base`."""
-        started = [
-            self._start_write(item, [one.header for one in batch[at:]])
-            for at, item in enumerate(batch)
-        ]
+        started = [self._start_write(item) for item in batch]
         for item, one in zip(batch, started, strict=True):
             if isinstance(one, Outcome):
                 item.drained.set()
@@ -235,7 +214,7 @@ class FilesTier:
         self._health.count("write", outcomes, [len(item.source) for item in batch])
         return outcomes
 
-    def _start_write(self, item: WriteItem, newcomers: Sequence[BlockHeader]) -> Flight | Outcome:
+    def _start_write(self, item: WriteItem) -> Flight | Outcome:
         header = item.header
         key = block_key(header.root, header.name)
         if self._closed or key in self._writing or self._now_ms() < self._full_until_ms:
@@ -244,8 +223,9 @@ class FilesTier:
             there = self._index.find(header.root, header.name) is not None
             return Outcome.HIT if there else Outcome.REFUSED
         held = Held(header.root, header.name, HEADER_BYTES + len(item.source))
-        if not self._make_room(held.slot_bytes, newcomers) or not self._health.enter("write"):
+        if not self._make_room(held) or not self._health.enter("write"):
             return Outcome.REFUSED
+        self._book.add(held.root, held.slot_bytes)
         self._writing[key] = held
         self._writing_bytes += held.slot_bytes
         call = partial(self._files.write, header, item.source)
@@ -263,6 +243,7 @@ class FilesTier:
         outcome = judge(self._health, "write", flight, future)
         held = self._writing.pop(key)
         self._writing_bytes -= held.slot_bytes
+        self._book.add(held.root, -held.slot_bytes)  # the index charges what it lists
         if outcome is Outcome.HIT and key in self._unwanted:
             self._remove([held])
             outcome = Outcome.REFUSED
@@ -272,22 +253,44 @@ class FilesTier:
         flight.outcome = outcome
         item.drained.set()
 
-    def _make_room(self, size: int, newcomers: Sequence[BlockHeader]) -> bool:
-        """Drop blocks until one of `size` fits; False where they are worth more than it."""
+    def _make_room(self, held: Held) -> bool:
+        """Drop blocks until this one fits; False where they are worth more than it."""
+        size = held.slot_bytes
         if size > self.capacity_bytes:
             return False
-        while self.used_bytes + self._writing_bytes + size > self.capacity_bytes:
-            wanted = [block_key(one.root, one.name) for one in newcomers]
-            victims = self._policy.victims(
-                1, now_ms=self._now_ms(), may_evict=lambda key: True, newcomers=wanted
-            )
-            gone = [held for key in victims if (held := self._index.at(key)) is not None]
-            if not gone:
+        while (claim := self._book.claim(held.root, size)) is not None:
+            count = -(-claim.excess_bytes // size)
+            if not claim.possible or not self._evict(count, (), "quota", claim.may_go):
+                self._book.refusals += 1
                 return False
-            self._forget(gone, "evicted")
+        wanted = keys_of([held])
+        while self.used_bytes + self._writing_bytes + size > self.capacity_bytes:
+            if not self._evict(1, wanted, "evicted"):
+                return False
+        return True
+
+    def _evict(
+        self,
+        count: int,
+        newcomers: Sequence[BlockKey],
+        reason: str,
+        may_go: Callable[[Root], bool] = lambda root: True,
+    ) -> bool:
+        """Drop what the policy finds worth least; False where nothing may go."""
+
+        def may_evict(key: BlockKey) -> bool:
+            held = self._index.at(key)
+            return held is not None and not self._pinned(key) and may_go(held.root)
+
+        victims = self._policy.victims(
+            count, now_ms=self._now_ms(), may_evict=may_evict, newcomers=newcomers
+        )
+        gone = [held for key in victims if (held := self._index.at(key)) is not None]
+        if gone:
+            self._forget(gone, reason)
             self._remove(gone)
             self.evictions += len(gone)
-        return True
+        return bool(gone)
 
     # -- forgetting and the end ------------------------------------------------------------
 

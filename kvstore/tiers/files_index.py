@@ -10,12 +10,15 @@ from kvstore.core.names import BlockName, Root
 from kvstore.directory.policy import BlockKey, block_key
 from kvstore.tiers.base import Held
 from kvstore.tiers.files_device import LEAVES, leaf_of
+from kvstore.tiers.quotas import Book
 
 
 class FilesIndex:
     """Blocks by directory and key."""
 
-    def __init__(self) -> None:
+    def __init__(self, book: Book) -> None:
+        """`book` is charged for every block that is known."""
+        self._book = book
         self._leaves: list[dict[BlockKey, Held]] = [{} for _ in range(LEAVES)]
         self._changes = [0] * LEAVES
         self._roots: dict[Root, Root] = {}
@@ -45,6 +48,7 @@ class FilesIndex:
         self._leaf_of_key[key] = leaf
         self._changes[leaf] += 1
         self.used_bytes += held.slot_bytes
+        self._book.add(root, held.slot_bytes)
         return True
 
     def drop(self, key: BlockKey) -> Held | None:
@@ -55,6 +59,7 @@ class FilesIndex:
         held = self._leaves[leaf].pop(key)
         self._changes[leaf] += 1
         self.used_bytes -= held.slot_bytes
+        self._book.add(held.root, -held.slot_bytes)
         return held
 
     def changes(self, leaf: int) -> int:

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
 
-from kvstore.core.errors import KvStoreError, Unreachable
+from kvstore.core.errors import KvStoreError
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.policy import Policy, Prompt, block_key
 from kvstore.observe.metrics import TierMetrics
-from kvstore.tiers.base import BlockHeader, Held, Listener, ReadItem, WriteItem
+from kvstore.tiers.base import BlockHeader, Held, Listener, ReadItem, Terms, WriteItem, reached
 from kvstore.tiers.block_rows import HEADER_BYTES
 from kvstore.tiers.device_flights import Flight, judge, outcomes_of, see_through
 from kvstore.tiers.device_health import DeviceHealth
@@ -50,6 +50,7 @@ class NvmeTier:
         *,
         device: Device,
         listener: Listener | None,
+        terms: Terms | None,
     ) -> None:
         """For `start`: use that."""
         self._config = config
@@ -66,6 +67,7 @@ class NvmeTier:
             metrics,
             listener=listener,
             failed=partial(self._health.failed, "write"),
+            terms=terms,
         )
         self._writing: dict[int, Root] = {}
         """Keys under way to the disk, and their roots."""
@@ -86,12 +88,14 @@ class NvmeTier:
         *,
         device: Device | None = None,
         listener: Listener | None = None,
+        terms: Terms | None = None,
     ) -> "NvmeTier":
         """Take the directory and begin to read its index; until that is read, the tier refuses.
 
         Raises `BadInput` when the directory cannot be used, `Refused` when another node uses it.
         """
-        tier = cls(config, policy, metrics, device=device or DiskDevice(), listener=listener)
+        device = device or DiskDevice()
+        tier = cls(config, policy, metrics, device=device, listener=listener, terms=terms)
         try:
             tier._lock_fd = tier._files.lock()
         except KvStoreError:
@@ -108,15 +112,14 @@ class NvmeTier:
 
         Raises `Unreachable` at the deadline: the disk is slow, or the log says why it is no use.
         """
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self._loaded.wait()
-        except TimeoutError as error:
-            raise Unreachable(f"NVMe directory {self._config.directory} was not read") from error
+        await reached(self._loaded, deadline_s, f"NVMe directory {self._config.directory}")
 
-    async def introduced(self) -> None:
-        """Return when policy and listener know of everything that an earlier run left."""
-        await self._introduced.wait()
+    async def introduced(self, deadline_s: float = 60.0) -> None:
+        """Return when policy and listener know of everything that an earlier run left.
+
+        Raises `Unreachable` at the deadline.
+        """
+        await reached(self._introduced, deadline_s, f"NVMe directory {self._config.directory}")
 
     @property
     def in_device(self) -> int:
@@ -261,7 +264,7 @@ class NvmeTier:
                 self._not_writing(key)
                 return Outcome.REFUSED
             if self._closed or not self._health.enter("write"):
-                self._space.release(place)
+                self._room.give_back(place, header)
                 self._not_writing(key)
                 return Outcome.REFUSED
         except BaseException:
@@ -282,7 +285,9 @@ class NvmeTier:
             if not wanted:
                 self._room.erase([flight.place], "removed")
                 outcome = Outcome.REFUSED
-        self._space.release(flight.place)
+            self._space.release(flight.place)
+        else:
+            self._room.give_back(flight.place, header)
         flight.outcome = outcome
         item.drained.set()
 

@@ -8,6 +8,7 @@ through the threads.
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
@@ -15,12 +16,13 @@ from typing import Any, Final
 from kvstore.core.names import Root
 from kvstore.directory.policy import BlockKey, Policy, block_key
 from kvstore.observe.metrics import TierMetrics
-from kvstore.tiers.base import BlockHeader, Held, Listener
+from kvstore.tiers.base import BlockHeader, Held, Listener, Terms
 from kvstore.tiers.block_rows import slot_bytes
 from kvstore.tiers.device_threads import DeviceThreads, Operation
 from kvstore.tiers.nvme_files import NvmeFiles, SegmentFiles
 from kvstore.tiers.nvme_restart import FoundRows, chains, read_rows
 from kvstore.tiers.nvme_space import NvmeSpace
+from kvstore.tiers.quotas import Quotas
 
 _SLICE: Final = 4_096
 """Blocks told to policy and listener at once after a restart: a few milliseconds of the loop."""
@@ -44,7 +46,11 @@ class NvmeRoom:
         *,
         listener: Listener | None,
         failed: Callable[[BaseException], None],
+        terms: Terms | None = None,
     ) -> None:
+        terms = terms or Terms()
+        self._book = terms.book or Quotas().book(_TIER)
+        self._pinned = terms.pinned
         self.space = space
         self.policy = policy
         self.closed = False
@@ -72,13 +78,18 @@ class NvmeRoom:
     async def take(self, newcomers: Sequence[BlockHeader]) -> int | None:
         """Return a place for the first of `newcomers`, busy, where it is worth its room.
 
-        `newcomers` are the blocks of a batch that still come, in prefix order.
+        `newcomers` are the blocks of a batch that still come, in prefix order. The place is charged
+        to its root: `hold` or `give_back` follows.
         """
         space = self.space
+        root = newcomers[0].root
         wanted_bytes = slot_bytes(newcomers[0].payload_bytes)
         for _ in range(_ROOM_TRIES):
+            if not self._keep_quota(root, wanted_bytes):
+                return None
             place = space.take(wanted_bytes)
             if place is not None:
+                self._book.add(root, wanted_bytes)
                 return place
             if await self._grow(wanted_bytes):
                 continue
@@ -110,9 +121,34 @@ class NvmeRoom:
         self._tell([self.space.at(place)], deleted=False)
         self._dirty.add(self.space.split(place)[0].number)
 
+    def give_back(self, place: int, header: BlockHeader) -> None:
+        """End a taken place that nothing was written to."""
+        self._book.add(header.root, -slot_bytes(header.payload_bytes))
+        self.space.release(place)
+
+    def _keep_quota(self, root: Root, wanted_bytes: int) -> bool:
+        """Drop a root's or its share domain's own blocks until one more is within their quotas."""
+        while (claim := self._book.claim(root, wanted_bytes)) is not None:
+
+            def may_evict(key: BlockKey, may_go: Callable[[Root], bool] = claim.may_go) -> bool:
+                place = self.space.index[key]
+                return self._idle(place) and may_go(self.space.at(place).root)
+
+            count = -(-claim.excess_bytes // wanted_bytes) if claim.possible else 0
+            victims = self.policy.victims(count, now_ms=self._now_ms(), may_evict=may_evict)
+            if not victims:
+                self._book.refusals += 1
+                return False
+            self.drop([self.space.index[key] for key in victims], "quota")
+            self.evictions += len(victims)
+        return True
+
     def _evictable(self, key: BlockKey, wanted_bytes: int) -> bool:
         place = self.space.index[key]
-        return self.space.is_idle(place) and self.space.at(place).slot_bytes == wanted_bytes
+        return self._idle(place) and self.space.at(place).slot_bytes == wanted_bytes
+
+    def _idle(self, place: int) -> bool:
+        return self.space.is_idle(place) and not self._pinned(BlockKey(self.space.key_at(place)))
 
     async def _grow(self, wanted_bytes: int) -> bool:
         """Add a segment of the class; False where none fits, or the disk has no room for it."""
@@ -138,7 +174,7 @@ class NvmeRoom:
     async def _change_class(self, wanted_bytes: int) -> bool:
         """Empty the segment of another class that loses least; its bytes are free then."""
         async with self._changing:
-            found = self.space.victim_segment(wanted_bytes, self.space.is_idle)
+            found = self.space.victim_segment(wanted_bytes, self._idle)
             if found is None or self.closed:
                 return False
             segment, places = found
@@ -159,6 +195,7 @@ class NvmeRoom:
         for place in places:
             key = self.space.key_at(place)
             held = self.space.drop(place)
+            self._book.add(held.root, -held.slot_bytes)
             if self._found.pop(key, None) is None:
                 self.policy.remove(BlockKey(key))
                 gone.append(held)
@@ -218,6 +255,13 @@ class NvmeRoom:
         segment = self.space.add(number, size)
         roots = [rows.roots[at] for at in rows.root_of]
         twice = self.space.restore(segment, rows.slots, rows.keys, rows.names, roots)
+        charged = Counter(roots)
+        if twice:
+            again = set(twice)
+            pairs = zip(rows.slots, roots, strict=True)
+            charged.subtract(root for slot, root in pairs if slot in again)
+        for root, count in charged.items():
+            self._book.add(root, count * size)
         if twice:  # else a later `clear` would erase one row and a restart find the other
             self._erase_rows(number, self.space.take_slots(segment, twice))
         self._found.update(zip(rows.keys, rows.parents, strict=True))

@@ -94,6 +94,24 @@ class Lanes(Generic[Item]):
             self._start_some()
         return len(taken)
 
+    def hurry(self, source: Lane, target: Lane, wanted: Callable[[Item], bool]) -> int:
+        """Move what waits in one lane and is `wanted` to another, in order; returns how many.
+
+        As many as the other has room for.
+        """
+        queue = self._queues[source]
+        if not queue.waiting:
+            return 0
+        into = self._queues[target]
+        room = 0 if self._closed else into.limits.waiting - len(into.waiting)
+        kept: deque[tuple[Item, int]] = deque()
+        moved: list[tuple[Item, int]] = []
+        for one in queue.waiting:
+            (moved if len(moved) < room and wanted(one[0]) else kept).append(one)
+        queue.waiting = kept
+        queue.waiting_bytes -= sum(size for _, size in moved)
+        return self.submit(target, moved)
+
     def waiting(self, lane: Lane) -> int:
         """Return how many items of a lane wait."""
         return len(self._queues[lane].waiting)

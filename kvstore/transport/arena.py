@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,7 @@ from kvstore.core.layout import round_up
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import BlockName, Root
 from kvstore.core.slots import SlotWord, unpack
+from kvstore.transport.numa import place
 
 HEADER_BYTES: Final = 4096
 RECORD_BYTES: Final = 128
@@ -39,9 +40,10 @@ _WORD_BYTES: Final = 8
 _PLACE: Final = struct.Struct(f"<8xII{RECORD_BYTES - 16}x")
 _NAME_AT: Final = 60
 _SUM_AT: Final = 92
+_SUM_BYTES: Final = 16
 _ROW: Final = np.dtype(
-    {"names": ["name"], "formats": [f"V{NAME_BYTES}"], "offsets": [_NAME_AT],
-     "itemsize": RECORD_BYTES}
+    {"names": ["name", "sum"], "formats": [f"V{NAME_BYTES}", f"V{_SUM_BYTES}"],
+     "offsets": [_NAME_AT, _SUM_AT], "itemsize": RECORD_BYTES}
 )  # fmt: skip
 HUGE_PAGE_BYTES: Final = 2 << 20
 _PREFAULT_STEP: Final = 64 << 20
@@ -227,6 +229,15 @@ class ArenaMapping:
         at = HEADER_BYTES + slot * RECORD_BYTES + _SUM_AT
         self._table[at : at + len(block_sum)] = block_sum
 
+    def set_sums(self, slots: NDArray[np.int64], sums: bytes) -> None:
+        """Store the packed sums of several slots; owner only, before their words turn SEALED."""
+        rows = np.frombuffer(self._bytes, _ROW, self.size.max_slots, HEADER_BYTES)
+        rows["sum"][slots] = np.frombuffer(sums, _ROW["sum"])
+
+    def set_words(self, slots: NDArray[np.int64], words: NDArray[np.uint64]) -> None:
+        """Store the words of several slots, each in one piece; owner only."""
+        np.asarray(self.slot_words)[slots] = words
+
     def lay(self, slot: int, offset: int, block_bytes: int) -> None:
         """Say where a slot of a new chunk lies; owner only, while the slot is free."""
         self.clear(slot)
@@ -255,6 +266,11 @@ class ArenaMapping:
         """Return the bytes of one block."""
         assert 0 <= offset and offset + block_bytes <= self.size.data_bytes
         return self.data[offset : offset + block_bytes]
+
+    def place(self, nodes: Sequence[int]) -> None:
+        """Let pages that nobody touched yet lie on these NUMA nodes; raises `OSError`."""
+        view = np.frombuffer(self.data, np.uint8)
+        place(view.ctypes.data, self.size.data_bytes, nodes)
 
     def prefault(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Bring every page of the data into this process, in steps, reporting (done, total) bytes.

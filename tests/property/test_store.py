@@ -23,11 +23,13 @@ from kvstore.directory.events import Began, Changed, Digest, Ended, Marked, Tier
 from kvstore.directory.lru import Lru
 from kvstore.directory.publisher import Subscription, xor_prefixes
 from kvstore.observe.metrics import NodeMetrics
+from kvstore.service import bulk_commit
 from kvstore.service.adopt import adopt
 from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.tiers.quotas import QuotaRule, Quotas
 from kvstore.tiers.sums import block_sum
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
@@ -38,6 +40,7 @@ SHAPES = (
 )
 ROOTS = tuple(Root(hashlib.sha256(bytes([i])).digest()) for i in range(len(SHAPES)))
 NAMES = [hashlib.sha256(bytes([0, i])).digest() for i in range(12)]
+QUOTA_BYTES = 6 * GRANULE_BYTES
 LIMITS = StoreLimits(
     lease_ms=1_000, claim_ms=300, reserve_quota_bytes=GRANULES // 2 * GRANULE_BYTES
 )
@@ -52,6 +55,7 @@ def payload(root: int, name: bytes) -> bytes:
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
+        self.least, bulk_commit._LEAST = bulk_commit._LEAST, 2  # two at once are many here
         self.fd = create_arena(ArenaSize(GRANULES * GRANULE_BYTES, 32))
         self.arena = ArenaMapping(self.fd, owner=True)
         self.now_ms = 0.0
@@ -66,7 +70,8 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.arena.incarnation += 1
         metrics = NodeMetrics(CollectorRegistry())
-        self.table = SlotTable(self.arena, Lru(), metrics, node="n")
+        quotas = Quotas([QuotaRule("domain", "d0", {"dram": QUOTA_BYTES})])
+        self.table = SlotTable(self.arena, Lru(), metrics, node="n", quotas=quotas)
         self.store = ArenaStore(self.table, LIMITS)
         for number in self.reserved:
             self.store.sessions.open(number, number.to_bytes(16, "little"))
@@ -80,7 +85,7 @@ class StoreMachine(RuleBasedStateMachine):
         return session
 
     def info(self, session: Session, root: int) -> RootInfo:
-        info = self.table.roots.open(ROOTS[root], SHAPES[root], domain="d")
+        info = self.table.roots.open(ROOTS[root], SHAPES[root], domain=f"d{root}")
         session.roots[ROOTS[root]] = info
         return info
 
@@ -322,6 +327,18 @@ class StoreMachine(RuleBasedStateMachine):
         assert used == sum(counts.values())
 
     @invariant()
+    def every_byte_is_charged_and_none_beyond_the_quota(self) -> None:
+        held: Counter[bytes] = Counter()
+        for slot in range(32):
+            if self.table.state[slot] not in (SlotState.FREE, SlotState.DRAINING):
+                info = self.table.root_of(slot)
+                held[info.root] += info.shape.block_bytes
+        book = self.table.book
+        assert book.by_root == held
+        assert sum(book.by_domain.values()) == sum(held.values())
+        assert held[ROOTS[0]] <= QUOTA_BYTES
+
+    @invariant()
     def what_is_published_is_what_is_sealed(self) -> None:
         self.take_events()
         sealed = {
@@ -349,6 +366,7 @@ class StoreMachine(RuleBasedStateMachine):
                     assert isinstance(event, Ended)
 
     def teardown(self) -> None:
+        bulk_commit._LEAST = self.least
         for number in list(self.reserved):
             session = self.store.sessions.by_number(number)
             assert session is not None

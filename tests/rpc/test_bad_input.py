@@ -147,6 +147,11 @@ def refs(*pairs: tuple[int, int]) -> cache_pb2.SlotRefs:
         ({"reserve": 2**32 - 1}, BadInput),
         ({"deadline_ms": 2**32 - 1}, BadInput),
         ({"first_block": 2**32 - 1}, TooLarge),
+        ({"depth_cost": -0.5}, BadInput),
+        ({"depth_cost": 1e9}, BadInput),
+        ({"depth_cost": float("nan")}, BadInput),
+        ({"kind": "k" * 4_096}, TooLarge),
+        ({"kind": "bad\nkind"}, BadInput),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -380,14 +380,15 @@ async def test_impossible_sizes_are_refused_before_anything_is_sent(
 
 
 async def test_absurd_arguments_are_bad_input(node: ScriptedNode, client: AsyncClient) -> None:
-    for arguments in (
+    absurd: list[dict[str, Any]] = [
         {"reserve": -1},
         {"reserve": 1 << 20},
         {"first_block": -1},
         {"first_block": 1 << 32},
         {"deadline_ms": 0},
         {"deadline_ms": 1 << 40},
-    ):
+    ]
+    for arguments in absurd:
         with pytest.raises(BadInput):
             await client.acquire(NAMES, **arguments)
     with pytest.raises(BadInput):

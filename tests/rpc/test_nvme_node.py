@@ -4,8 +4,11 @@ import asyncio
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -281,3 +284,55 @@ def test_pinned_blocks_stay_in_memory(node: RunningNode) -> None:
         drive_out(client, 10)
         assert len(client.acquire(names).ready) == 8
         assert client.pin(names[:4], ttl_ms=0) == 4
+
+
+def test_a_domain_keeps_within_its_quota_in_every_tier(tmp_path: Path) -> None:
+    rule = f"domain:default:dram={8 * PAYLOAD},nvme={12 * (PAYLOAD + 4096)}"
+    flags = (*options(tmp_path), "--quota", rule)
+    with (
+        start_node(arena_bytes=ARENA_BYTES, options=flags) as node,
+        connect(node.run_dir, "quota") as client,
+    ):
+        for prompt in range(4):
+            names = names_of(client, prompt, 6)
+            assert client.put(names, payloads(prompt, 6)) == [DONE] * 6
+            until(partial(holds_below, client, min(12, 6 * (prompt + 1))), "not written below")
+        tiers = client.stats().tiers
+        assert tiers[TierKind.DRAM].used_bytes <= 8 * PAYLOAD
+        until(lambda: blocks_below(client) == 12, "the quota of the disk is not what it holds")
+        beyond = client.acquire(names_of(client, 9, 12), reserve=12)
+        assert (len(beyond.reserved), beyond.reserve_reason) == (8, MissReason.QUOTA)
+        assert client.settle(abort=[one.slot for one in beyond.reserved]).abort == [DONE] * 8
+        metric = 'kvstore_tier_domain_bytes{domain="default",tier="nvme"}'
+        until(lambda: sample(node, metric) == 12 * (PAYLOAD + 4096), "the metric says another")
+        refused = 'kvstore_tier_quota_refusals_total{tier="dram"}'
+        until(lambda: sample(node, refused) >= 1, "no refusal was counted")
+
+
+def holds_below(client: Client, least: int) -> bool:
+    return blocks_below(client) >= least
+
+
+def sample(node: RunningNode, name: str) -> float:
+    with urllib.request.urlopen(f"http://{node.metrics}/metrics", timeout=5) as page:
+        lines = page.read().decode().splitlines()
+    return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), -1.0)
+
+
+def test_a_pinned_block_stays_on_disk_until_its_node_ends(tmp_path: Path) -> None:
+    flags = ("--nvme", str(tmp_path), "--nvme-bytes", "16MiB", "--policy", "lru")
+    with (
+        start_node(arena_bytes=ARENA_BYTES, options=flags) as node,
+        connect(node.run_dir, "pin") as client,
+    ):
+        names = names_of(client, 1, 4)
+        assert client.put(names, payloads(1, 4)) == [DONE] * 4
+        until(lambda: blocks_below(client) == 4, "not written below")
+        assert client.pin(names, ttl_ms=60_000) == 4
+        prompts = count(2)
+        while client.stats().tiers[TierKind.NVME].evictions < 20:  # what the disk has no room for
+            prompt = next(prompts)
+            client.put(names_of(client, prompt, 16), payloads(prompt, 16))
+        assert all(TierKind.NVME in where for where in client.lookup(names).tiers)
+        node.wait_restarted(node.kill_node())
+        until(lambda: sample(node, "kvstore_node_pinned_blocks") == 0, "a pin outlived its node")

@@ -133,7 +133,7 @@ def test_rooms_say_what_they_know_in_few_lines() -> None:
 
 def test_tiers_are_strangers() -> None:
     devices = {"block_rows", "device_flights", "device_health", "device_threads"}
-    shared = {"base", "breaker", "sums"} | devices
+    shared = {"base", "breaker", "quotas", "sums"} | devices
     found = []
     for path in (ROOT / "kvstore" / "tiers").glob("*.py"):
         tier = path.stem.partition("_")[0]

@@ -132,6 +132,7 @@ def request_from_wire(message: worker_pb2.RunRequest, *, traceparent: str = "") 
         tokens=message.tokens,
         sampling=sampling_from_wire(message.sampling),
         no_store=message.no_store,
+        kind=message.kind,
         no_read=message.no_read,
         cache_salt=message.cache_salt,
         deadline_ms=message.deadline_ms,

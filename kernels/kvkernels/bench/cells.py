@@ -34,17 +34,20 @@ class Cell:
     new: int = 1
     rules: Rules = _CAUSAL
     codec: Codec = Codec.RAW16
+    shared: int = 0
+    """Tokens at the start of all sequences that lie in the same pages."""
     peer_us: float | None = None
     """The best peer on an H100 whose measured read limit was 3,126 GB/s."""
     peer: str = ""
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of cells that one launch has to read."""
+        """Bytes of cells that one launch has to read; shared ones count once."""
         seen = self.context if self.rules.window is None else min(
             self.context, self.rules.window + self.rules.sinks
         )  # fmt: skip
-        return self.batch * seen * self.heads * self.layout.cell_bytes // BLOCK_TOKENS
+        tokens = self.batch * (seen - self.shared) + self.shared
+        return tokens * self.heads * self.layout.cell_bytes // BLOCK_TOKENS
 
     @property
     def layout(self) -> BlockLayout:
@@ -69,6 +72,23 @@ GATE: Final = (
     Cell("decode MQA d128 b64 c8192", 64, 8_192, heads=1, group=8),
     Cell("decode d256 b32 c4096", 32, 4_096, heads=4, group=4, dim=256),
     Cell("decode window 4096 b64 c32768", 64, 32_768, rules=Rules(window=4_096, sinks=4)),
+    *(
+        Cell(
+            f"decode b{batch} shared {shared} own {own}",
+            batch,
+            shared + own,
+            shared=shared,
+            peer_us=peer_us,
+            peer="FlashAttention-3 plain",
+        )
+        for batch, shared, own, peer_us in (
+            (16, 8_192, 512, 93.3),
+            (64, 8_192, 512, 340.8),
+            (256, 8_192, 512, 1_350.9),
+            (64, 32_768, 512, 1_272.2),
+        )
+    ),
+    Cell("decode fp8 b64 shared 8192 own 512", 64, 8_704, shared=8_192, codec=Codec.FP8),
     *(
         Cell(
             f"decode {codec.name.lower()} b{batch} c{context}",
@@ -102,11 +122,14 @@ class Batch:
 
 
 def make(cell: Cell, device: str) -> Batch:
-    """Return random pages in random order; block tables on `device`, lengths on the host."""
+    """Return random pages in random order on `device`; block tables and lengths on the host."""
     pages_each = -(-cell.context // BLOCK_TOKENS)
-    total = pages_each * cell.batch
+    common = cell.shared // BLOCK_TOKENS
+    total = common + (pages_each - common) * cell.batch
     pages = _random_pages(cell, total, device)
-    order = torch.randperm(total).to(torch.int32).reshape(cell.batch, pages_each)
+    order = torch.randperm(total).to(torch.int32)
+    own = order[common:].reshape(cell.batch, pages_each - common)
+    tables = torch.cat((order[:common].expand(cell.batch, -1), own), dim=1).contiguous()
     query = torch.randn(
         cell.batch * cell.new, cell.heads * cell.group, cell.dim,
         dtype=torch.bfloat16, device=device,
@@ -114,7 +137,7 @@ def make(cell: Cell, device: str) -> Batch:
     return Batch(
         query,
         pages,
-        order.to(device),
+        tables,
         torch.full((cell.batch,), cell.context, dtype=torch.int32),
         torch.arange(cell.batch + 1, dtype=torch.int32) * cell.new,
     )

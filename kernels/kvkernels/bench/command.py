@@ -1,12 +1,15 @@
 """The command `kvstore bench kernels`; without our CLI: `python -m kvkernels.bench`."""
 
 import json
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Final
 
 import click
 import torch
 
+from kvkernels.bench import moving
 from kvkernels.bench.cells import GATE, LAYERS, Batch, Cell, attend, expected, make, plan_of
 from kvstore.core.errors import BadInput, Corrupt, Unsupported
 
@@ -17,7 +20,7 @@ PEER_LIMIT_GB_S: Final = 3_126.0
 _CHECKED: Final = 2
 
 
-@click.command(short_help="Measure attention kernels on this machine's GPU.")
+@click.command(short_help="Measure attention and movement kernels on this machine's GPU.")
 @click.option("--case", "pattern", default="*", metavar="GLOB", help="Only cases like this.")
 @click.option("--quick", is_flag=True, help="Every third case.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
@@ -31,23 +34,47 @@ def kernels(pattern: str, quick: bool, as_json: bool) -> int:
     if not torch.cuda.is_available():
         raise Unsupported("no CUDA device here: kvstore bench kernels needs one")
     cells = [cell for cell in GATE if fnmatchcase(cell.name, pattern)]
-    if not cells:
+    moves = [cell for cell in moving.GATE if fnmatchcase(cell.name, pattern)]
+    if not cells and not moves:
         raise BadInput(f"--case {pattern!r} is like no case")
-    from kvkernels.bench.timing import read_limit
-
-    limit = read_limit()
-    say = f"{torch.cuda.get_device_name()}: reads {limit:,.0f} GB/s"
-    click.echo(say, err=True)
     wrong = 0
-    for cell in cells[:: 3 if quick else 1]:
+    for name, run in (
+        *_attention(cells[:: 3 if quick else 1]),
+        *_moves(moves[:: 3 if quick else 1]),
+    ):
         try:
-            row = measure(cell, limit)
+            row = run()
         except Corrupt as error:
-            click.echo(f"{cell.name}: {error}", err=True)
+            click.echo(f"{name}: {error}", err=True)
             wrong += 1
             continue
         click.echo(json.dumps(row) if as_json else _line(row))
     return 1 if wrong else 0
+
+
+Run = Callable[[], dict[str, Any]]
+
+
+def _attention(cells: Sequence[Cell]) -> list[tuple[str, Run]]:
+    """Return what measures each cell, with this GPU's read limit."""
+    if not cells:
+        return []
+    from kvkernels.bench.timing import read_limit
+
+    limit = read_limit()
+    click.echo(f"{torch.cuda.get_device_name()}: reads {limit:,.0f} GB/s", err=True)
+    return [(cell.name, partial(measure, cell, limit)) for cell in cells]
+
+
+def _moves(cells: Sequence[moving.Move]) -> list[tuple[str, Run]]:
+    """Return what measures each movement, with the copy engine's rates."""
+    if not cells:
+        return []
+    both = moving.memories()
+    copies = {store: moving.copy_limit(both, store=store) for store in (False, True)}
+    say = f"the copy engine loads {copies[False]:.1f} GB/s and stores {copies[True]:.1f}"
+    click.echo(say, err=True)
+    return [(cell.name, partial(moving.measure, cell, both, copies[cell.store])) for cell in cells]
 
 
 def measure(cell: Cell, limit: float) -> dict[str, Any]:

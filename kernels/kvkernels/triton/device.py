@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kvkernels.movement import Movement
 from kvkernels.plans import AttentionPlan, Rules
 from kvkernels.quantised import QuantisedPages
-from kvkernels.triton.launch import Work, attend, make_work, write_quantised
+from kvkernels.triton.launch import Shape, Work, attend, make_works, write_quantised
+from kvkernels.triton.moving import move
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 
@@ -24,7 +26,9 @@ class DevicePlan:
     """int32 [sequences, max_pages]."""
     spans: tuple[tuple[int, int, int], ...]
     """(first row of `query`, new tokens, context) of each sequence."""
-    works: dict[tuple[int, int, int, torch.device, Rules, bool], Work] = field(default_factory=dict)
+    host_tables: Tensor | None = None
+    """The tables as they came, if from the host: where sequences share pages is read there."""
+    works: dict[tuple[Shape, Rules], tuple[Work, ...]] = field(default_factory=dict)
 
 
 def plan_attention(
@@ -44,7 +48,8 @@ def plan_attention(
                 f"{block_tables.shape[1]} pages in its table"
             )
         spans.append((starts[index], new, context))
-    return DevicePlan(starts[-1], block_tables, tuple(spans))
+    host = block_tables if block_tables.device.type == "cpu" else None
+    return DevicePlan(starts[-1], block_tables, tuple(spans), host)
 
 
 def paged_attention(
@@ -59,16 +64,23 @@ def paged_attention(
     """See `kvkernels.ops.paged_attention`."""
     assert isinstance(plan, DevicePlan)
     quantised = isinstance(pages, QuantisedPages)
-    heads = (pages.cells if isinstance(pages, QuantisedPages) else pages).shape[1]
+    cells = pages.cells if isinstance(pages, QuantisedPages) else pages.flatten(3)
+    heads, cell_bytes = cells.shape[1], cells.shape[3] * cells.element_size()
     group, dim = query.shape[1] // heads, query.shape[2]
-    key = (heads, group, dim, query.device, rules, quantised)
-    work = plan.works.get(key)
-    if work is None:
-        work = make_work(plan.spans, heads, group, dim, query.device, rules, quantised=quantised)
-        plan.works[key] = work
+    shape = Shape(heads, group, dim, query.device, quantised, cell_bytes)
     if plan.tables.device != query.device:
         plan.tables = plan.tables.to(query.device, non_blocking=True)
-    return attend(query, pages, plan.tables, work, layer=layer, scale=scale, rules=rules)
+    works = plan.works.get((shape, rules))
+    if works is None:
+        works = make_works(
+            plan.spans,
+            shape,
+            rules,
+            table_stride=plan.tables.stride(0),
+            host_tables=plan.host_tables,
+        )
+        plan.works[shape, rules] = works
+    return attend(query, pages, plan.tables, works, layer=layer, scale=scale, rules=rules)
 
 
 def write_pages(
@@ -96,3 +108,22 @@ def store_blocks(pool: Tensor, pages: Tensor, arena: Tensor, offsets: Tensor) ->
     size = pool.shape[1]
     for offset, page in zip(offsets.tolist(), pages.tolist(), strict=True):
         arena[offset : offset + size].copy_(pool[page])
+
+
+def move_layers(
+    movement: Movement,
+    layers: range | None,
+    blocks: range | None,
+    *,
+    store: bool,
+    programs: int,
+) -> None:
+    """See `kvkernels.ops.load_layers`: launches on the current stream, one a slice."""
+    chosen = range(movement.pool_layout.layers) if layers is None else layers
+    wanted = range(movement.blocks) if blocks is None else blocks
+    if not chosen or not wanted:
+        return
+    for part in movement.slices(chosen):
+        begin, end = max(part.start, wanted.start), min(part.stop, wanted.stop)
+        if begin < end:
+            move(movement, chosen, range(begin, end), store=store, programs=programs)

@@ -255,6 +255,44 @@ def _divided(rows, scale):
 
 
 @triton.jit
+def encoded_halves(first, last):
+    """Return INT4 codes, uint8, and scale words of rows whose two halves are given as float32."""
+    scale, last_scale = _half_scale(first), _half_scale(last)
+    low = _whole(_divided(first, scale), 7.0) + 8
+    high = _whole(_divided(last, last_scale), 7.0) + 8
+    codes = (low | (high << 4)).to(tl.uint8)
+    bits = scale.to(tl.uint16, bitcast=True).to(tl.int32)
+    return codes, bits | (last_scale.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def encoded(rows, CODEC: tl.constexpr):
+    """Return FP8 or INT8 codes, uint8, and scale words of float32 rows."""
+    LIMIT: tl.constexpr = 448.0 if CODEC == FP8 else 127.0
+    top = _largest(rows)
+    scale = tl.div_rn(top, tl.full(top.shape, LIMIT, tl.float32))
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    scaled = _divided(rows, scale)
+    if CODEC == FP8:
+        clipped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
+        codes = clipped.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        codes = (_whole(scaled, LIMIT) & 255).to(tl.uint8)
+    return codes, scale.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def decoded(codes, words, CODEC: tl.constexpr):
+    """Return float32 rows of codes and scale words; for INT4 their first and their last halves."""
+    if CODEC == INT4:
+        low, high = _nibbles(codes, tl.float32)
+        scale_low, scale_high = _scales(words)
+        return low * scale_low[:, None], high * scale_high[:, None]
+    else:
+        return _widen(codes, CODEC, tl.float32) * words.to(tl.float32, bitcast=True)[:, None]
+
+
+@triton.jit
 def write_rows(
     key, value, cells, slots, tokens, key_token, key_head, value_token, value_head,
     page_stride, head_stride,
@@ -282,23 +320,8 @@ def write_rows(
     rows = tl.load(source[:, None] + dims[None, :], mask=mask, other=0.0).to(tl.float32)
     if CODEC == INT4:
         last = tl.load(source[:, None] + ROW + dims[None, :], mask=mask, other=0.0).to(tl.float32)
-        scale, high_scale = _half_scale(rows), _half_scale(last)
-        low = _whole(_divided(rows, scale), 7.0) + 8
-        high = _whole(_divided(last, high_scale), 7.0) + 8
-        codes = (low | (high << 4)).to(tl.uint8)
-        bits = scale.to(tl.uint16, bitcast=True).to(tl.int32)
-        bits = bits | (high_scale.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+        codes, bits = encoded_halves(rows, last)
     else:
-        LIMIT: tl.constexpr = 448.0 if CODEC == FP8 else 127.0
-        top = _largest(rows)
-        scale = tl.div_rn(top, tl.full(top.shape, LIMIT, tl.float32))
-        scale = tl.where(scale == 0.0, 1.0, scale)
-        scaled = _divided(rows, scale)
-        if CODEC == FP8:
-            clipped = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
-            codes = clipped.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        else:
-            codes = (_whole(scaled, LIMIT) & 255).to(tl.uint8)
-        bits = scale.to(tl.int32, bitcast=True)
+        codes, bits = encoded(rows, CODEC)
     tl.store(place[:, None] + dims[None, :], codes, mask=mask)
     tl.store(word.to(tl.pointer_type(tl.int32)), bits, mask=there)

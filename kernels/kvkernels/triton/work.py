@@ -23,7 +23,7 @@ LONGEST = 64
 their workspace traffic stays under 1 % of the bytes of K and V."""
 
 FIELDS = 8
-"""row, token, count, position, begin, end, first, splits: int32 each; count 0 is no work."""
+"""start, token, count, position, begin, end, first, splits: int32 each; count 0 is no work."""
 
 
 def capacity(units: int, programs: int, heads: int, *, most_tiles: int) -> int:
@@ -35,7 +35,8 @@ def capacity(units: int, programs: int, heads: int, *, most_tiles: int) -> int:
 def tiles_seen(units: Tensor, rules: Rules, tile: int = TILE) -> Tensor:
     """Return how many tiles each unit reads: int32 [units], 0 for a unit without tokens.
 
-    units int32 [units, 4]: row, token, count, position of the first token.
+    units int32 [units, 4]: where its pages begin in the flat tables, first row of `query` (or first
+    of the listed rows, for a group), rows, position of the first.
     """
     count, position = units[:, 2], units[:, 3]
     tiles = torch.div(position + count + tile - 1, tile, rounding_mode="floor")

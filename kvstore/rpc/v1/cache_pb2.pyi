@@ -71,18 +71,22 @@ class CloseSessionReply(_message.Message):
     def __init__(self, leases_released: _Optional[int] = ..., reservations_aborted: _Optional[int] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("root", "names", "reserve", "deadline_ms", "first_block")
+    __slots__ = ("root", "names", "reserve", "deadline_ms", "first_block", "kind", "depth_cost")
     ROOT_FIELD_NUMBER: _ClassVar[int]
     NAMES_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DEPTH_COST_FIELD_NUMBER: _ClassVar[int]
     root: bytes
     names: bytes
     reserve: int
     deadline_ms: int
     first_block: int
-    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ..., reserve: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
+    kind: str
+    depth_cost: float
+    def __init__(self, root: _Optional[bytes] = ..., names: _Optional[bytes] = ..., reserve: _Optional[int] = ..., deadline_ms: _Optional[int] = ..., first_block: _Optional[int] = ..., kind: _Optional[str] = ..., depth_cost: _Optional[float] = ...) -> None: ...
 
 class AcquireReply(_message.Message):
     __slots__ = ("incarnation", "lease", "lease_ms", "ready", "pending", "slots", "offsets", "generations", "tiers", "reserved_names", "reserved_slots", "reserved_offsets", "reserved_generations", "reason", "reserve_reason")

@@ -27,6 +27,8 @@ class MissReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MISS_REASON_DISABLED: _ClassVar[MissReason]
     MISS_REASON_UNREACHABLE: _ClassVar[MissReason]
     MISS_REASON_CHEAPER: _ClassVar[MissReason]
+    MISS_REASON_QUOTA: _ClassVar[MissReason]
+    MISS_REASON_OUTWEIGHED: _ClassVar[MissReason]
 
 class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -53,6 +55,8 @@ MISS_REASON_PARTIAL_BLOCK: MissReason
 MISS_REASON_DISABLED: MissReason
 MISS_REASON_UNREACHABLE: MissReason
 MISS_REASON_CHEAPER: MissReason
+MISS_REASON_QUOTA: MissReason
+MISS_REASON_OUTWEIGHED: MissReason
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_HIT: Outcome
 OUTCOME_MISS: Outcome

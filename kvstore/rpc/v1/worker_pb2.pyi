@@ -63,7 +63,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., has_seed: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("request_id", "tokens", "sampling", "share_domain", "no_store", "no_read", "cache_salt", "deadline_ms", "priority")
+    __slots__ = ("request_id", "tokens", "sampling", "share_domain", "no_store", "no_read", "cache_salt", "deadline_ms", "priority", "kind")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -73,6 +73,7 @@ class RunRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tokens: bytes
     sampling: Sampling
@@ -82,7 +83,8 @@ class RunRequest(_message.Message):
     cache_salt: bytes
     deadline_ms: int
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., share_domain: _Optional[str] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    kind: str
+    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., share_domain: _Optional[str] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("tokens", "logprobs", "cache", "ttft_ms", "queue_ms", "load_ms", "finish_reason")

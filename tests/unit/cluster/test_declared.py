@@ -16,7 +16,7 @@ drain_ms: 1000
 control_port: 7000
 ray: {address: auto, namespace: prod, spare_cpus: 1}
 workers: {count: 4, pool: 1GiB, threads: 2}
-nodes: {arena: 64GiB, policy: lru, nvme: cache, nvme_bytes: 1TiB}
+nodes: {arena: 64GiB, policy: lru, nvme: cache, nvme_bytes: 1TiB, quotas: ["domain:a:dram=1GiB"]}
 frontends: {count: 2, http: "127.0.0.1:8000", grpc: "127.0.0.1:9000"}
 """
 
@@ -35,6 +35,7 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     assert (config.arena_bytes, config.nvme, config.nvme_bytes) == (
         64 << 30, tmp_path / "cache", 1 << 40,
     )  # fmt: skip
+    assert config.quotas == ("domain:a:dram=1GiB",)
     assert (config.ray_address, config.ray_namespace) == ("auto", "prod")
     assert config.frontend_address(config.http, 1) == Address("127.0.0.1", 8001)
     assert type(config).from_json(config.to_json()) == config
@@ -92,3 +93,9 @@ def test_flags_and_the_file_exclude_each_other(
     assert run(["up", "--config", str(tmp_path / "none.yaml")]) == 2
     assert run(["up", "--address", "auto"]) == 2
     assert "name them in --http and --grpc" in capsys.readouterr().err
+
+
+def test_a_wrong_quota_is_refused_by_its_key(tmp_path: Path) -> None:
+    path = written(tmp_path, 'nodes: {quotas: ["domain:a:hbm=1GiB"]}')
+    with pytest.raises(BadInput, match=r"nodes.quotas .*'hbm' is not one of"):
+        load_declared(path)

@@ -20,7 +20,7 @@ def test_the_stored_form_is_fixed() -> None:
     word = SlotWord(generation=0x123456789A, state=SlotState.RESERVED, session=0xBCDEF)
     assert word.pack() == 0x123456789ABCDEF1
     assert unpack(0x123456789ABCDEF1) == word
-    assert [state.value for state in SlotState] == [0, 1, 2, 3, 4, 5]
+    assert [state.value for state in SlotState] == [0, 1, 2, 3, 5]
 
 
 def test_an_empty_table_is_a_table_of_free_slots() -> None:
@@ -86,7 +86,7 @@ def test_only_reservations_carry_a_session() -> None:
 
 
 def test_what_is_readable() -> None:
-    assert {SlotState.COMMITTED, SlotState.SEALED, SlotState.EVICTING} == READABLE
+    assert {SlotState.COMMITTED, SlotState.SEALED} == READABLE
     for state in READABLE:
         assert SlotState.RESERVED not in TRANSITIONS[state], "rewriting needs a pass through FREE"
 

@@ -3,6 +3,7 @@
 import sys
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,15 @@ def test_deep_blocks_are_worth_more_where_depth_costs() -> None:
     store(policy, [1], 0.0)
     policy.insert(blocks(range(100, 180)), parent=None, now_ms=0.0)
     policy.request(prompt(range(100, 180), 0.0))
+    store(policy, [1], 0.0)
+    assert victims(policy, 1, SECOND) == [1]
+
+
+def test_what_a_caller_measured_of_depth_counts_as_well() -> None:
+    policy = ValueDensity()
+    store(policy, [1], 0.0)
+    policy.insert(blocks(range(100, 180)), parent=None, now_ms=0.0)
+    policy.request(replace(prompt(range(100, 180), 0.0), depth_cost=0.05))
     store(policy, [1], 0.0)
     assert victims(policy, 1, SECOND) == [1]
 

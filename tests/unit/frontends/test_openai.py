@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import pytest
+from kvworkers.frontends import openai as module
 from kvworkers.frontends.generation import Chunk
 from kvworkers.frontends.openai import EventStream, make_app
 from kvworkers.frontends.replies import Started, begin
@@ -62,3 +64,35 @@ async def test_a_client_that_reads_nothing_does_not_hold_its_request_for_ever() 
     response = EventStream(started, events(started), seconds=0.05)
     await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
     assert closed.is_set()
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "BODY_S", 0.05)
+    nothing: Any = None  # the body never gets as far as the pipeline
+    app = make_app(
+        nothing, metrics=bytes, ready=lambda: True, max_body_bytes=64, created=0,
+        gate=gate_of(SecurityConfig(), CollectorRegistry()), apart=False,
+    )  # fmt: skip
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.Event().wait()
+        return parts.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope: dict[str, Any] = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+        "scheme": "http", "path": "/v1/chat/completions", "raw_path": b"", "root_path": "",
+        "query_string": b"", "headers": [], "client": ("127.0.0.1", 1), "server": None,
+        "state": {},
+    }  # fmt: skip
+    async with asyncio.timeout(5):
+        await app(scope, receive, send)
+    assert sent[0]["status"] == 400
+    assert b"did not arrive" in sent[1]["body"]

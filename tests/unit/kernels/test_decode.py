@@ -115,7 +115,7 @@ def test_half_precision_pages(dtype: torch.dtype) -> None:
 def test_a_second_launch_of_one_plan_finds_its_counters_at_zero() -> None:
     given = step([(900, 1)], heads=1)
     first, wanted, plan = both(given, Rules())
-    [made] = plan.works.values()
+    [[made]] = plan.works.values()
     assert int(made.items[0, 7]) > 1, "a long context must be split for this test to say anything"
     again = device.paged_attention(
         given.query, given.pages, layer=1, plan=plan, scale=0.3, rules=Rules()
@@ -129,7 +129,7 @@ def test_more_items_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatch
     given = step([(2599, 1)], heads=1)
     given.query.mul_(4)  # maxima that differ between items, so a wrong rescaling shows
     ours, wanted, plan = both(given, Rules())
-    [made] = plan.works.values()
+    [[made]] = plan.works.values()
     assert int(made.items[0, 7]) > MERGE_SPLITS.value
     assert torch.allclose(ours, wanted, atol=2e-5, rtol=1e-4)
 

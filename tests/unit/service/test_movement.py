@@ -356,3 +356,26 @@ async def test_a_batch_that_breaks_is_counted(
             return made.registry.get_sample_value(name, labels) or 0
 
         await until(lambda: failed() > 0)
+
+
+async def test_a_prefetch_that_somebody_asks_for_goes_with_the_loads(tmp_path: Path) -> None:
+    async with rig(tmp_path) as made:
+        prompt = await made.put(1, 8)
+        await made.evict(prompt)
+        packed = b"".join(prompt)
+        made.disk.hang()
+        wanted = Wanted(made.info, packed, keys_of(made.info, packed), 0, 1.0)
+        lanes = made.movement._lanes[TierKind.NVME]
+        blocked = [made.movement.load([load], Lane.PREFETCH) for load in
+                   made.movement.promoter.prefetch(wanted, 10_000)]  # fmt: skip
+        assert blocked == [1] * 8
+        await asyncio.sleep(0)
+        waiting = lanes.waiting(Lane.PREFETCH)
+        answer = made.acquire(prompt)
+        made.movement.hurry(answer.slots[answer.ready :])
+        assert waiting > 0
+        assert lanes.waiting(Lane.PREFETCH) == 0
+        made.disk.release()
+        assert await made.settled(answer) == [SlotState.SEALED] * 8
+        assert made.good(prompt, answer)
+        made.release(answer)

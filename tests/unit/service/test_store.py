@@ -1,5 +1,6 @@
 """Edges of Acquire and Settle that the state machine's model does not name."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -7,7 +8,11 @@ import pytest
 from kvstore.core.errors import BadInput, Refused, SessionLost, TooLarge, WrongRoot
 from kvstore.core.names import Root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
+from kvstore.core.slots import SlotState
+from kvstore.directory.lru import Lru
+from kvstore.directory.policy import BlockKey, Prompt
 from kvstore.service import store as module
+from kvstore.service.reserver import Hints
 from kvstore.service.roots import BlockShape, Roots, keys_of
 from tests.arena_fixture import ROOT, SHAPE, names, small_store
 
@@ -17,7 +22,7 @@ def test_a_claimed_name_is_computing_until_the_claim_is_old() -> None:
         writer, info = small.session(1)
         other, _ = small.session(2)
         packed = b"".join(names(2))
-        ask = {"reserve": 2, "first_block": 0}
+        ask: dict[str, Any] = {"reserve": 2, "first_block": 0}
         mine = small.store.acquire(writer, info, packed, now_ms=0.0, **ask)
         assert mine.reserved_names == [0, 1]
         early = small.store.acquire(other, info, packed, now_ms=299.0, **ask)
@@ -66,6 +71,48 @@ def test_a_full_arena_of_leased_blocks_refuses_and_evicts_once_released() -> Non
             for name in names(4)
         ]
         assert found == [True, True, True, False]
+
+
+class Unwilling(Lru):
+    """Thinks that what is held is always worth more."""
+
+    def victims(
+        self,
+        count: int,
+        *,
+        now_ms: float,
+        may_evict: Callable[[BlockKey], bool],
+        newcomers: Sequence[BlockKey] = (),
+    ) -> list[BlockKey]:
+        worst = super().victims(count, now_ms=now_ms, may_evict=may_evict)
+        return [] if newcomers else worst
+
+
+def test_a_newcomer_worth_less_than_what_is_held_is_told_so() -> None:
+    with small_store(blocks=4) as small:
+        small.table.policy = Unwilling()
+        session, info = small.session(1)
+        small.put(session, info, names(4), 0.0)
+        for slot, _ in small.store.to_seal:
+            small.table.seal([slot], [bytes(16)])
+        wanted = b"".join(names(1, seed=9))
+        answer = small.store.acquire(session, info, wanted, reserve=1, first_block=0, now_ms=1.0)
+        assert (answer.reserved_slots, answer.reserve_reason) == ([], MissReason.OUTWEIGHED)
+
+
+def test_what_the_caller_tells_of_a_request_reaches_the_policy() -> None:
+    with small_store() as small:
+        heard: list[Prompt] = []
+        small.store.on_request = heard.append
+        session, info = small.session(1)
+        small.store.acquire(
+            session, info, names(1)[0], reserve=0, first_block=0, now_ms=0.0,
+            hints=Hints("tool", 0.25),
+        )  # fmt: skip
+        small.store.flush_requests()
+        assert [(it.kind, it.depth_cost, it.share_domain) for it in heard] == [
+            ("tool", 0.25, info.domain)
+        ]
 
 
 def test_a_key_is_only_a_hint() -> None:
@@ -193,3 +240,38 @@ def test_leases_of_an_earlier_keeper_are_never_ours() -> None:
         held = store.acquire(session, info, names(1)[0], **ask).lease
         assert held == 1_000
         assert store.release(session, [999, held]) == [SettleOutcome.ALREADY, SettleOutcome.DONE]
+
+
+@pytest.mark.parametrize("odd", ["none", "stale", "twice", "aborted", "taken over"])
+def test_many_are_committed_as_one_by_one(odd: str) -> None:
+    """Whatever is unusual about one of 40 slots, the others are committed all the same."""
+    with small_store(64, quota_blocks=64, max_slots=128) as small:
+        session, info = small.session(1)
+        store, table = small.store, small.table
+        prompt = names(40)
+        ask: dict[str, Any] = {"reserve": 40, "first_block": 0}
+        answer = store.acquire(session, info, b"".join(prompt), now_ms=0.0, **ask)
+        refs = [(slot, table.generation[slot]) for slot in answer.reserved_slots]
+        expected = [SettleOutcome.DONE] * 40
+        if odd == "stale":
+            refs[7] = (refs[7][0], refs[7][1] + 1)
+            expected[7] = SettleOutcome.NOT_YOURS
+        elif odd == "twice":
+            refs[7] = refs[6]
+            expected[7] = SettleOutcome.ALREADY
+        elif odd == "aborted":
+            store.abort(session, info, [refs[7]])
+            expected[7] = SettleOutcome.STALE
+        elif odd == "taken over":
+            other, _ = small.session(2)
+            small.put(other, info, prompt[:1], 1_000.0)
+            expected[0] = SettleOutcome.DUPLICATE
+        assert store.commit(session, info, refs, 2_000.0) == expected
+        done = {
+            ref[0] for ref, one in zip(refs, expected, strict=True) if one is SettleOutcome.DONE
+        }
+        assert all(table.state[slot] == SlotState.COMMITTED for slot in done)
+        assert all(small.arena.word(slot).state is SlotState.COMMITTED for slot in done)
+        left = odd in ("stale", "twice")
+        assert (len(session.reserved), session.reserved_bytes) == (left, left * 4096)
+        assert {slot for slot, _ in store.to_seal} >= done

@@ -21,9 +21,11 @@ from kvstore.testing.faults import FaultyTier
 from kvstore.testing.shared_files import FaultyFiles
 from kvstore.tiers.base import Held, Tier
 from kvstore.tiers.block_rows import HEADER_BYTES
-from kvstore.tiers.files import FilesConfig, FilesTier
+from kvstore.tiers.files import FilesTier
+from kvstore.tiers.files_config import FilesConfig
 from kvstore.tiers.files_device import LEAVES, BlockFiles, PlainFiles, leaf_of
 from kvstore.tiers.files_index import FilesIndex
+from kvstore.tiers.quotas import Quotas
 from tests.nvme_fixture import SLOT_BYTES, read, write
 from tests.patience import until
 
@@ -273,7 +275,7 @@ def test_names_that_are_no_blocks_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_listing_that_began_before_a_write_says_nothing_of_what_is_gone() -> None:
-    index = FilesIndex()
+    index = FilesIndex(Quotas().book("files"))
     one, two = (Held(ROOT, block(n).header.name, SLOT_BYTES) for n in (1, 2))
     assert index.add(one)
     assert not index.add(one)

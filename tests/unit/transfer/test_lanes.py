@@ -46,6 +46,33 @@ async def test_urgent_lanes_go_first_and_in_order() -> None:
     await one.lanes.close()
 
 
+async def test_what_somebody_waits_for_now_overtakes() -> None:
+    one = Carrier()
+    one.lanes.submit(Lane.LOAD, [(0, BATCH_BYTES), (1, BATCH_BYTES)])  # both places
+    one.lanes.submit(Lane.PREFETCH, [(10 + n, BATCH_BYTES) for n in range(4)])
+    assert one.lanes.hurry(Lane.PREFETCH, Lane.LOAD, {11, 13}.__contains__) == 2
+    assert one.lanes.waiting(Lane.PREFETCH) == 2
+    assert one.lanes.unfinished_bytes(Lane.PREFETCH) == 2 * BATCH_BYTES
+    assert one.lanes.hurry(Lane.PREFETCH, Lane.LOAD, {11, 13}.__contains__) == 0
+    one.lanes.submit(Lane.LOAD, [(2, BATCH_BYTES)])
+    await asyncio.sleep(0)
+    for _ in range(5):
+        await one.end_one()
+    assert [items[0] for _, items in one.begun] == [0, 1, 11, 13, 2, 10, 12]
+    await one.end_one()
+    assert one.lanes.unfinished_bytes(Lane.PREFETCH) == BATCH_BYTES
+    await one.lanes.close()
+
+
+async def test_no_more_overtake_than_there_is_room_for() -> None:
+    one = Carrier()
+    one.lanes.submit(Lane.LOAD, [(0, BATCH_BYTES), (1, BATCH_BYTES)])
+    one.lanes.submit(Lane.PREFETCH, [(10 + n, BATCH_BYTES) for n in range(6)])
+    assert one.lanes.hurry(Lane.PREFETCH, Lane.WRITE_BACK, lambda item: True) == 4
+    assert one.lanes.waiting(Lane.PREFETCH) == 2
+    await one.lanes.close()
+
+
 async def test_write_backs_never_take_the_last_place() -> None:
     one = Carrier()
     for number in range(4):

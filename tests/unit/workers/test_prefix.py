@@ -92,7 +92,7 @@ async def test_a_fetch_asks_for_what_own_pages_lack() -> None:
     assert await it.store.fetch(it.run, it.link) == 1  # type: ignore[arg-type]
     assert it.link.asked == {
         "names": 3, "pages": it.run.pages[1:4], "usable": 3, "first_block": 1, "reserve": 3,
-        "recompute_ms": 0.0,
+        "recompute_ms": 0.0, "kind": "", "depth_cost": 0.0,
     }  # fmt: skip
     assert it.run.stored == 3, "one found, one reserved, then a gap"
 

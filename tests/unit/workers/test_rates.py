@@ -1,5 +1,13 @@
 import pytest
-from kvworkers.engine.rates import RateFit
+from kvworkers.engine.rates import RateFit, Rates
+
+
+def test_what_depth_costs_is_a_share_of_the_first_block() -> None:
+    rates = Rates(prefill_linear_s=8e-5, prefill_quadratic_s=1e-6)
+    first, second = rates.prefill_ms(16, 0), rates.prefill_ms(16, 16)
+    assert rates.depth_cost == pytest.approx(second / first - 1)
+    assert Rates().depth_cost == 0.0
+    assert Rates(prefill_quadratic_s=1e-6).depth_cost == pytest.approx(2.0)
 
 
 def test_the_fit_finds_both_coefficients() -> None:

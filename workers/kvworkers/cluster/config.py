@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from kvstore.cli.values import Address
+from kvstore.cli.values import Address, parse_bytes
 from kvstore.core.errors import BadInput
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
+from kvstore.tiers.quotas import QuotaRule, Quotas
 
 MAX_WORKERS: Final = 1_024
 """Workers of one cluster: what a router's view is laid out for."""
@@ -61,6 +62,8 @@ class ClusterConfig:
     nvme_bytes: int = 0
     files: Path | None = None
     files_bytes: int = 0
+    quotas: tuple[str, ...] = ()
+    """What share domains and roots may hold on each node, as `--quota` of `kvstore node` has it."""
     cluster_key: Path | None = None
     trace: str = ""
     events_redis: str = ""
@@ -105,6 +108,7 @@ class ClusterConfig:
             files_bytes=self.files_bytes,
             policy=self.policy,
         )
+        Quotas([QuotaRule.parse(rule, parse_bytes) for rule in self.quotas])
 
     def _check_addresses(self) -> None:
         security = load_security(self.security)
@@ -176,6 +180,7 @@ class ClusterConfig:
                     name: Path(fields[name]) if fields[name] else None
                     for name in ("nvme", "files", "cluster_key", "security")
                 },
+                quotas=tuple(fields.get("quotas", ())),
                 http=Address.parse(fields["http"]),
                 grpc=Address.parse(fields["grpc"]),
             )

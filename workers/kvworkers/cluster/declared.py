@@ -46,6 +46,12 @@ def _address(value: Any) -> Address:
     return Address.parse(_text(value))
 
 
+def _quotas(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list of rules")
+    return tuple(_text(rule) for rule in value)
+
+
 Reader = Callable[[Any], Any]
 
 KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
@@ -70,6 +76,7 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "nodes.nvme_bytes": ("nvme_bytes", _size),
     "nodes.files": ("files", _text),
     "nodes.files_bytes": ("files_bytes", _size),
+    "nodes.quotas": ("quotas", _quotas),
     "frontends.count": ("frontends", _integer),
     "frontends.http": ("http", _address),
     "frontends.grpc": ("grpc", _address),
@@ -85,6 +92,7 @@ FLAGS: Final[Mapping[str, str]] = {
     "--security": "security", "--nvme-bytes": "nodes.nvme_bytes", "--nvme": "nodes.nvme",
     "--policy": "nodes.policy", "--files-bytes": "nodes.files_bytes", "--files": "nodes.files",
     "--cluster-key-file": "cluster_key", "--events-redis": "events_redis",
+    "--quota": "nodes.quotas",
 }  # fmt: skip
 """What the same value is called on the command line, in the messages of `ClusterConfig`."""
 

@@ -110,6 +110,8 @@ class NodeShell(Shell):
             flags += ["--nvme-bytes", str(config.nvme_bytes)]
         if config.files is not None:
             flags += ["--files", str(config.files), "--files-bytes", str(config.files_bytes)]
+        for rule in config.quotas:
+            flags += ["--quota", rule]
         return tuple(flags)
 
     @property

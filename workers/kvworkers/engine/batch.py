@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from kvstore.core.limits import BLOCK_TOKENS
@@ -21,7 +22,7 @@ def build_step(works: Sequence[Work]) -> StepInputs:
     starts = [0]
     sample_rows: list[int] = []
     width = max(_pages_used(work) for work in works)
-    tables = torch.zeros((len(works), width), dtype=torch.int32)
+    tables = np.zeros((len(works), width), dtype=np.int32)
     for row, work in enumerate(works):
         pages, end = work.sequence.pages, work.start + work.count
         tokens.extend(work.sequence.tokens[work.start : end])
@@ -31,7 +32,7 @@ def build_step(works: Sequence[Work]) -> StepInputs:
             for at in range(work.start, end)
         )
         used = _pages_used(work)
-        tables[row, :used] = torch.tensor(pages[:used], dtype=torch.int32)
+        tables[row, :used] = pages[:used]
         starts.append(len(tokens))
         if work.samples:
             sample_rows.append(len(tokens) - 1)
@@ -39,7 +40,7 @@ def build_step(works: Sequence[Work]) -> StepInputs:
         tokens=torch.tensor(tokens, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
-        block_tables=tables,
+        block_tables=torch.from_numpy(tables),
         context_lengths=torch.tensor([w.start + w.count for w in works], dtype=torch.int32),
         query_starts=torch.tensor(starts, dtype=torch.int32),
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64),

@@ -120,7 +120,7 @@ class StoreLink:
 
     async def load(
         self, names: Sequence[BlockName], pages: Sequence[int], *, usable: int, first_block: int,
-        reserve: int, recompute_ms: float = 0.0,
+        reserve: int, recompute_ms: float = 0.0, kind: str = "", depth_cost: float = 0.0,
     ) -> LoadResult:  # fmt: skip
         """Copy the longest cached prefix of `names` into `pages`, at most `usable` blocks.
 
@@ -137,6 +137,8 @@ class StoreLink:
                 deadline_ms=self._config.call_ms,
                 pending_ms=patience_ms,
                 first_block=first_block,
+                kind=kind,
+                depth_cost=depth_cost,
             )
         except KvStoreError as error:
             result.reason = self._failed("acquire", error)
@@ -202,10 +204,12 @@ class StoreLink:
         """Copy slots into pages; return how many, from the first, surely hold their blocks."""
         if not refs:
             return 0
+        arena = self._arena(refs[0])
+        refs = refs[: self._mover.reachable(arena, [ref.offset for ref in refs])]
+        if not refs:
+            return 0
         began = self._loop.time()
-        await self._mover.load(
-            self._arena(refs[0]), [ref.offset for ref in refs], pages[: len(refs)]
-        )
+        await self._mover.load(arena, [ref.offset for ref in refs], pages[: len(refs)])
         self._metrics.move_seconds.labels("load").observe(self._loop.time() - began)
         # Only now: a slot that was given to another name meanwhile has another generation.
         good = next((i for i, ref in enumerate(refs) if not self._client.still(ref)), len(refs))
@@ -256,11 +260,26 @@ class StoreLink:
                 lease = got.lease
                 writes += [(job.pages[entry.index], entry.slot) for entry in got.reserved]
                 reserved += [entry.slot for entry in got.reserved]
-            await self._write(writes)
+            kept, left = self._reached(writes)
+            await self._write(kept)
         except BaseException:
             self._owe(reserved)
             raise
-        await self._settle(writes, job.aborts, lease, job.kept)
+        await self._settle(kept, [*job.aborts, *left], lease, job.kept)
+
+    def _reached(
+        self, writes: Sequence[tuple[int, SlotRef]]
+    ) -> tuple[list[tuple[int, SlotRef]], list[SlotRef]]:
+        """Part writes into those that the mover can do now and slots to be given back."""
+        kept: list[tuple[int, SlotRef]] = []
+        left: list[SlotRef] = []
+        arena = self._arena(writes[0][1]) if writes else memoryview(b"")
+        for page, slot in writes:
+            if self._mover.reachable(arena, [slot.offset]):
+                kept.append((page, slot))
+            else:
+                left.append(slot)
+        return kept, left
 
     def _arena(self, ref: SlotRef) -> memoryview:
         """Return the arena's memory; raises `SessionLost` for a slot of an earlier arena."""

@@ -29,7 +29,7 @@ from kvworkers.engine.output import FirstTokens, Output, OutputStream
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter
-from kvworkers.engine.sampling import Sampled, Sampler
+from kvworkers.engine.sampling import Sampled, Sampler, sample_rows
 from kvworkers.engine.scheduler import Scheduler, Work
 from kvworkers.engine.sequence import FinishReason, Request
 from kvworkers.engine.sequence import Sequence as Run
@@ -275,11 +275,11 @@ class Engine:
     def _forward(self, works: Sequence[Work], samplers: Sequence[Sampler]) -> list[Sampled | None]:
         """Run on the compute thread; None for a row whose logits are not finite."""
         logits = self._model.forward(build_step(works), self._pages)
+        if logits.device.type == "cuda" and not samplers:
+            # A step counts when it is computed: its pages may be copied out from then on.
+            torch.cuda.current_stream(logits.device).synchronize()
         ends = [work.start + work.count for work in works if work.samples]
-        return [
-            sampler.sample(row, position=end) if bool(torch.isfinite(row).all()) else None
-            for sampler, row, end in zip(samplers, logits, ends, strict=True)
-        ]
+        return sample_rows(samplers, logits, ends)
 
     def _apply(self, active: _Active, work: Work, sampled: Sampled | None) -> None:
         run, now_ms = active.run, self._now_ms()

@@ -58,7 +58,8 @@ class PrefixStore:
         started, own = time.monotonic(), run.hbm_blocks
         names = run.names[own : run.prompt_blocks]
         usable = run.hit_limit - own
-        recompute_ms = self._rates().prefill_ms(usable * BLOCK_TOKENS, own * BLOCK_TOKENS)
+        rates = self._rates()
+        recompute_ms = rates.prefill_ms(usable * BLOCK_TOKENS, own * BLOCK_TOKENS)
         try:
             with under(run.request.traceparent):
                 result = await link.load(
@@ -68,6 +69,8 @@ class PrefixStore:
                     first_block=own,
                     reserve=len(names) if run.keeps else 0,
                     recompute_ms=recompute_ms,
+                    kind=run.request.kind,
+                    depth_cost=rates.depth_cost,
                 )
         except Exception:  # task boundary: without the cache the prompt is computed
             _log.exception("loading failed")

@@ -10,6 +10,8 @@ Older steps fade, so the fit follows the machine (a noisy neighbour, a clock cha
 from dataclasses import dataclass
 from typing import Final
 
+from kvstore.core.limits import BLOCK_TOKENS
+
 _FADE: Final = 0.98
 """Weight that a step loses with each later one: about 50 steps of memory."""
 _SMOOTH: Final = 0.2
@@ -29,6 +31,15 @@ class Rates:
         """Return the milliseconds to compute `tokens` from `position` on; 0 where not measured."""
         depth = position + tokens / 2
         return 1_000 * tokens * (self.prefill_linear_s + self.prefill_quadratic_s * depth)
+
+    @property
+    def depth_cost(self) -> float:
+        """What a block costs more for each block before it, as a share of the first one's cost.
+
+        0 where not measured; 2 at most, where only what is looked back on costs.
+        """
+        first = self.prefill_linear_s + self.prefill_quadratic_s * BLOCK_TOKENS / 2
+        return BLOCK_TOKENS * self.prefill_quadratic_s / first if first > 0 else 0.0
 
 
 class RateFit:

@@ -227,11 +227,14 @@ class Scheduler:
         if not sequence.keeps:
             return
         first, last = sequence.published, sequence.full_blocks
-        for block in range(first, last):
-            key = PageKey(sequence.root, sequence.names[block])
-            parent = PageKey(sequence.root, sequence.names[block - 1]) if block else None
-            self._pool.publish(
-                sequence.pages[block], key, position=block, now_ms=now_ms, parent=parent
+        if last > first:
+            root, names = sequence.root, sequence.names
+            self._pool.publish_run(
+                sequence.pages[first:last],
+                [PageKey(root, name) for name in names[first:last]],
+                position=first,
+                now_ms=now_ms,
+                parent=PageKey(root, names[first - 1]) if first else None,
             )
         self._forget_computing(sequence, first, last)
         sequence.published = max(first, last)

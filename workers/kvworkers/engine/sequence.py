@@ -17,6 +17,7 @@ from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES
 from kvstore.core.names import BlockName, ExtraKey, Root, chain
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
+from kvstore.rpc.convert import check_id
 from kvworkers.engine.sampling import SamplingParams
 
 
@@ -56,6 +57,8 @@ class Request:
     """Compute as usual, keep nothing: neither in the store nor as cached pages."""
     no_read: bool = False
     """Ignore every cache, the worker's own pages included."""
+    kind: str = ""
+    """What sort of request it is, where the caller tells; evidence for the node's policy."""
     cache_salt: bytes = b""
     deadline_ms: int = 0
     """Of the whole request, from its arrival; 0: none."""
@@ -71,6 +74,7 @@ class Request:
             raise TooLarge(
                 f"cache_salt has {len(self.cache_salt)} bytes; {MAX_EXTRA_KEY_BYTES} allowed"
             )
+        check_id(self.kind, "kind")
         if self.deadline_ms < 0:
             raise BadInput(f"deadline_ms must not be negative, got {self.deadline_ms}")
 

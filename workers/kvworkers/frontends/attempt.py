@@ -14,6 +14,8 @@ from kvstore.rpc.v1 import worker_pb2, worker_pb2_grpc
 
 LOOK_SECONDS: Final = 0.5
 """How often a silent call is held against its worker's heartbeat."""
+_ABORTED: Final = "abort"
+"""What a worker that stops says of requests it had no time to finish: no end that a user gets."""
 
 
 async def attempt(
@@ -42,6 +44,8 @@ async def attempt(
             reply = reading.result()
             if reply is None:
                 raise Unreachable("the worker's stream ended before its reply did")
+            if reply.finish_reason == _ABORTED:
+                raise Unreachable("the worker ended the request before its reply was done")
             yield reply
             if reply.finish_reason:
                 return

@@ -86,6 +86,7 @@ class Generation:
     sampling: SamplingChoice = field(default_factory=SamplingChoice)
     stop: tuple[str, ...] = ()
     no_store: bool = False
+    kind: str = ""
     no_read: bool = False
     cache_salt: bytes = b""
     deadline_ms: int = 0

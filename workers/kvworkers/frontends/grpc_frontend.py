@@ -75,6 +75,7 @@ def generation_of(request: inference_pb2.GenerateRequest) -> Generation:
         sampling=_sampling(request.sampling),
         stop=tuple(request.stop),
         no_store=request.no_store,
+        kind=request.kind,
         no_read=request.no_read,
         cache_salt=request.cache_salt.encode(),
         deadline_ms=request.deadline_ms,

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from kvstore.core.errors import KvStoreError, TooLarge
+from kvstore.core.errors import BadInput, KvStoreError, TooLarge
 from kvstore.observe.tracing import HEADER, checked
 from kvstore.rpc.gate import Gate
 from kvworkers.frontends.access import Access, caller_of
@@ -24,6 +24,8 @@ from kvworkers.frontends.replies import Started, begin, whole
 from kvworkers.frontends.running import Running
 from kvworkers.frontends.tenancy import for_tenant
 
+BODY_S: Final = 30.0
+"""How long a body may take: 8 MiB come in that over 2.3 Mbit/s."""
 CLIENT_CLOSED: Final = 499
 """What a log shows for a request whose client went away; nobody receives it."""
 
@@ -207,12 +209,16 @@ async def _gone(request: Request) -> None:
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    """Return the body; raises `TooLarge` as soon as it is over the limit."""
+    """Return the body; raises `TooLarge` over the limit, `BadInput` where it does not arrive."""
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise TooLarge(f"the body is over {limit} bytes")
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise TooLarge(f"the body is over {limit} bytes")
+    except TimeoutError as error:
+        raise BadInput(f"the body did not arrive within {BODY_S:g} s") from error
     return bytes(body)
 
 

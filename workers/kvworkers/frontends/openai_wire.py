@@ -1,7 +1,7 @@
 """OpenAI's chat wire format: what comes in, checked, and what goes out. Pure.
 
 Ours besides: in a request `top_k`, `ignore_eos`, `stop_token_ids` and an object `kvstore` with
-`no_store`, `no_read` and `cache_salt`; in the reply or its last chunk the object of `extension`.
+`no_store`, `no_read`, `kind`, `cache_salt`; in the reply or its last chunk that of `extension`.
 """
 
 from collections.abc import Sequence
@@ -84,6 +84,7 @@ class CacheOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     no_store: bool = False
+    kind: str = ""
     no_read: bool = False
     cache_salt: str = ""
 
@@ -129,6 +130,7 @@ class ChatBody(BaseModel):
             sampling=self._sampling(),
             stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or []),
             no_store=self.kvstore.no_store,
+            kind=self.kvstore.kind,
             no_read=self.kvstore.no_read,
             cache_salt=self.kvstore.cache_salt.encode(),
         )

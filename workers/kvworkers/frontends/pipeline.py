@@ -281,6 +281,7 @@ class Pipeline:
             sampling=request.sampling.to_proto(running.max_tokens - len(running.output)),
             share_domain=self._config.share_domain,
             no_store=request.no_store,
+            kind=request.kind,
             no_read=request.no_read,
             cache_salt=request.cache_salt,
             deadline_ms=max(1, int(running.left_s * 1_000)),

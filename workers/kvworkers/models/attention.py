@@ -39,14 +39,18 @@ _running: ContextVar[RunningStep] = ContextVar("kvstore_running_step")
 
 
 @contextmanager
-def running(step: StepInputs, pages: Tensor) -> Iterator[None]:
-    """Make `step` the one that attention calls in this context belong to."""
-    plan = ops.plan_attention(
-        step.block_tables,
-        step.context_lengths,
-        step.query_starts,
-        device_type=pages.device.type,
-    )
+def running(step: StepInputs, pages: Tensor, plan: AttentionPlan | None = None) -> Iterator[None]:
+    """Make `step` the one that attention calls in this context belong to.
+
+    `plan` is the step's where the caller has one that outlives it (a captured graph's).
+    """
+    if plan is None:
+        plan = ops.plan_attention(
+            step.block_tables,
+            step.context_lengths,
+            step.query_starts,
+            device_type=pages.device.type,
+        )
     token = _running.set(RunningStep(step, pages, plan))
     try:
         yield

@@ -5,16 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from kvkernels import ops
+from kvkernels.plans import AttentionPlan
 from torch import Tensor
 
 from kvstore.core.errors import BadInput
 from kvworkers.models import attention
 from kvworkers.models.spec import ModelSpec, read_spec
 from kvworkers.models.step import StepInputs
+
+if TYPE_CHECKING:
+    from kvworkers.models.graphs import StepGraphs
 
 
 @dataclass(slots=True)
@@ -25,6 +29,8 @@ class LoadedModel:
     device: torch.device
     module: Any
     """The transformers model, attention set to `kvstore_paged`."""
+    graphs: "StepGraphs | None" = None
+    """Captured steps over one pool; None until `capture`, and always on a CPU."""
 
     def new_pool(self, pages: int) -> Tensor:
         """Return a zeroed page pool, uint8 [pages, block_bytes], on the model's device."""
@@ -50,7 +56,27 @@ class LoadedModel:
             vocab_size=self.spec.vocab_size,
             max_model_tokens=self.spec.max_model_tokens,
         )
-        with torch.inference_mode(), attention.running(step, pages):
+        with torch.inference_mode():
+            if self.graphs is not None and self.graphs.fits(step, pages):
+                return self.graphs.forward(step)
+            return self._compute(step.on(self.device), pages, None)
+
+    def capture(self, pages: Tensor, *, batch: int, max_pages: int) -> None:
+        """Capture short appends and decode steps of up to `batch` sequences over `pages`.
+
+        Nothing on a CPU. The last of the pages becomes scratch: no sequence may be given it.
+        """
+        if self.device.type != "cuda":
+            return
+        from kvworkers.models.graphs import StepGraphs  # needs triton
+
+        with torch.inference_mode():
+            self.graphs = StepGraphs(self._compute, pages)
+            self.graphs.prepare(batch, max_pages=max_pages)
+
+    def _compute(self, step: StepInputs, pages: Tensor, plan: AttentionPlan | None) -> Tensor:
+        """Run the module over a step that lies on the device."""
+        with attention.running(step, pages, plan):
             output = self.module(
                 input_ids=step.tokens.unsqueeze(0),
                 position_ids=step.positions.unsqueeze(0),

@@ -1,6 +1,6 @@
 """The inputs of one step: several sequences' new tokens, flattened into one ragged batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,23 @@ class StepInputs:
     """int32 [S' + 1]: where each sequence's tokens start, and T."""
     sample_rows: Tensor
     """int64 [S]: rows of the batch whose logits are wanted; may be empty."""
+
+    def on(self, device: torch.device) -> "StepInputs":
+        """Return the step with what kernels read on `device`.
+
+        Lengths and starts stay on the host: the attention plan is made from them there, and asking
+        a GPU for them would wait for it.
+        """
+        if device.type == "cpu":
+            return self
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            slots=self.slots.to(device, non_blocking=True),
+            block_tables=self.block_tables.to(device, non_blocking=True),
+            sample_rows=self.sample_rows.to(device, non_blocking=True),
+        )
 
     def check(self, *, pages: int, vocab_size: int, max_model_tokens: int) -> None:
         """Raise `BadInput` naming the field whose values lie outside pool or model.

@@ -137,18 +137,43 @@ class PagePool:
         `parent` is the block before it in its prompt, None for the first.
         On False the page stays private to its holder and becomes free with its last release.
         """
-        assert self._references[page] > 0 and self._keys[page] is None, f"page {page}"
-        policy_key = block_key(key.root, key.name)
-        if key in self._by_key or policy_key in self._by_policy_key:
-            return False
-        self._keys[page] = key
-        self._positions[page] = position
-        self._by_key[key] = page
-        self._by_policy_key[policy_key] = page
+        return self.publish_run([page], [key], position=position, now_ms=now_ms, parent=parent) == 1
+
+    def publish_run(
+        self,
+        pages: Sequence[int],
+        keys: Sequence[PageKey],
+        *,
+        position: int,
+        now_ms: float,
+        parent: PageKey | None = None,
+    ) -> int:
+        """Name held pages that follow one another in a prompt; return how many names were free.
+
+        As `publish` for each, but policies hear of them together: told one by one, they would
+        walk up a long prompt once for each of its blocks.
+        """
         above = None if parent is None else block_key(parent.root, parent.name)
-        self._policy.insert([policy_key], parent=above, now_ms=now_ms)
-        self._changes.append(PageChange(key, deleted=False))
-        return True
+        fresh: list[BlockKey] = []
+        count = 0
+        for index, (page, key) in enumerate(zip(pages, keys, strict=True)):
+            assert self._references[page] > 0 and self._keys[page] is None, f"page {page}"
+            policy_key = block_key(key.root, key.name)
+            if key in self._by_key or policy_key in self._by_policy_key:
+                if fresh:
+                    self._policy.insert(fresh, parent=above, now_ms=now_ms)
+                fresh, above = [], policy_key
+                continue
+            self._keys[page] = key
+            self._positions[page] = position + index
+            self._by_key[key] = page
+            self._by_policy_key[policy_key] = page
+            self._changes.append(PageChange(key, deleted=False))
+            fresh.append(policy_key)
+            count += 1
+        if fresh:
+            self._policy.insert(fresh, parent=above, now_ms=now_ms)
+        return count
 
     def unname(self, pages: Sequence[int]) -> None:
         """Make held pages private to those who hold them; those without a name are left alone."""

@@ -44,6 +44,13 @@ class Mover:
 
         await self._run(copy, arena, offsets, pages)
 
+    def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
+        """Return how many blocks, from the first on, lie where copies can go now: here all."""
+        return len(offsets)
+
+    def forget(self) -> None:
+        """Let go of the arena's mapping: it is about to end, and no copy is running."""
+
     def close(self) -> None:
         """Let the copy in progress end and take no more."""
         self._thread.shutdown(wait=True)

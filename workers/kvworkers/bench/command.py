@@ -1,0 +1,103 @@
+"""The command `kvstore bench worker`; without our CLI: `python -m kvworkers.bench`."""
+
+import asyncio
+import json
+from typing import Any
+
+import click
+import torch
+
+from kvworkers.bench.cases import Cases
+from kvworkers.bench.rig import rig
+from kvworkers.models.random_weights import SHAPES, random_model
+
+
+@click.command(short_help="Measure the worker's engine with a real node beside it.")
+@click.option("--case", "pattern", default="*", metavar="GLOB", help="Only cases like this.")
+@click.option("--model", default="", help=f"One of {', '.join(SHAPES)}; default: by the device.")
+@click.option("--layers", type=int, help="Cut the model's depth.")
+@click.option("--runs", default=20, show_default=True, help="Runs of each case.")
+@click.option("--quick", is_flag=True, help="Five runs of each case.")
+@click.option("--scale", default=0, help="Divide lengths and batches; default: 1 on a GPU, 32.")
+@click.option("--arena-gib", default=0, help="Arena of the node; default: 24 on a GPU, 1.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per case.")
+def worker(as_json: bool, quick: bool, **options: Any) -> int:
+    """Serve a model of random weights and real shape, and time requests to it.
+
+    Times to the first token are the worker's own, from arrival. A ratio to a limit or a peer
+    is above 1 where ours is better.
+    """
+    options["runs"] = 5 if quick else options["runs"]
+    asyncio.run(_measure(as_json, **options))
+    return 0
+
+
+async def _measure(
+    as_json: bool,
+    *,
+    pattern: str,
+    model: str,
+    layers: int | None,
+    runs: int,
+    scale: int,
+    arena_gib: int,
+) -> None:
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    name = model or ("llama-3.1-8b" if gpu else "smollm2-135m")
+    about = torch.cuda.get_device_name() if gpu else "CPU"
+    click.echo(f"{name} with random weights on {about}", err=True)
+    loaded = await asyncio.to_thread(random_model, name, device=device, layers=layers)
+
+    def emit(case: str, value: float, unit: str, **more: Any) -> None:
+        row = _row(case, value, unit, about, name, **more)
+        click.echo(json.dumps(row) if as_json else f"{case:32} {row['value']:12} {unit}")
+
+    scale = scale or (1 if gpu else 32)
+    async with rig(
+        loaded,
+        arena_bytes=(arena_gib or (24 if gpu else 1)) << 30,
+        step_tokens=4_096 // scale if gpu else 512,
+        batch=64 if gpu else 16,
+    ) as running:
+        click.echo(f"{running.pool.pages} pages of {running.pool.block_bytes} bytes", err=True)
+        await Cases(running, emit, pattern=pattern, runs=runs, scale=scale).run()
+
+
+def _row(
+    case: str,
+    value: float,
+    unit: str,
+    device: str,
+    model: str,
+    *,
+    limit: float | None = None,
+    limit_name: str | None = None,
+    peer: float | None = None,
+    peer_name: str | None = None,
+    runs: int | None = None,
+    load_ms: float | None = None,
+) -> dict[str, Any]:
+    """Return a row as DESIGN §8 has it; a time is better when smaller."""
+
+    def ratio(other: float | None) -> float | None:
+        if other is None or value <= 0:
+            return None
+        return round(other / value if unit == "ms" else value / other, 3)
+
+    return {
+        "bench": "worker",
+        "case": case,
+        "value": round(value, 3),
+        "unit": unit,
+        "limit": None if limit is None else round(limit, 3),
+        "limit_name": limit_name,
+        "ratio_to_limit": ratio(limit),
+        "peer": None if peer is None else round(peer, 3),
+        "peer_name": peer_name,
+        "ratio_to_peer": ratio(peer),
+        "runs": runs,
+        "device": device,
+        "model": model,
+        "load_ms": None if load_ms is None else round(load_ms, 3),
+    }

@@ -1,0 +1,149 @@
+"""An engine on a device with a real node beside it, in plain processes, and requests to it."""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from kvstore.client import AsyncClient, ClientConfig
+from kvstore.core.errors import Unreachable
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import pack_tokens
+from kvstore.directory.events import TierKind
+from kvstore.directory.policies import DEFAULT_POLICY, make_policy
+from kvstore.directory.publisher import Publisher
+from kvstore.observe.metrics import WorkerMetrics
+from kvstore.testing.node import start_node
+from kvworkers.engine.cache import StoreConfig, StoreLink
+from kvworkers.engine.engine import Engine
+from kvworkers.engine.output import FirstTokens
+from kvworkers.engine.report import Reporter
+from kvworkers.engine.sampling import SamplingParams
+from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
+from kvworkers.engine.sequence import Request
+from kvworkers.models.loading import LoadedModel
+from kvworkers.pages.pool import PagePool
+from kvworkers.pages.sizing import fit_pages
+from kvworkers.stream.device_mover import DeviceMover, make_mover
+
+_REGISTER_S = 120.0
+_STORED_MS = 60_000
+
+
+@dataclass(slots=True)
+class Reply:
+    """What one request got."""
+
+    tokens: list[int]
+    first: FirstTokens
+    seconds: float
+
+
+@dataclass(slots=True)
+class Rig:
+    """A running engine and what belongs to it."""
+
+    model: LoadedModel
+    engine: Engine
+    pool: PagePool
+    link: StoreLink
+    registry: CollectorRegistry
+    requests: int = 0
+
+    async def ask(
+        self, tokens: list[int], *, out: int = 1, no_read: bool = False, no_store: bool = False
+    ) -> Reply:
+        """Run one request to its end, greedy, whatever the model says."""
+        self.requests += 1
+        request = Request(
+            request_id=f"bench-{self.requests}",
+            tokens=pack_tokens(tokens),
+            sampling=SamplingParams(max_tokens=out, ignore_eos=True),
+            no_read=no_read,
+            no_store=no_store,
+        )
+        began, got, first = time.monotonic(), list[int](), None
+        async with contextlib.aclosing(self.engine.generate(request)) as outputs:
+            async for output in outputs:
+                got += output.tokens
+                first = output.first or first
+        assert first is not None
+        return Reply(got, first, time.monotonic() - began)
+
+    async def stored(self) -> None:
+        """Wait until the node holds what was computed. Raises `Unreachable` when it does not."""
+        if not await self.link.drained(deadline_ms=_STORED_MS):
+            raise Unreachable("blocks were not stored in time")
+        await asyncio.sleep(0)
+
+    def empty_pages(self) -> None:
+        """Drop every cached page of the device; nothing may be running."""
+        pages = self.pool.allocate(self.pool.available, now_ms=time.monotonic() * 1000)
+        assert pages is not None
+        self.pool.release(pages, now_ms=time.monotonic() * 1000)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample of the worker's metrics; 0 where there is none."""
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    def prompt(self, seed: int, count: int) -> list[int]:
+        """Return `count` random tokens; the same for the same seed."""
+        draw = random.Random(seed)
+        return [draw.randrange(self.model.spec.vocab_size) for _ in range(count)]
+
+
+@contextlib.asynccontextmanager
+async def rig(
+    model: LoadedModel, *, arena_bytes: int, step_tokens: int, batch: int, max_pages: int = 0
+) -> AsyncIterator[Rig]:
+    """Start a node, pages as memory allows (at most `max_pages`), and an engine over both."""
+    spec = model.spec
+    pages = await asyncio.to_thread(fit_pages, model, step_tokens=step_tokens)
+    pages = min(pages, max_pages) if max_pages else pages
+    memory = model.new_pool(pages + 1)
+    view = model.page_view(memory)
+    await asyncio.to_thread(model.capture, view, batch=batch, max_pages=256)
+    pool = PagePool(pages, block_bytes=spec.layout.block_bytes, policy=make_policy(DEFAULT_POLICY))
+    publisher = Publisher("bench", 1, [TierKind.HBM], pool)
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    bounds = SchedulerConfig(
+        max_model_tokens=min(spec.max_model_tokens, pages * BLOCK_TOKENS),
+        step_tokens=step_tokens,
+        max_running=batch,
+        max_waiting=1_024,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        node = stack.enter_context(
+            await asyncio.to_thread(start_node, arena_bytes=arena_bytes, deadline_s=120.0)
+        )
+        client = await AsyncClient.connect(
+            node.run_dir,
+            namespace=spec.namespace,
+            payload_bytes=spec.layout.payload_bytes,
+            shares=spec.layout.kv_heads,
+            config=ClientConfig(call_ms=10_000, connect_ms=30_000),
+        )
+        await stack.enter_async_context(client)
+        mover = make_mover(memory)
+        stack.push_async_callback(asyncio.to_thread, mover.close)
+        if isinstance(mover, DeviceMover) and not await asyncio.to_thread(
+            mover.registered, client.arena, deadline_s=_REGISTER_S
+        ):
+            raise Unreachable("the arena could not be registered with CUDA")
+        link = StoreLink(
+            client, mover, metrics,
+            block_bytes=spec.layout.block_bytes, config=StoreConfig(call_ms=2_000),
+        )  # fmt: skip
+        stack.push_async_callback(link.close)
+        engine = Engine(
+            model, view, pool, Scheduler(bounds, pool), Reporter(publisher, metrics),
+            root=lambda: client.root, store=lambda: link,
+        )  # fmt: skip
+        engine.start()
+        stack.push_async_callback(engine.stop, drain_ms=1_000)
+        yield Rig(model, engine, pool, link, registry)

@@ -1,0 +1,135 @@
+"""Decode steps and short appends as captured CUDA graphs: one launch instead of a thousand.
+
+A graph is captured for a padded size and for the longest context it may see, so short contexts
+do not pay for the work list of long ones. Rows beyond the batch write to the pool's last page,
+which no sequence ever gets, and attend to nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
+from torch import Tensor
+
+from kvstore.core.limits import BLOCK_TOKENS
+from kvworkers.models.step import StepInputs
+
+BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+APPENDS: Final = (16, 64, 128, 256, 512)
+"""New tokens of one sequence; longer chunks keep the device busy without a graph."""
+CONTEXT_PAGES: Final = (256, 1_024, 4_096, 8_192)
+"""Pages of the longest sequence: 4k, 16k, 64k and 128k tokens."""
+
+Plan = ReplayedDecode | ReplayedAppend
+Compute = Callable[[StepInputs, Tensor, Plan], Tensor]
+"""Logits fp32 of the sampled rows of a step whose plan is given."""
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    step: StepInputs
+    plan: Plan
+    logits: Tensor
+
+
+class StepGraphs:
+    """The graphs of one model over one pool; captured when first needed. For one thread."""
+
+    def __init__(self, compute: Compute, pages: Tensor) -> None:
+        """`pages` as `page_view` gives them; the last one is scratch."""
+        self._compute = compute
+        self._pages = pages
+        self._scratch = (pages.shape[0] - 1) * BLOCK_TOKENS
+        self._captured: dict[tuple[bool, int, int], _Captured] = {}
+        self._memory: Any = None
+
+    def fits(self, step: StepInputs, pages: Tensor) -> bool:
+        """Say whether `step` over this pool is a decode step or one short append, small enough."""
+        rows, tokens = step.context_lengths.shape[0], step.tokens.shape[0]
+        return (
+            pages.data_ptr() == self._pages.data_ptr()
+            and rows == step.sample_rows.shape[0]
+            and step.block_tables.shape[1] <= CONTEXT_PAGES[-1]
+            and (tokens == rows <= BATCHES[-1] or (rows == 1 and tokens <= APPENDS[-1]))
+        )
+
+    def prepare(self, batches: int, *, max_pages: int) -> None:
+        """Capture every padded size up to `batches` sequences, for contexts of `max_pages`."""
+        for tokens in APPENDS:
+            self._of(False, tokens, max_pages)
+        for size in BATCHES:
+            self._of(True, size, max_pages)
+            if size >= batches:
+                return
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """Replay; returns logits fp32 [rows, vocab], valid until the next call.
+
+        `step` lies on the host; row i of the result is sequence i.
+        """
+        rows, width = step.block_tables.shape
+        tokens = step.tokens.shape[0]
+        captured = self._of(tokens == rows, tokens, width)
+        into, plan = captured.step, captured.plan
+        numbers = torch.zeros(4, into.tokens.shape[0], dtype=torch.int64).pin_memory()
+        numbers[0, :tokens] = step.tokens
+        numbers[1, :tokens] = step.positions
+        numbers[2] = self._scratch
+        numbers[2, :tokens] = step.slots
+        if isinstance(plan, ReplayedDecode):
+            numbers[3, :rows] = step.context_lengths
+        else:
+            numbers[3, 0], numbers[3, 1] = int(step.context_lengths[0]), tokens
+            into.sample_rows.fill_(tokens - 1)
+        there = numbers.to(self._pages.device, non_blocking=True)
+        into.tokens.copy_(there[0])
+        into.positions.copy_(there[1])
+        into.slots.copy_(there[2])
+        plan.contexts.copy_(there[3, : plan.contexts.shape[0]])
+        tables = step.block_tables.pin_memory().to(self._pages.device, non_blocking=True)
+        plan.tables[:rows, :width].copy_(tables)
+        captured.graph.replay()
+        return captured.logits[:rows]
+
+    def _of(self, decode: bool, tokens: int, width: int) -> _Captured:
+        size = next(padded for padded in (BATCHES if decode else APPENDS) if padded >= tokens)
+        longest = next(pages for pages in CONTEXT_PAGES if pages >= width)
+        found = self._captured.get((decode, size, longest))
+        if found is None:
+            found = self._captured[decode, size, longest] = self._capture(decode, size, longest)
+        return found
+
+    def _capture(self, decode: bool, tokens: int, longest: int) -> _Captured:
+        device = self._pages.device
+        plan: Plan = (
+            ReplayedDecode(tokens, longest, device)
+            if decode
+            else ReplayedAppend(tokens, longest, device)
+        )
+        rows = tokens if decode else 1
+        each = torch.arange(rows, device=device)
+        step = StepInputs(
+            tokens=torch.zeros(tokens, dtype=torch.int64, device=device),
+            positions=torch.zeros(tokens, dtype=torch.int64, device=device),
+            slots=torch.full((tokens,), self._scratch, dtype=torch.int64, device=device),
+            block_tables=plan.tables,
+            context_lengths=plan.contexts[:rows],
+            query_starts=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            sample_rows=each,
+        )
+        plan.tables.fill_(self._pages.shape[0] - 1)
+        # Twice outside: kernels are compiled and the plan's work list is made by the first call.
+        for _ in range(2):
+            self._compute(step, self._pages, plan)
+            plan.cut()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads copy blocks meanwhile; their calls are no part of this.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            plan.cut()
+            logits = self._compute(step, self._pages, plan)
+        self._memory = graph.pool()
+        return _Captured(graph, step, plan, logits)
