@@ -4,11 +4,12 @@ python vllm_process.py MODEL CONNECTOR_CONFIG_OR_-
 → {"prompts": [[token, …], …], "max_tokens": 8}    ← {"replies": [{"tokens", "cached", "s"}, …]}
 """
 
+# pyright: reportMissingImports=false
 import json
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 
 def main() -> None:
@@ -30,10 +31,14 @@ def main() -> None:
         model, dtype="float32", block_size=32, enforce_eager=True, max_model_len=4096,
         disable_log_stats=False, seed=0, **extra,
     )  # fmt: skip
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    say(replies, {"ready": True})
     for line in sys.stdin:
-        answer = serve(engine, json.loads(line))
-        print(json.dumps(answer), file=replies, flush=True)
+        say(replies, serve(engine, json.loads(line)))
+
+
+def say(replies: TextIO, answer: dict[str, Any]) -> None:
+    replies.write(json.dumps(answer) + "\n")
+    replies.flush()
 
 
 def serve(engine: Any, order: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 Thin on purpose: it turns vLLM's objects into plain ones for `scheduler_side` and `worker_side`.
 """
 
+# vLLM lives in another environment than the tools that read this.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -4,6 +4,9 @@ Which layout a CPU's attention uses depends on its instruction set. The kernel t
 cache is run once on known values, so that a layout that we do not know is refused, not misread.
 """
 
+# vLLM lives in another environment than the tools that read this.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from collections.abc import Mapping
 from typing import Any, Final
 

@@ -1,5 +1,8 @@
 """What the connector counts, through vLLM's own log and Prometheus page."""
 
+# vLLM lives in another environment than the tools that read this.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from collections import Counter
 from typing import Any, Final
 
@@ -28,7 +31,7 @@ class KvStoreStats(KVConnectorStats):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Start again from nothing."""
-        self.data = {}
+        self.data: dict[str, Any] = {}
 
     def aggregate(self, other: KVConnectorStats) -> "KvStoreStats":
         """Add another's sums."""
