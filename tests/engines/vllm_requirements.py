@@ -1,4 +1,4 @@
-"""Print what vLLM's wheel in a directory requires, without what does not import beside torch on CPU.
+"""Print what vLLM's wheel requires, without what does not import beside torch's CPU build.
 
 python vllm_requirements.py DIRECTORY > requirements.txt
 """
