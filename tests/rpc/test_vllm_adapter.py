@@ -1,0 +1,187 @@
+"""The adapter's two halves against a real node, driven as vLLM's scheduler and worker do."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvstore import Namespace
+from kvstore.adapters.vllm.link import NodeLink
+from kvstore.adapters.vllm.pages import EnginePages
+from kvstore.adapters.vllm.scheduler_side import SchedulerSide, StepPlan
+from kvstore.adapters.vllm.settings import Settings
+from kvstore.adapters.vllm.worker_side import WorkerSide
+from kvstore.core.layout import BlockLayout, Codec
+from kvstore.testing.node import RunningNode, start_node
+
+LAYOUT = BlockLayout(layers=2, kv_heads=3, head_dim=8, codec=Codec.RAW32)
+MODEL = Namespace(weights_digest="w", kv_dtype="float32", layers=2, kv_heads=3, head_dim=8)
+PROMPT = list(range(100))
+
+
+@dataclass
+class Request:
+    """The parts of vLLM's request that the adapter reads."""
+
+    request_id: str
+    prompt_token_ids: list[int] = field(default_factory=lambda: list(PROMPT))
+    cache_salt: str | None = None
+    lora_request: Any = None
+    mm_features: Any = None
+    prompt_embeds: Any = None
+
+    @property
+    def all_token_ids(self) -> list[int]:
+        return self.prompt_token_ids
+
+
+class Engine:
+    """One engine's two halves over pages of its own."""
+
+    def __init__(self, run_dir: str, seed: int) -> None:
+        dice = np.random.default_rng(seed)
+        self.layers = [dice.integers(0, 1 << 30, (8, 3, 32, 16), np.int32) for _ in range(2)]
+        settings = Settings(run_dir=run_dir, call_ms=200, load_ms=500, circuit_ms=200)
+        self.link = NodeLink(settings, MODEL, LAYOUT, name="test")
+        self.scheduler = SchedulerSide(self.link, block_tokens=32)
+        self.worker = WorkerSide(self.link, EnginePages(self.layers, LAYOUT, tile=32))
+
+    def step(self, progress: list[tuple[str, int]], blocks: list[int]) -> StepPlan:
+        plan = self.scheduler.step(
+            progress, blocks_of=lambda _: blocks, preempted=(), scheduled_tokens=len(progress)
+        )
+        self.worker.preempted(plan.preempted)
+        for load in plan.loads:
+            self.worker.load(load)
+        for store in plan.stores:
+            self.worker.store(store)
+        return plan
+
+    def matched(self, request: Request) -> int:
+        answers: list[int | None] = []
+
+        def answered() -> bool:
+            answers.append(self.scheduler.matched(request, 0)[0])
+            return answers[-1] is not None
+
+        until(answered)
+        assert answers[-1] is not None
+        return answers[-1]
+
+    def compute_and_store(self, name: str, blocks: list[int]) -> None:
+        self.matched(Request(name))
+        self.step([(name, 100)], blocks)
+        if self.scheduler.finished(name):
+            until(lambda: name in self.worker.ended({name})[0])
+
+    def load(self, request: Request, blocks: list[int]) -> set[int]:
+        """Load what was found; return the engine's blocks that could not be loaded."""
+        tokens = self.matched(request)
+        self.scheduler.allocated(request, blocks, tokens)
+        self.step([], blocks)
+        until(lambda: request.request_id in self.worker.ended(set())[1])
+        bad = self.worker.bad_blocks()
+        self.scheduler.loads_ended([request.request_id], bad)
+        return bad
+
+    def close(self) -> None:
+        self.link.close()
+        self.worker.close()
+
+
+def until(true: Callable[[], bool], seconds: float = 8.0) -> None:
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends, "it did not come about in time"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[RunningNode]:
+    with start_node(arena_bytes=16 << 20) as running:
+        yield running
+
+
+@pytest.fixture
+def engines(node: RunningNode) -> Iterator[tuple[Engine, Engine]]:
+    both = Engine(str(node.run_dir), 1), Engine(str(node.run_dir), 2)
+    until(lambda: all(engine.link.usable for engine in both))
+    yield both
+    for engine in both:
+        engine.close()
+
+
+def test_one_engine_loads_what_another_stored(engines: tuple[Engine, Engine]) -> None:
+    one, two = engines
+    one.compute_and_store("a", [5, 2, 7, 1])
+    assert two.matched(Request("b")) == 96
+    salted = Request("s", cache_salt="tenant")
+    assert two.matched(salted) == 0, "another salt is another name"
+    assert two.load(Request("b"), [0, 3, 6, 4]) == set()
+    for ours, theirs in zip(one.layers, two.layers, strict=True):
+        assert np.array_equal(ours[[5, 2, 7]], theirs[[0, 3, 6]])
+        assert not np.array_equal(ours[1], theirs[4]), "a partial block has no name"
+    assert two.worker.take_counts()["loaded_blocks_dram"] == 6
+    assert two.scheduler.sources(Request("b"), 96) != {}
+    assert two.scheduler.finished("b") is False, "what was loaded is not stored again"
+
+
+def test_a_request_that_its_tokens_do_not_name_is_left_alone(
+    engines: tuple[Engine, Engine],
+) -> None:
+    one, _ = engines
+    for request in (Request("l", lora_request=1), Request("m", mm_features=[1])):
+        assert one.scheduler.matched(request, 0) == (0, False)
+        assert one.step([(request.request_id, 100)], [0, 1, 2, 3]).stores == []
+
+
+def test_a_cut_off_store_is_not_committed(engines: tuple[Engine, Engine]) -> None:
+    one, two = engines
+    request = Request("p", prompt_token_ids=list(range(500, 600)))
+    one.matched(request)
+    one.link.submit(_hold(0.2)).done()
+    plan = one.scheduler.step(
+        [("p", 100)], blocks_of=lambda _: [0, 1, 2, 3], preempted=(), scheduled_tokens=1
+    )
+    one.worker.store(plan.stores[0])
+    one.worker.preempted(["p"])
+    until(lambda: "p" in one.worker.ended({"p"})[0])
+    assert two.matched(Request("q", prompt_token_ids=list(range(500, 600)))) == 0
+
+
+async def _hold(seconds: float) -> None:
+    time.sleep(seconds)  # noqa: ASYNC251 — the loop itself is held up, as by a busy processor
+
+
+def test_a_node_that_hangs_between_the_answer_and_the_load_costs_a_recompute(
+    node: RunningNode, engines: tuple[Engine, Engine]
+) -> None:
+    one, two = engines
+    one.compute_and_store("a", [5, 2, 7, 1])
+    request = Request("k")
+    assert two.matched(request) == 96
+    node.signal_node(signal.SIGSTOP)
+    try:
+        bad = two.load(request, [0, 3, 6, 4])
+        assert bad == {0, 3, 6}
+        assert two.matched(request) == 0, "a load that failed is not tried again"
+        assert two.scheduler.matched(Request("later"), 0) == (0, False), "nobody waits"
+    finally:
+        node.signal_node(signal.SIGCONT)
+    until(lambda: two.link.usable)
+    assert two.load(Request("again"), [0, 3, 6, 4]) == set()
+
+
+def test_an_engine_without_a_node_goes_on_and_uses_it_when_it_comes(tmp_path: Any) -> None:
+    lonely = Engine(str(tmp_path / "nobody"), 3)
+    try:
+        assert lonely.scheduler.matched(Request("a"), 0) == (0, False)
+        assert lonely.step([("a", 100)], [0, 1, 2, 3]).stores == []
+        assert lonely.scheduler.finished("a") is False
+        until(lambda: sum(lonely.link.failures.values()) > 0)
+    finally:
+        lonely.close()
