@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Every source is parsed: seconds on a busy machine.
+pytestmark = pytest.mark.timeout(90)
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kvstore", "workers/kvworkers", "kernels/kvkernels")
 GENERATED = "kvstore/rpc/v1/"
