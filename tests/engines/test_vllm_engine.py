@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 from kvworkers.models.provision import ensure_model
 
+from kvstore import Client, Namespace
+from kvstore.directory.events import TierKind
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
 
 PYTHON = os.environ.get("KVSTORE_VLLM_PYTHON", "")
@@ -218,10 +220,18 @@ def test_blocks_that_were_corrupted_on_disk(
     second.forget()
     time.sleep(3.0)  # the sessions come back
     assert tokens(second.replies(PROMPTS)) == alone["tokens"]
+    assert corrupt_blocks(host.node) > 0, "no damaged block was met"
     shown = second.ask(metrics=True)["metrics"]
     sys.stderr.write(
         f"\n{ {n: v for n, v in shown.items() if 'kvstore' in n or 'external' in n} }\n"
     )
+
+
+def corrupt_blocks(node: RunningNode) -> int:
+    """Return how many blocks of its disk the node found damaged since it started."""
+    any_model = Namespace(weights_digest="w", kv_dtype="float32", layers=1, kv_heads=1, head_dim=64)
+    with Client.connect(node.run_dir, namespace=any_model, payload_bytes=8192, shares=1) as client:
+        return client.stats().tiers[TierKind.NVME].corrupt
 
 
 def _damage(path: Path) -> int:
