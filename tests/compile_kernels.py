@@ -79,7 +79,8 @@ def compile_for(capability: int, shape: dict[str, Any]) -> int:
     """Return the bytes of the binary; raises what the compiler raises."""
     quantised = "CODEC" in shape
     constants = {
-        "CODEC": 0, "FROM": False, "TO": False, "BLOCK_M": 16, **shape, "BLOCK_N": 64, "PAGE": 16, "PRECISION": "ieee",
+        "CODEC": 0, "FROM": False, "TO": False, "BLOCK_M": 16, **shape,
+        "BLOCK_N": 64, "PAGE": 16, "PRECISION": "ieee",
         "DOT": triton.language.float16 if quantised else triton.language.bfloat16,
     }  # fmt: skip
     pointers = {**POINTERS, "layer_pages": "*u8" if quantised else "*bf16"}

@@ -9,8 +9,10 @@ import torch
 from kvkernels import movement as moving
 from kvkernels import ops
 from kvkernels.formats import decode_block, encode_block
+from kvkernels.bench.moving import GATE, RAW
 from kvkernels.movement import Movement
 from kvkernels.triton import device
+from kvkernels.triton.moving import move
 
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
@@ -153,3 +155,19 @@ def test_moving_no_block_or_layer_is_allowed() -> None:
         move(plan)
         move(planned(Codec.INT8, Codec.RAW32), range(0))
     device.move_layers(plan, None, None, store=False, programs=4)
+
+
+def test_head_dimensions_that_no_kernel_transcodes_are_named() -> None:
+    raw, coded = layout_of(Codec.RAW32, dim=24), layout_of(Codec.INT8, dim=24)
+    pool = torch.zeros(1, raw.block_bytes, dtype=torch.uint8)
+    arena = torch.zeros(coded.block_bytes, dtype=torch.uint8)
+    zero = torch.zeros(1, dtype=torch.int64)
+    plan = ops.plan_movement(arena, coded, zero, pool, raw, zero)
+    with pytest.raises(Unsupported, match="head_dim 24"):
+        move(plan, range(1), range(1), store=False, programs=1)
+    ops.load_layers(plan)  # the reference serves any
+
+
+def test_measured_movements_are_distinct_and_of_one_shape() -> None:
+    assert len({cell.name for cell in GATE}) == len(GATE)
+    assert all(RAW.layers % cell.layers == 0 for cell in GATE)
