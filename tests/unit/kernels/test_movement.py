@@ -8,11 +8,11 @@ import pytest
 import torch
 from kvkernels import movement as moving
 from kvkernels import ops
-from kvkernels.formats import decode_block, encode_block
 from kvkernels.bench.moving import GATE, RAW
+from kvkernels.formats import decode_block, encode_block
 from kvkernels.movement import Movement
 from kvkernels.triton import device
-from kvkernels.triton.moving import move
+from kvkernels.triton import moving as launching
 
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
@@ -164,7 +164,7 @@ def test_head_dimensions_that_no_kernel_transcodes_are_named() -> None:
     zero = torch.zeros(1, dtype=torch.int64)
     plan = ops.plan_movement(arena, coded, zero, pool, raw, zero)
     with pytest.raises(Unsupported, match="head_dim 24"):
-        move(plan, range(1), range(1), store=False, programs=1)
+        launching.move(plan, range(1), range(1), store=False, programs=1)
     ops.load_layers(plan)  # the reference serves any
 
 
