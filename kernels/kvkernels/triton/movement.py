@@ -10,7 +10,7 @@ is read and written in place. No program waits for another.
 # Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
-# pyright: reportAssignmentType=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """From a movement's slice to a launch of one of the three kernels in `triton.movement`."""
 
-# A launch passes plain values where the kernel's signature says constexpr.
-# pyright: reportArgumentType=false
+# A launch passes plain values where the signature says constexpr, and options that it has not.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from typing import Any, Final
 
