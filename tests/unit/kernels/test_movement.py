@@ -8,6 +8,7 @@ import pytest
 import torch
 from kvkernels import movement as moving
 from kvkernels import ops
+from kvkernels.bench.moving import GATE, RAW
 from kvkernels.formats import decode_block, encode_block
 from kvkernels.movement import Movement
 from kvkernels.triton import device
@@ -164,3 +165,19 @@ def test_one_launch_moves_its_layers_of_its_blocks_and_nothing_else() -> None:
     assert torch.equal(ours.pool, wanted.pool)
     assert not torch.equal(ours.pool, untouched.pool)
     assert torch.equal(ours.arena, untouched.arena)
+
+
+def test_head_dimensions_that_no_kernel_transcodes_are_named() -> None:
+    raw, coded = layout_of(Codec.RAW32, dim=24), layout_of(Codec.INT8, dim=24)
+    pool = torch.zeros(1, raw.block_bytes, dtype=torch.uint8)
+    arena = torch.zeros(coded.block_bytes, dtype=torch.uint8)
+    zero = torch.zeros(1, dtype=torch.int64)
+    plan = ops.plan_movement(arena, coded, zero, pool, raw, zero)
+    with pytest.raises(Unsupported, match="head_dim 24"):
+        launching.move(plan, range(1), range(1), store=False, programs=1)
+    ops.load_layers(plan)  # the reference serves any
+
+
+def test_measured_movements_are_distinct_and_of_one_shape() -> None:
+    assert len({cell.name for cell in GATE}) == len(GATE)
+    assert all(RAW.layers % cell.layers == 0 for cell in GATE)

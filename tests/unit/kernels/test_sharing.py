@@ -94,9 +94,11 @@ def attended(
     query = torch.randn(int(starts[-1]), 2 * group, 32, generator=generator) * 3
     rules, wide = Rules(softcap=softcap), padded(tables)
     plan = device.plan_attention(wide, contexts, starts)
-    ours = query
-    for _ in range(2):  # a second layer finds counters and results as the first found them
-        ours = device.paged_attention(query, pages, layer=0, plan=plan, scale=0.3, rules=rules)
+    # The second launch finds counters and results as the first found them.
+    _, ours = (
+        device.paged_attention(query, pages, layer=0, plan=plan, scale=0.3, rules=rules)
+        for _ in range(2)
+    )
     wanted = ops.paged_attention(
         query, pages, layer=0, block_tables=wide, context_lengths=contexts, query_starts=starts,
         scale=0.3, rules=rules,
