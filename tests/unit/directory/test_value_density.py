@@ -169,6 +169,7 @@ def test_suffixes_go_before_prefixes_across_branches() -> None:
     assert place[40] < place[30] < place[2]
 
 
+@pytest.mark.timeout(90)
 def test_callers_cannot_open_classes_without_end() -> None:
     policy = ValueDensity()
     for number in range(3000):

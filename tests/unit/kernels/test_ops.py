@@ -12,6 +12,9 @@ from kvkernels.plans import AttentionPlan, Implementation
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 
+# Kernels run in an interpreter: seconds on a busy machine.
+pytestmark = pytest.mark.timeout(120)
+
 LAYOUT = BlockLayout(layers=3, kv_heads=2, head_dim=8, codec=Codec.RAW32)
 
 
