@@ -18,6 +18,9 @@ from kvstore.adapters.vllm.worker_side import WorkerSide
 from kvstore.core.layout import BlockLayout, Codec
 from kvstore.testing.node import RunningNode, start_node
 
+# Nodes start as processes here: seconds on a busy machine.
+pytestmark = pytest.mark.timeout(90)
+
 LAYOUT = BlockLayout(layers=2, kv_heads=3, head_dim=8, codec=Codec.RAW32)
 MODEL = Namespace(weights_digest="w", kv_dtype="float32", layers=2, kv_heads=3, head_dim=8)
 PROMPT = list(range(100))

@@ -17,6 +17,9 @@ from kvstore.adapters.lmcache.objects import Objects, Result, Tasks
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import RunningNode, start_node
 
+# Nodes start as processes here: seconds on a busy machine.
+pytestmark = pytest.mark.timeout(90)
+
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[RunningNode]:

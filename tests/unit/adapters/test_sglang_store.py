@@ -20,6 +20,9 @@ from kvstore.adapters.sglang.store import SglangStore
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import RunningNode, start_node
 
+# Nodes start as processes here: seconds on a busy machine.
+pytestmark = pytest.mark.timeout(90)
+
 PAGE = 16
 ROW_BYTES = 256
 
