@@ -206,6 +206,8 @@ class WorkerSide:
                 self._link.failed("store", error)
             except Exception:  # task boundary: later jobs must still run
                 _log.exception("kvstore: a store failed unexpectedly")
+                with self._lock:
+                    self.counts["unexpected"] += 1
             with self._lock:
                 self.counts["store_ns"] += time.perf_counter_ns() - began
                 self.counts["stored_blocks"] += stored
