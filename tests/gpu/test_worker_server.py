@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1, eos_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(3)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     return directory
 
 
