@@ -308,7 +308,9 @@ def test_ours_gets_worse_by_old_news() -> None:
 def test_ours_keeps_up_among_more_workers_than_requests() -> None:
     trace = read_trace(sample("mooncake_conversation"), limit=200)
     knobs = {"pool": 0.0, "factor": 40.0, "workers": 300, "capacity": 4.0}
-    ours, exact, lmetric = (_replayed(name, trace, **knobs) for name in ("ours", "exact", "lmetric"))
+    ours, exact, lmetric = (
+        _replayed(name, trace, **knobs) for name in ("ours", "exact", "lmetric")
+    )
     assert ours <= 1.05 * exact and ours <= lmetric
 
 
