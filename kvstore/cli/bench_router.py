@@ -46,6 +46,7 @@ TURN_TOKENS: Final = 1_024
 """What a conversation's next turn adds."""
 
 EVENT_NAMES: Final = 32
+RUN_NAMES: Final = 512
 ROOT: Final = Root(b"bench root of kvstore".ljust(NAME_BYTES, b"."))
 SHA: Final = "SHA-256 chain over the same tokens, bare loop"
 
@@ -240,29 +241,43 @@ async def bench_match(bench: Bench, cluster: Cluster, peer: RadixPeer | None) ->
 
 
 async def bench_events(bench: Bench, cluster: Cluster, peer: RadixPeer | None) -> None:
-    """Apply stored and removed events of `EVENT_NAMES` blocks, beside a bare dict."""
-    count = 2_000
-    batches = [PackedNames(os.urandom(EVENT_NAMES * NAME_BYTES)) for _ in range(count)]
+    """Apply stored and removed events beside a bare dict.
+
+    Of `EVENT_NAMES` blocks, as one step of an engine tells of, and of `RUN_NAMES`: what a publisher
+    under load has merged when its stream sends next.
+    """
+    for size in (EVENT_NAMES, RUN_NAMES):
+        await _bench_events_of(bench, cluster, peer, size, 64_000 // size)
+
+
+async def _bench_events_of(
+    bench: Bench, cluster: Cluster, peer: RadixPeer | None, size: int, count: int
+) -> None:
+    case = f"events of {size} blocks applied, stored and removed"
+    if not bench.wants(case):
+        return
+    batches = [PackedNames(os.urandom(size * NAME_BYTES)) for _ in range(count)]
     stored = [Changed(ROOT, TierKind.HBM, names) for names in batches]
     removed = [Changed(ROOT, TierKind.HBM, names, deleted=True) for names in batches]
     table: dict[int, int] = dict.fromkeys(range(len(cluster.view)), 1)
+    listed = [list(names) for names in batches]
 
     async def ours() -> None:
         for event in [*stored, *removed]:
             cluster.view.apply("worker-0", event, 0.0)
 
     async def bare() -> None:
-        for names in batches:
+        for names in listed:
             for name in names:
                 table[int.from_bytes(name[:8], "little")] = 1
-        for names in batches:
+        for names in listed:
             for name in names:
                 del table[int.from_bytes(name[:8], "little")]
 
     events: list[bytes] = []
     if peer is not None:
-        chains = [peer.stored([random.getrandbits(63) for _ in batch]) for batch in batches]
-        events = [event for stored, _ in chains for event in stored]
+        chains = [peer.stored([random.getrandbits(63) for _ in batch], size) for batch in batches]
+        events = [event for told, _ in chains for event in told]
         events += [peer.removed(names) for _, names in chains]
 
     async def theirs() -> None:
@@ -271,8 +286,8 @@ async def bench_events(bench: Bench, cluster: Cluster, peer: RadixPeer | None) -
             peer.tree.apply_event(0, event)
 
     await bench.against(
-        f"events of {EVENT_NAMES} blocks applied, stored and removed", ours, bare,
-        limit_name="a dict of as many ints", amount=2 * count * EVENT_NAMES, unit="blocks/s",
+        case, ours, bare, limit_name="a dict of as many ints",
+        amount=2 * count * size, unit="blocks/s",
         peer=theirs if peer is not None else None, peer_name=NAME,
     )  # fmt: skip
 

@@ -101,12 +101,14 @@ class RadixPeer:
         hashes: list[int] = self._core.compute_block_hash_for_seq(_listed(tokens), BLOCK_TOKENS)
         return hashes
 
-    def stored(self, hashes: Sequence[int]) -> tuple[list[bytes], list[int]]:
-        """Return the events of a chain of blocks, `EVENT_BLOCKS` each, and the blocks' names."""
+    def stored(
+        self, hashes: Sequence[int], each: int = EVENT_BLOCKS
+    ) -> tuple[list[bytes], list[int]]:
+        """Return the events of a chain of blocks, `each` blocks in one, and the blocks' names."""
         names = list(accumulate(hashes, _name, initial=0))[1:]
         events = []
-        for start in range(0, len(hashes), EVENT_BLOCKS):
-            part = slice(start, start + EVENT_BLOCKS)
+        for start in range(0, len(hashes), each):
+            part = slice(start, start + each)
             blocks = [
                 {"block_hash": name, "tokens_hash": tokens_hash}
                 for name, tokens_hash in zip(names[part], hashes[part], strict=True)
