@@ -69,7 +69,7 @@ def _name(parent: int, block: object) -> int:
     return hash((parent, block)) & (1 << 63) - 1
 
 
-def _batches(holdings: Holdings) -> Iterator[bytes]:
+def batches(holdings: Holdings) -> Iterator[bytes]:
     """Yield what a worker holds as vLLM writes it, `EVENT_BLOCKS` blocks a batch."""
     each = BLOCK_TOKENS * 4
     for tokens in _chains(holdings):
@@ -79,7 +79,10 @@ def _batches(holdings: Holdings) -> Iterator[bytes]:
             part = slice(start, start + EVENT_BLOCKS)
             listed = _listed(b"".join(blocks[part]))
             parent = names[start - 1] if start else None
-            stored = ["BlockStored", names[part], parent, listed, BLOCK_TOKENS, None]
+            stored = {
+                "type": "BlockStored", "block_hashes": names[part], "parent_block_hash": parent,
+                "token_ids": listed, "block_size": BLOCK_TOKENS, "medium": "GPU",
+            }  # fmt: skip
             yield msgspec.msgpack.encode([time.time(), [stored], 0])
 
 
@@ -166,7 +169,7 @@ class SelectPeer:
             }
         )  # fmt: skip
         await asyncio.wait_for(socket.recv(), DEADLINE_S)  # its subscription
-        for sequence, batch in enumerate(_batches(holdings)):
+        for sequence, batch in enumerate(batches(holdings)):
             await socket.send_multipart([b"", sequence.to_bytes(8, "big"), batch])
 
     async def _settle(self) -> None:
