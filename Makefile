@@ -26,7 +26,7 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/workers:$(CURDIR)/kernels
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-PROTOS := $(sort $(wildcard proto/kvstore/rpc/v1/*.proto))
+PROTOS := $(sort $(wildcard proto/kvstore/rpc/*/*.proto))
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 
 .PHONY: help
@@ -88,8 +88,11 @@ proto: $(READY) ## Generate the stubs from proto/
 proto-check: $(READY) ## See that the committed stubs are what proto/ generates
 	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PROTOC) --python_out="$$fresh" --pyi_out="$$fresh" --grpc_python_out="$$fresh" $(PROTOS); \
-	diff -ru --exclude=__init__.py --exclude=__pycache__ kvstore/rpc/v1 "$$fresh/kvstore/rpc/v1" \
-	  || { echo 'stubs are not current: run `make proto`' >&2; exit 1; }; \
+	for package in v1 envoy; do \
+	  diff -ru --exclude=__init__.py --exclude=__pycache__ \
+	    "kvstore/rpc/$$package" "$$fresh/kvstore/rpc/$$package" \
+	    || { echo 'stubs are not current: run `make proto`' >&2; exit 1; }; \
+	done; \
 	echo 'stubs are current'
 
 # Engines pin old runtimes; generated code that is newer than its runtime refuses to import.
