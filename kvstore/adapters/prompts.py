@@ -65,6 +65,8 @@ class ModelTokenizer:
         return ids
 
     def conversation(self, turns: Sequence[Turn], options: Mapping[str, Any]) -> Sequence[int]:
+        from jinja2 import TemplateError
+
         tools = options.get("tools")
         chosen = options.get("chat_template_kwargs")
         variables = {
@@ -81,7 +83,15 @@ class ModelTokenizer:
                 **variables,
             )
             ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False)
-        except Exception as error:  # templates are programs of others: they raise what they like
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:  # templates are programs of others, and get what anybody sends
             raise BadInput(f"messages: the chat template refuses them: {error}") from error
         return ids
 
@@ -158,7 +168,7 @@ class PromptReader:
 async def _somewhere(size: int, work: Any, *arguments: Any) -> Sequence[int]:
     if size <= INLINE_CHARACTERS:
         return work(*arguments)  # type: ignore[no-any-return]
-    return await asyncio.to_thread(work, *arguments)  # type: ignore[no-any-return]
+    return await asyncio.to_thread(work, *arguments)
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:

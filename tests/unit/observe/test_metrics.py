@@ -18,6 +18,7 @@ from kvstore.observe.metrics import (
     exposition,
 )
 from kvstore.observe.peer_metrics import PeerMetrics
+from kvstore.observe.pick_metrics import PickMetrics
 from kvstore.observe.redis_metrics import RedisMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 from kvstore.observe.worker_metrics import WorkerMetrics
@@ -28,6 +29,7 @@ BUNDLES = {
     "peer": PeerMetrics,
     "tier": TierMetrics,
     "router": RouterMetrics,
+    "picker": PickMetrics,
     "worker": WorkerMetrics,
     "redis": RedisMetrics,
     "client": ClientMetrics,
