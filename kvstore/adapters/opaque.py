@@ -233,6 +233,22 @@ class OpaqueBlocks:
                 raise BadInput(f"a block of {size} bytes, not {self.payload_bytes}")
 
 
+def load_scattered(
+    blocks: OpaqueBlocks, names: Sequence[BlockName], into: Sequence[Block]
+) -> list[bool]:
+    """Load names that need not be a prefix: those that are there; say whose bytes are whole."""
+    done = [False] * len(names)
+    held = blocks.held(names)
+    wanted = [at for at, here in enumerate(held) if here]
+    while wanted:
+        loaded = leading(blocks.load([names[at] for at in wanted], [into[at] for at in wanted]))
+        for at in wanted[:loaded]:
+            done[at] = True
+        # Behind one that was lost meanwhile, unless the node is: then none came.
+        wanted = wanted[loaded + 1 :] if loaded else []
+    return done
+
+
 def leading(held: Sequence[bool]) -> int:
     """Return the number of leading True."""
     return next((at for at, here in enumerate(held) if not here), len(held))

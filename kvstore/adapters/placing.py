@@ -17,12 +17,12 @@ def root_of(root: Root, reading: Reading, base_models: Collection[str]) -> Root:
     """Return what a prompt is named under.
 
     A model that is none of `base_models` is an adapter, named as vLLM's events are
-    (`router.vllm_events`); with no base models said, every name is one. Text that nobody
-    tokenised is a world of its own: no engine publishes such names.
+    (`router.vllm_events`); no name at all is the model, and with no base models said every name is.
+    Text that nobody tokenised is a world of its own: no engine publishes such names.
     """
     if not reading.exact:
         root = Root(hashlib.sha256(_TEXT_DOMAIN + root + reading.model.encode()).digest())
-    elif base_models and reading.model not in base_models:
+    elif base_models and reading.model and reading.model not in base_models:
         root = Root(hashlib.sha256(root + reading.model.encode()).digest())
     return root
 

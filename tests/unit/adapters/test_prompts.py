@@ -111,6 +111,7 @@ def test_roots_tell_models_adapters_and_text_apart() -> None:
     base = Reading(b"", True, model="m")
     adapter, text = Reading(b"", True, model="lora"), Reading(b"", False, model="m")
     assert root_of(ROOT, base, {"m"}) == root_of(ROOT, adapter, ()) == ROOT
+    assert root_of(ROOT, Reading(b"", True), {"m"}) == ROOT
     roots = {root_of(ROOT, one, {"m"}) for one in (base, adapter, text)}
     assert len(roots) == 3
 
