@@ -4,6 +4,7 @@ The replicas are a model's stand-in: they say who they are, and publish vLLM's K
 Ray reads its environment when it is imported, so whoever starts this sets it.
 """
 
+# pyright: reportArgumentType=false, reportFunctionMemberAccess=false
 import argparse
 import json
 import time

@@ -117,8 +117,9 @@ def _body_of(pending: PendingRequest) -> Mapping[str, Any] | None:
     for one in (*pending.args, *pending.kwargs.values()):
         if isinstance(one, Mapping) and any(name in one for name in _PROMPTS):
             return one
-        if any(hasattr(one, name) for name in _PROMPTS) and hasattr(one, "model_dump"):
-            body: Mapping[str, Any] = one.model_dump(exclude_none=True)
+        dump = getattr(one, "model_dump", None)
+        if dump is not None and any(hasattr(one, name) for name in _PROMPTS):
+            body: Mapping[str, Any] = dump(exclude_none=True)
             return body
     return None
 

@@ -39,7 +39,7 @@ class KvStoreTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where 
     ) -> None:
         """`said` is the tier's entry; raises `BadInput` naming a setting at fault."""
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        check_engine(vllm.__version__)
+        check_engine(str(vllm.__version__))  # pyright: ignore[reportAttributeAccessIssue]
         settings = read_tier_settings(said)
         # Addresses are valid as long as vLLM's view is, which the base class keeps.
         self._base = int(np.asarray(primary_kv_view).ctypes.data)
