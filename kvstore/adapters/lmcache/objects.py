@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 from kvstore.adapters.lmcache.identity import Settings, name_of, namespace_of
-from kvstore.adapters.opaque import OpaqueBlocks, Piece, load_scattered
+from kvstore.adapters.opaque import OpaqueBlocks, Piece, adapter_metrics, load_scattered
 from kvstore.core.errors import BadInput, KvStoreError
 
 _LOG: Final = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ class Objects:
             self._waiting += room
             self.failed += not room
         if not room:
+            adapter_metrics().refused.labels("lmcache").inc()
             tasks.finish(task, Result([False] * count, 0))
             return task
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
-from kvstore.adapters.opaque import Block, OpaqueBlocks, load_scattered
+from kvstore.adapters.opaque import Block, OpaqueBlocks, adapter_metrics, load_scattered
 from kvstore.adapters.vllm.tier_settings import tier_name
 
 _LOG: Final = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class TierJobs:
             if key in known:
                 return known[key]
             if len(self._asked) >= MAX_ASKED:
-                self.refused += 1
+                self._refuse()
                 known[key] = False
                 return False
             known[key] = None
@@ -120,6 +120,10 @@ class TierJobs:
         self._threads.shutdown(wait=True)
         self._blocks.close()
 
+    def _refuse(self) -> None:
+        self.refused += 1
+        adapter_metrics().refused.labels("vllm-tier").inc()
+
     def _answer(self, asked: Sequence[tuple[str, bytes]]) -> None:
         held = [False] * len(asked)
         try:
@@ -134,7 +138,7 @@ class TierJobs:
     def _submit(self, job: int, keys: Sequence[bytes], work: Callable[[], list[bool]]) -> None:
         with self._lock:
             if self._running >= MAX_JOBS:
-                self.refused += 1
+                self._refuse()
                 self._done.append(Done(job, (), False, 0.0, 0))
                 return
             self._running += 1

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.observe.access_metrics import AccessMetrics
+from kvstore.observe.adapter_metrics import AdapterMetrics
 from kvstore.observe.buckets import LATENCY_SECONDS
 from kvstore.observe.client_metrics import ClientMetrics
 from kvstore.observe.metrics import (
@@ -33,6 +34,7 @@ BUNDLES = {
     "worker": WorkerMetrics,
     "redis": RedisMetrics,
     "client": ClientMetrics,
+    "adapter": AdapterMetrics,
     "cluster": ClusterMetrics,
     "access": AccessMetrics,
 }
