@@ -23,6 +23,7 @@ _HERE = find_spec("grpc_reflection") is not None and find_spec("mmh3") is not No
 PYTHON = os.environ.get("KVSTORE_SERVE_PYTHON", "") or (sys.executable if _HERE else "")
 
 pytestmark = [
+    pytest.mark.e2e,
     pytest.mark.skipif(not PYTHON, reason="no Ray Serve: set KVSTORE_SERVE_PYTHON"),
     pytest.mark.timeout(240),
 ]
