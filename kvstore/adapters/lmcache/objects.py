@@ -110,7 +110,8 @@ class Objects:
             self._waiting += room
             self.failed += not room
         if not room:
-            adapter_metrics().refused.labels("lmcache").inc()
+            metrics = adapter_metrics()
+            metrics.refused.labels("lmcache").inc()
             tasks.finish(task, Result([False] * count, 0))
             return task
 

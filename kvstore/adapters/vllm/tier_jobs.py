@@ -122,7 +122,8 @@ class TierJobs:
 
     def _refuse(self) -> None:
         self.refused += 1
-        adapter_metrics().refused.labels("vllm-tier").inc()
+        metrics = adapter_metrics()
+        metrics.refused.labels("vllm-tier").inc()
 
     def _answer(self, asked: Sequence[tuple[str, bytes]]) -> None:
         held = [False] * len(asked)
