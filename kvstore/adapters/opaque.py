@@ -23,6 +23,7 @@ from kvstore.client.replies import SlotRef
 from kvstore.core.errors import BadInput, KvStoreError, Refused, SessionLost, Unreachable
 from kvstore.core.names import BlockName, Namespace, NamespaceKind
 from kvstore.core.outcomes import MissReason, SettleOutcome
+from kvstore.observe.adapter_metrics import AdapterMetrics
 from kvstore.observe.client_metrics import ClientMetrics
 
 PART_BYTES: Final = 64 << 20
@@ -76,6 +77,7 @@ class OpaqueBlocks:
         self._connecting = threading.Lock()
         self._silent_until_s = 0.0
         self._closed = False
+        self._engine = address.name or "other"
 
     def connect(self) -> None:
         """Open the session now; an absent node is let be and tried again by later calls.
@@ -89,14 +91,22 @@ class OpaqueBlocks:
 
     def prefix(self, names: Sequence[BlockName]) -> int:
         """Return how many of `names`, from the first, are here: one round trip, a hint."""
-        return self._tried(lambda client: client.lookup(names).prefix, 0) if names else 0
+        if not names:
+            return 0
+        began = time.perf_counter()
+        found = self._tried(lambda client: client.lookup(names).prefix, 0)
+        self._count("lookup", [at < found for at in range(len(names))], began)
+        return found
 
     def held(self, names: Sequence[BlockName]) -> list[bool]:
         """Say for each name whether it is here: one round trip, a hint."""
         nothing = [False] * len(names)
         if not names:
             return nothing
-        return self._tried(lambda client: [bool(at) for at in client.lookup(names).tiers], nothing)
+        began = time.perf_counter()
+        found = self._tried(lambda client: [bool(at) for at in client.lookup(names).tiers], nothing)
+        self._count("lookup", found, began)
+        return found
 
     def load(self, names: Sequence[BlockName], into: Sequence[Block]) -> list[bool]:
         """Copy the longest prefix of `names` out; say for each whether its bytes are whole.
@@ -106,7 +116,9 @@ class OpaqueBlocks:
         self._check(names, into)
         done = [False] * len(names)
         if names:
+            began = time.perf_counter()
             self._tried(lambda client: self._load(client, names, into, done), None)
+            self._count("load", done, began)
         return done
 
     def store(self, names: Sequence[BlockName], blocks: Sequence[Block]) -> list[bool]:
@@ -117,7 +129,9 @@ class OpaqueBlocks:
         self._check(names, blocks)
         done = [False] * len(names)
         if names:
+            began = time.perf_counter()
             self._tried(lambda client: self._store(client, names, blocks, done), None)
+            self._count("store", done, began)
         return done
 
     def close(self) -> None:
@@ -189,6 +203,16 @@ class OpaqueBlocks:
                 done[at] = bool(tiers)
         return not refused
 
+    def _count(self, call: str, done: Sequence[bool], began_s: float) -> None:
+        metrics, engine = adapter_metrics(), self._engine
+        metrics.seconds.labels(engine, call).observe(time.perf_counter() - began_s)
+        good, bad = ("held", "refused") if call == "store" else ("hit", "miss")
+        count = sum(done)
+        metrics.blocks.labels(engine, call, good).inc(count)
+        metrics.blocks.labels(engine, call, bad).inc(len(done) - count)
+        if call != "lookup":
+            metrics.bytes.labels(engine, call).inc(count * self.payload_bytes)
+
     def _tried(self, work: Callable[[Client], _Result], otherwise: _Result) -> _Result:
         if time.monotonic() < self._silent_until_s:
             return otherwise
@@ -233,9 +257,31 @@ class OpaqueBlocks:
                 raise BadInput(f"a block of {size} bytes, not {self.payload_bytes}")
 
 
+def load_scattered(
+    blocks: OpaqueBlocks, names: Sequence[BlockName], into: Sequence[Block]
+) -> list[bool]:
+    """Load names that need not be a prefix: those that are there; say whose bytes are whole."""
+    done = [False] * len(names)
+    held = blocks.held(names)
+    wanted = [at for at, here in enumerate(held) if here]
+    while wanted:
+        loaded = leading(blocks.load([names[at] for at in wanted], [into[at] for at in wanted]))
+        for at in wanted[:loaded]:
+            done[at] = True
+        # Behind one that was lost meanwhile, unless the node is: then none came.
+        wanted = wanted[loaded + 1 :] if loaded else []
+    return done
+
+
 def leading(held: Sequence[bool]) -> int:
     """Return the number of leading True."""
     return next((at for at, here in enumerate(held) if not here), len(held))
+
+
+@lru_cache(maxsize=1)
+def adapter_metrics() -> AdapterMetrics:
+    """Return the one set of this process: an engine serves the default registry."""
+    return AdapterMetrics(REGISTRY)
 
 
 @lru_cache(maxsize=1)

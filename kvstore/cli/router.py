@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from kvstore.cli.ext_proc import ExtProcOptions, ext_proc_options
 from kvstore.cli.values import ADDRESS, Address
 from kvstore.core.errors import BadInput
 from kvstore.core.names import Root
@@ -31,6 +32,8 @@ class RouterOptions:
     json: bool
     config: RouterConfig
     security: SecurityConfig
+    root: Root
+    ext_proc: ExtProcOptions | None
 
 
 @click.command(short_help="Choose workers for prompts, by what they have cached.")
@@ -79,6 +82,7 @@ class RouterOptions:
     "--vllm-hash", default="", metavar="ALGORITHM[:SEED]",
     help="Their --prefix-caching-hash-algo (sha256, sha256_cbor) and PYTHONHASHSEED: check them.",
 )  # fmt: skip
+@ext_proc_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def router(
     workers: tuple[str, ...],
@@ -93,6 +97,7 @@ def router(
     engines: tuple[str, ...],
     vllm_root: str,
     vllm_hash: str,
+    ext_proc: ExtProcOptions | None,
     as_json: bool,
 ) -> None:
     """Follow workers and cache nodes, and answer where a prompt should go.
@@ -102,8 +107,8 @@ def router(
     """
     if not workers and not engines:
         raise click.UsageError("give at least one --worker or --vllm")
-    hashes = parse_hashes(vllm_hash)
-    vllm = [parse_vllm(text, _root(vllm_root), hashes) for text in engines]
+    hashes, root = parse_hashes(vllm_hash), _root(vllm_root)
+    vllm = [parse_vllm(text, root, hashes) for text in engines]
     members = Members.of(
         [*_members("worker", workers), *_members("node", nodes), *(member for member, _ in vllm)]
     )
@@ -117,7 +122,13 @@ def router(
     )
     rules = load_security(security)
     check_listen("--listen", str(listen_on), rules)
-    asyncio.run(_serve(RouterOptions(members, str(listen_on), metrics, as_json, config, rules)))
+    if ext_proc is not None:
+        ext_proc.check(rules)
+    asyncio.run(
+        _serve(
+            RouterOptions(members, str(listen_on), metrics, as_json, config, rules, root, ext_proc)
+        )
+    )
 
 
 def _root(text: str) -> Root:
@@ -149,9 +160,15 @@ async def _serve(options: RouterOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
     server = RouterServer(options.members, config=options.config, security=options.security)
+    extra = {}
+    picker = options.ext_proc.server(server, options.root) if options.ext_proc else None
     await server.start(options.listen)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop)
+        if picker is not None and options.ext_proc is not None:
+            await picker.start(options.ext_proc.listen, options.security)
+            stack.push_async_callback(picker.stop)
+            extra = {"ext_proc": picker.address}
         metrics = ""
         if options.metrics is not None:
             port = serve_metrics(
@@ -160,8 +177,11 @@ async def _serve(options: RouterOptions) -> None:
             stack.callback(port.close)
             metrics = port.address
         ready = {"router": server.address, "metrics": metrics, "members": len(options.members)}
+        ready |= extra
         if options.json:
             click.echo(json.dumps(ready))
         else:
             click.echo(f"router of {len(options.members)} members listens on {server.address}")
+            for name, address in extra.items():
+                click.echo(f"{name} listens on {address}")
         await ended.wait()

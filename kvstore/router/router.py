@@ -216,16 +216,18 @@ class Router:
             raise nobody_alive()
         return decision
 
-    def first_token(self, booking: int, actual: Actual) -> bool:
+    def first_token(self, booking: int, actual: Actual | None) -> bool:
         """Take a booking's prefill off the queue and learn from it; False when it is unknown.
 
         Its names stay: other prompts go on to follow it until the worker's events tell of them.
+        None as `actual`: what was found is told with `complete`, if at all.
         """
         made = self._bookings.get(booking)
         if made is None:
             return False
         self._bookings.prefilled(made)
-        self._learn(made, actual)
+        if actual is not None:
+            self._learn(made, actual)
         self._queue.kick()
         return True
 

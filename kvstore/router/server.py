@@ -155,7 +155,8 @@ class RouterServer:
         self._members = members
         self._security = security
         self.registry = CollectorRegistry()
-        self._gate = gate_of(security, self.registry)
+        self.gate = gate_of(security, self.registry)
+        """Who may call; other servers of this process share it."""
         credentials = Credentials.of(security)
         self.router = Router(
             metrics=RouterMetrics(self.registry),
@@ -167,7 +168,7 @@ class RouterServer:
 
     async def start(self, address: str) -> None:
         """Follow the members and serve; raises `BadInput` when `address` cannot be bound."""
-        self._server, self._health = make_server(gate=self._gate)
+        self._server, self._health = make_server(gate=self.gate)
         router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self.router), self._server)
         self.address = listen(self._server, address, self._security)
         self.router.set_members(self._members)

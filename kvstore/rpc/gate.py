@@ -53,8 +53,8 @@ REQUIRED: Final[Mapping[str, Role]] = {
     for role, services in _CALLS.items()
     for service, methods in services.items()
     for method in methods.split()
-}
-"""The role that each method needs."""
+} | {"/envoy.service.ext_proc.v3.ExternalProcessor/Process": Role.FRONTEND}
+"""The role that each method needs. Envoy's name for its own call cannot be ours."""
 
 _UNLIMITED: Final = frozenset({Role.FRONTEND, Role.WATCH, Role.PEER, Role.ARENA})
 """The cluster's own parts act for every domain: tenants are limited where they come in."""

@@ -66,6 +66,8 @@ class StoreConformance:
     """How long a call may take when nobody answers."""
     faults: bool = False
     """Whether `kill`, `hang` and `resume` are given."""
+    damages: bool = False
+    """Whether `damage` is given."""
 
     def kill(self) -> None:
         """End the process behind the store; something restarts it."""
@@ -77,6 +79,10 @@ class StoreConformance:
 
     def resume(self) -> None:
         """Let it go on."""
+        raise NotImplementedError
+
+    def damage(self) -> None:
+        """Spoil the bytes of every block at rest, so that the next load meets them."""
         raise NotImplementedError
 
     def open(self) -> ByteStore:
@@ -146,6 +152,19 @@ class StoreConformance:
         if self.faults:
             self._survives(self.hang, self.resume)
 
+    def test_damaged_bytes_are_a_miss_and_never_given(self) -> None:
+        if not self.damages:
+            return
+        store = self.open()
+        names, payloads = self.blocks("damaged", 4)
+        assert store.store(names, payloads) == [True] * 4
+        self.damage()
+        for _ in range(3):
+            for block, payload in zip(store.load(names), payloads, strict=True):
+                assert block is None or block == payload, "a wrong byte was given"
+        self._comes_back(store, names, payloads)
+        store.close()
+
     def _survives(self, fault: Callable[[], None], mend: Callable[[], None] | None) -> None:
         store = self.open()
         names, payloads = self.blocks("survivor", 4)
@@ -162,13 +181,18 @@ class StoreConformance:
         finally:
             if mend is not None:
                 mend()
-        # It comes back by itself: no new store is opened.
+        self._comes_back(store, names, payloads)
+        store.close()
+
+    def _comes_back(
+        self, store: ByteStore, names: Sequence[BlockName], payloads: Sequence[bytes]
+    ) -> None:
+        """See that the same handle works again: no new store is opened."""
         ends_s = time.monotonic() + 20
         while store.load(names) != payloads:
             assert time.monotonic() < ends_s, "it did not come back"
             store.store(names, payloads)
             time.sleep(0.05)
-        store.close()
 
 
 class HashConformance:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 from kvstore.adapters.lmcache.identity import Settings, name_of, namespace_of
-from kvstore.adapters.opaque import OpaqueBlocks, Piece, leading
+from kvstore.adapters.opaque import OpaqueBlocks, Piece, adapter_metrics, load_scattered
 from kvstore.core.errors import BadInput, KvStoreError
 
 _LOG: Final = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class Objects:
             self._waiting += room
             self.failed += not room
         if not room:
+            metrics = adapter_metrics()
+            metrics.refused.labels("lmcache").inc()
             tasks.finish(task, Result([False] * count, 0))
             return task
 
@@ -142,18 +144,12 @@ class Objects:
     def _loaded(self, keys: Sequence[Any], objects: Sequence[Any]) -> Result:
         done = [False] * len(keys)
         for size, places in _places(keys, objects).items():
-            blocks = self._blocks(size)
-            names = {at: name_of(keys[at]) for at in places}
-            # The keys of a task are no prefix: go for those that are there.
-            held = blocks.held(list(names.values()))
-            wanted = [at for at, here in zip(places, held, strict=True) if here]
-            while wanted:
-                memory = [_memory(objects[at]) for at in wanted]
-                loaded = leading(blocks.load([names[at] for at in wanted], memory))
-                for at in wanted[:loaded]:
-                    done[at] = True
-                # Behind one that was lost meanwhile, unless the node is: then none came.
-                wanted = wanted[loaded + 1 :] if loaded else []
+            # The keys of a task are no prefix: those that are there are gone for.
+            names = [name_of(keys[at]) for at in places]
+            memory = [_memory(objects[at]) for at in places]
+            loaded = load_scattered(self._blocks(size), names, memory)
+            for at, here in zip(places, loaded, strict=True):
+                done[at] = here
         return Result(done, _bytes_of(objects, done))
 
     def _held(self, keys: Sequence[Any], sizes: Sequence[int]) -> Result:

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.observe.access_metrics import AccessMetrics
+from kvstore.observe.adapter_metrics import AdapterMetrics
 from kvstore.observe.buckets import LATENCY_SECONDS
 from kvstore.observe.client_metrics import ClientMetrics
 from kvstore.observe.metrics import (
@@ -18,6 +19,7 @@ from kvstore.observe.metrics import (
     exposition,
 )
 from kvstore.observe.peer_metrics import PeerMetrics
+from kvstore.observe.pick_metrics import PickMetrics
 from kvstore.observe.redis_metrics import RedisMetrics
 from kvstore.observe.tier_metrics import TierMetrics
 from kvstore.observe.worker_metrics import WorkerMetrics
@@ -28,9 +30,11 @@ BUNDLES = {
     "peer": PeerMetrics,
     "tier": TierMetrics,
     "router": RouterMetrics,
+    "picker": PickMetrics,
     "worker": WorkerMetrics,
     "redis": RedisMetrics,
     "client": ClientMetrics,
+    "adapter": AdapterMetrics,
     "cluster": ClusterMetrics,
     "access": AccessMetrics,
 }

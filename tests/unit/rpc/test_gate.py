@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import Forbidden, Refused, Unauthenticated
+from kvstore.rpc.envoy import ext_proc_pb2
 from kvstore.rpc.gate import OPEN_PREFIX, REQUIRED, Gate, gate_of
 from kvstore.rpc.identity import Principal, Role
 from kvstore.rpc.v1 import (
@@ -20,7 +21,10 @@ from kvstore.rpc.v1 import (
 )
 from tests.security_fixture import TOKENS, secured
 
-FILES = (cache_pb2, cluster_pb2, inference_pb2, inspect_pb2, record_pb2, router_pb2, worker_pb2)
+FILES = (
+    cache_pb2, cluster_pb2, ext_proc_pb2, inference_pb2, inspect_pb2, record_pb2, router_pb2,
+    worker_pb2,
+)  # fmt: skip
 CLEAR = "/kvstore.rpc.v1.CacheNode/Clear"
 
 

@@ -1,0 +1,137 @@
+"""vLLM's own tiering manager over our tier, without a GPU: a role a process, in vLLM's environment.
+
+python tier_process.py ROLE TIER_CONFIG: `store` fills chunks through the manager, `load` brings
+them back, `miss` asks for what nobody stored. Prints one JSON line.
+"""
+
+# pyright: reportMissingImports=false
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+CHUNKS, ROW = 16, 64 << 10
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is no reply
+    role, tier = sys.argv[1], json.loads(sys.argv[2])
+    manager, view = manager_over(tier)
+    try:
+        found = {"store": stored, "load": loaded, "miss": missed}[role](manager, view)
+        replies.write(json.dumps(found) + "\n")
+        replies.flush()
+    finally:
+        del view  # vLLM unmaps what nobody looks at any more
+        manager.shutdown()
+
+
+def manager_over(tier: dict[str, Any]) -> tuple[Any, Any]:
+    """Return what vLLM's scheduler has: spec, CPU tier and ours behind it."""
+    from vllm.v1.kv_offload.config import (
+        OffloadingCacheConfig,
+        OffloadingConfig,
+        OffloadingGroupConfig,
+        OffloadingModelConfig,
+        OffloadingParallelConfig,
+    )
+    from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+    extra = {"cpu_bytes_to_use": CHUNKS * ROW, "secondary_tiers": [tier]}
+    config = OffloadingConfig(
+        groups=(OffloadingGroupConfig(32, ("layer.0",), 0),),
+        worker_kv_bytes_per_block=ROW, enable_kv_cache_events=False, extra_config=extra,
+        engine_id=f"test-{os.getpid()}", model=OffloadingModelConfig("model", "bfloat16"),
+        cache=OffloadingCacheConfig(32, 1),
+        parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, True),
+    )  # fmt: skip
+    manager = TieringOffloadingSpec(config).get_manager()
+    return manager, np.asarray(manager.primary_tier.get_kv_memoryview())
+
+
+def keys() -> list[Any]:
+    from vllm.v1.kv_offload.base import make_offload_key
+
+    return [make_offload_key(bytes([number]) * 32, 0) for number in range(8)]
+
+
+def context(name: str) -> Any:
+    from vllm.v1.kv_offload.base import ReqContext
+
+    return ReqContext(req_id=name)
+
+
+def step(manager: Any) -> None:
+    """End one of the scheduler's steps."""
+    from vllm.v1.kv_offload.base import ScheduleEndContext
+
+    manager.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=[]))
+
+
+def until(manager: Any, true: Any) -> float:
+    """Step until something is so; return the seconds that took."""
+    began = time.perf_counter()
+    while not true():
+        assert time.perf_counter() - began < 30
+        step(manager)
+        time.sleep(0.001)
+    return time.perf_counter() - began
+
+
+def row_of(number: int) -> bytes:
+    return bytes((number * 37 + at) % 251 for at in range(ROW))
+
+
+def stored(manager: Any, view: Any) -> dict[str, Any]:
+    request = context("a")
+    manager.on_new_request(request)
+    output = manager.prepare_store(keys(), request)
+    for number, chunk in enumerate(output.store_spec.chunk_ids):
+        view[int(chunk)] = np.frombuffer(row_of(number), view.dtype)
+    manager.complete_store(keys(), request)
+    until(manager, lambda: not manager.has_pending_work())
+    return {"stored": len(output.store_spec.chunk_ids)}
+
+
+def loaded(manager: Any, view: Any) -> dict[str, Any]:
+    from vllm.v1.kv_offload.base import LookupResult
+
+    request = context("b")
+    manager.on_new_request(request)
+    first = manager.lookup(keys()[0], request).name
+    seconds = until(
+        manager,
+        lambda: {manager.lookup(key, request) for key in keys()} == {LookupResult.HIT},
+    )
+    spec = manager.prepare_load(keys(), request)
+    whole = [
+        view[int(chunk)].tobytes() == row_of(number) for number, chunk in enumerate(spec.chunk_ids)
+    ]
+    manager.complete_load(keys(), request)
+    return {"first": first, "whole": whole, "seconds": seconds}
+
+
+def missed(manager: Any, view: Any) -> dict[str, Any]:
+    from vllm.v1.kv_offload.base import LookupResult
+
+    request = context("c")
+    manager.on_new_request(request)
+    slowest, verdicts = 0.0, []
+    for key in keys():
+        answer = LookupResult.RETRY
+        while answer is LookupResult.RETRY:
+            began = time.perf_counter()
+            answer = manager.lookup(key, request)
+            slowest = max(slowest, time.perf_counter() - began)
+            step(manager)
+            time.sleep(0.001)
+        verdicts.append(answer.name)
+    return {"verdicts": verdicts, "slowest_ms": slowest * 1e3}
+
+
+if __name__ == "__main__":
+    main()
