@@ -1,4 +1,4 @@
-"""Helm itself, on a chart: `python -m tests.helm_chart DIRECTORY` reads values, prints what it made.
+"""Helm itself, on a chart: `python -m tests.helm_chart DIRECTORY RELEASE`, values on stdin.
 
 A process of its own: Helm's library brings Go's runtime, whose signal handlers and threads do not
 belong among other tests.

@@ -2,8 +2,8 @@
 against the commands themselves.
 
 The chart is linted and rendered by Helm's own library, and what comes out is held against the
-schemas of Kubernetes. There is none for `RayJob` in a package: of it the pods' templates are checked
-by schema, and the rest for agreeing with the other documents.
+schemas of Kubernetes. There is none for `RayJob` in a package: of it the pods' templates are
+checked by schema, and the rest for agreeing with the other documents.
 """
 
 import json
