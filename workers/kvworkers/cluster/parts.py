@@ -322,6 +322,7 @@ class FrontendShell(Shell):
             grpc=str(chosen.frontend_address(chosen.grpc, index)),
             security=chosen.security,
             trace=chosen.trace,
+            drain_ms=_DRAIN_MS,
             router=RouterConfig(events_redis=chosen.events_redis),
         )
         return FrontendServer(config)
@@ -359,8 +360,13 @@ class FrontendShell(Shell):
             self._note(members_version=members.version)
         return self._report
 
+    async def drain(self, drain_ms: int) -> None:
+        """Refuse new requests and finish those that run, for so long; then it serves no more."""
+        if self._server is not None:
+            await self._server.drain(drain_ms=drain_ms)
+
     async def stop(self) -> None:
-        """Stop listening; open streams end."""
+        """Stop listening; requests still running get a moment to finish."""
         if self._server is not None:
             server, self._server = self._server, None
             async with asyncio.timeout(_STOP_SECONDS):
