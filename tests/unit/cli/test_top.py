@@ -151,9 +151,12 @@ def test_targets_come_from_addresses_run_directories_and_clusters(
     note = {"name": "node-a", "metrics": "127.0.0.1:9"}
     (tmp_path / "node.json").write_text(json.dumps(note))
     assert find_targets([str(tmp_path), "http://host.example:80/"], "default") == [
-        Target("node-a", "node", "127.0.0.1:9"),
-        Target("host.example:80", "", "host.example:80"),
+        Target("node-a", "node", "127.0.0.1:9", "http"),
+        Target("host.example:80", "", "host.example:80", "http"),
     ]
+    assert find_targets([str(tmp_path), "http://h:80"], "default", tls=True) == [
+        Target("node-a", "node", "127.0.0.1:9", "https"), Target("h:80", "", "h:80", "http"),
+    ]  # fmt: skip
     assert run(["targets", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == [
         {"targets": ["127.0.0.1:9"], "labels": {"role": "node", "part": "node-a"}}
@@ -175,9 +178,11 @@ def test_a_cluster_is_found_by_its_note() -> None:
     note = Path(f"/tmp/kvstore-{os.getuid()}") / f"up-{name}.json"
     note.parent.mkdir(mode=0o700, exist_ok=True)
     part = {"name": "node-a", "role": "node", "address": "x", "metrics": "127.0.0.1:9", "pid": 1}
-    note.write_text(json.dumps({"parts": [part, {"name": "no", "role": "x", "metrics": ""}]}))
+    parts = [part, {"name": "no", "role": "x", "metrics": ""}]
     try:
-        assert find_targets([], name) == [Target("node-a", "node", "127.0.0.1:9")]
+        for scheme in ("http", "https"):
+            note.write_text(json.dumps({"parts": parts, "http": f"{scheme}://127.0.0.1:1"}))
+            assert find_targets([], name) == [Target("node-a", "node", "127.0.0.1:9", scheme)]
     finally:
         note.unlink()
 
