@@ -1,5 +1,6 @@
 """`kvstore targets`: whose metrics can be scraped, found from what runs on this machine."""
 
+import asyncio
 import json
 import os
 import re
@@ -9,10 +10,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
+import grpc.aio
 
 from kvstore.core.errors import BadInput, NotFound
+from kvstore.rpc.channel import open_channel
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
+from kvstore.rpc.v1 import cluster_pb2, cluster_pb2_grpc
 
 _ADDRESS: Final = re.compile(r"(?:(https?)://)?(\[[0-9a-fA-F:]+\]|[\w.-]+):(\d{1,5})/?", re.ASCII)
+_CONTROLLER: Final = "controller"
+_STATUS_SECONDS: Final = 5.0
 _CLUSTER: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
 
 
@@ -29,14 +36,19 @@ class Target:
     """`http` or `https`; empty where nobody has said."""
 
 
-def find_targets(places: Sequence[str], cluster: str, *, tls: bool = False) -> list[Target]:
+def find_targets(
+    places: Sequence[str], cluster: str, credentials: Credentials = NO_CREDENTIALS
+) -> list[Target]:
     """Return what the places serve, or with none given the parts of a running cluster.
 
-    A place is `HOST:PORT`, a URL or a node's run directory; `tls` is how those speak that do not
-    say. Raises `BadInput` naming a place that is neither, `NotFound` where no such cluster runs.
+    A place is `HOST:PORT`, a URL or a node's run directory; one that does not say speaks TLS where
+    there are credentials for it. A cluster's controller is asked, since parts that were restarted
+    have other ports; where it does not answer, what was noted at the start counts. Raises
+    `BadInput` naming a place that is neither, `NotFound` where no such cluster runs.
     """
-    found = [_at(place) for place in places] if places else _parts_of(cluster)
-    return [one if one.scheme else replace(one, scheme="https" if tls else "http") for one in found]
+    found = [_at(place) for place in places] if places else _parts_of(cluster, credentials)
+    usual = "https" if credentials.ca else "http"
+    return [one if one.scheme else replace(one, scheme=usual) for one in found]
 
 
 def _at(place: str) -> Target:
@@ -49,7 +61,7 @@ def _at(place: str) -> Target:
     return Target(str(facts.get("name", place)), "node", str(facts["metrics"]))
 
 
-def _parts_of(cluster: str) -> list[Target]:
+def _parts_of(cluster: str, credentials: Credentials) -> list[Target]:
     if not _CLUSTER.fullmatch(cluster):
         raise BadInput(f"--cluster {cluster!r}: lower-case letters, digits and dashes, at most 32")
     note = _read(Path(f"/tmp/kvstore-{os.getuid()}") / f"up-{cluster}.json")
@@ -61,12 +73,36 @@ def _parts_of(cluster: str) -> list[Target]:
         for part in parts
         if part.get("metrics")
     ]
+    for part in parts:
+        if part.get("role") == _CONTROLLER:
+            found = _asked(str(part["address"]), scheme, credentials) or found
     if not found:
         raise NotFound(
             f"no cluster named {cluster!r} is running here; start one with `kvstore up`, or name"
             " what to look at: HOST:PORT or a node's run directory"
         )
     return found
+
+
+def _asked(address: str, scheme: str, credentials: Credentials) -> list[Target]:
+    """Return the parts that the controller knows now; none where it does not answer us."""
+    try:
+        status = asyncio.run(_status(address, credentials))
+    except grpc.aio.AioRpcError:
+        return []
+    parts = [
+        Target(part.name, part.role, part.metrics, scheme) for part in status.parts if part.metrics
+    ]
+    return [*parts, Target(_CONTROLLER, _CONTROLLER, status.metrics, scheme)]
+
+
+async def _status(address: str, credentials: Credentials) -> cluster_pb2.StatusReply:
+    async with open_channel(address, credentials) as channel:
+        stub = cluster_pb2_grpc.ClusterStub(channel)
+        reply: cluster_pb2.StatusReply = await stub.Status(
+            cluster_pb2.StatusRequest(), timeout=_STATUS_SECONDS
+        )
+        return reply
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -80,12 +116,16 @@ def _read(path: Path) -> dict[str, Any] | None:
 @click.command(short_help="List what Prometheus should scrape, for file_sd_configs.")
 @click.argument("places", nargs=-1, metavar="[HOST:PORT|RUN_DIR]...")
 @click.option("--cluster", default="default", show_default=True, help="Name given to `kvstore up`.")
-@click.option("--tls", is_flag=True, help="The places speak TLS: what a cluster does is known.")
-def targets(places: tuple[str, ...], cluster: str, tls: bool) -> None:
+@click.option(
+    "--security", type=click.Path(path_type=Path, dir_okay=False),
+    help="What to trust and to show where the parts speak TLS: docs/security.md.",
+)  # fmt: skip
+def targets(places: tuple[str, ...], cluster: str, security: Path | None) -> None:
     """Print scrape targets as JSON, in the form of Prometheus' file_sd_configs.
 
     Without places: every part of the cluster that `kvstore up` runs on this machine.
     """
+    credentials = Credentials.from_file(security) if security is not None else NO_CREDENTIALS
     listed = [
         {
             "targets": [one.address],
@@ -93,6 +133,6 @@ def targets(places: tuple[str, ...], cluster: str, tls: bool) -> None:
             # Prometheus' own word for it; its tls_config stands in the scrape configuration.
             | ({"__scheme__": "https"} if one.scheme == "https" else {}),
         }
-        for one in find_targets(places, cluster, tls=tls)
+        for one in find_targets(places, cluster, credentials)
     ]
     click.echo(json.dumps(listed, indent=2))

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,17 +49,17 @@ def top(
     cluster that `kvstore up` runs on this machine. Fails when nothing at all answers.
     """
     credentials = Credentials.from_file(security) if security is not None else NO_CREDENTIALS
-    found = find_targets(places, cluster, tls=bool(credentials.ca))
-    pages, unreachable = look(found, credentials)
+    find = partial(find_targets, places, cluster, credentials)
+    pages, unreachable = look(find(), credentials)
     if not pages:
         raise Unreachable("; ".join(unreachable))
     if once:
         _print(pages, {}, None, unreachable, as_json=as_json)
         return
     if as_json or not sys.stdout.isatty():
-        _follow(found, credentials, pages, interval, as_json=as_json)
+        _follow(find, credentials, pages, interval, as_json=as_json)
     else:
-        _live(found, credentials, pages, unreachable, interval)
+        _live(find, credentials, pages, unreachable, interval)
 
 
 def look(
@@ -86,7 +86,7 @@ def _fetch(target: Target, credentials: Credentials) -> Figures | str:
 
 
 def _follow(
-    targets: Sequence[Target],
+    find: Callable[[], Sequence[Target]],
     credentials: Credentials,
     before: dict[Target, Figures],
     interval: float,
@@ -96,14 +96,14 @@ def _follow(
     last = time.monotonic()
     while True:
         time.sleep(interval)
-        pages, unreachable = look(targets, credentials)
+        pages, unreachable = look(find(), credentials)
         now = time.monotonic()
         _print(pages, before, now - last, unreachable, as_json=as_json)
         before, last = pages, now
 
 
 def _live(
-    targets: Sequence[Target],
+    find: Callable[[], Sequence[Target]],
     credentials: Credentials,
     before: dict[Target, Figures],
     unreachable: list[str],
@@ -114,7 +114,7 @@ def _live(
     with Live(first, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
-            pages, unreachable = look(targets, credentials)
+            pages, unreachable = look(find(), credentials)
             now = time.monotonic()
             live.update(draw(summarise(pages, before, now - last), unreachable), refresh=True)
             before, last = pages, now

@@ -118,7 +118,7 @@ def test_top_and_targets_see_every_part_over_mutual_tls(guarded: Guarded) -> Non
     shown = json.loads(top.stdout)
     assert shown["unreachable"] == [] and shown["requests"]["prompt_tokens"] > 0
     assert len(shown["nodes"]) == len(shown["workers"]) == 1
-    listed = json.loads(kvstore("targets").stdout)
+    listed = json.loads(kvstore("targets", "--security", str(guarded.rules.file)).stdout)
     assert len(listed) == 4 and all(t["labels"]["__scheme__"] == "https" for t in listed)
     without = kvstore("top", "--once")
     assert without.returncode == 2 and "--security FILE" in without.stderr

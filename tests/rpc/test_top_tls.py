@@ -95,8 +95,10 @@ async def test_a_frontend_wants_the_watch_role_as_well(
     assert TOKENS["team-a"] not in said
 
 
-def test_targets_say_that_they_speak_tls(node: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--tls", node], [f"https://{node}"]):
+def test_targets_say_that_they_speak_tls(
+    rules: Secured, node: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (["--security", str(rules.file), node], [f"https://{node}"]):
         assert run(["targets", *arguments]) == 0
         (listed,) = json.loads(capsys.readouterr().out)
         assert listed["labels"]["__scheme__"] == "https" and listed["targets"] == [node]
@@ -113,7 +115,7 @@ def test_prometheus_scrapes_them_with_our_file(
     del config["rule_files"]
     (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
     (directory / "targets").mkdir()
-    assert run(["targets", "--tls", node]) == 0
+    assert run(["targets", f"https://{node}"]) == 0
     (directory / "targets" / "kvstore.json").write_text(capsys.readouterr().out)
     (directory / "monitor.token").write_text(TOKENS["monitor"])
     for kind in ("pem", "key"):

@@ -14,6 +14,7 @@ from kvstore.cli.targets import Target, find_targets
 from kvstore.cli.top_view import draw, summarise
 from kvstore.core.errors import BadInput, NotFound, Unreachable
 from kvstore.observe.metrics import NodeMetrics, RouterMetrics, WorkerMetrics, exposition
+from kvstore.rpc.credentials import Credentials
 
 HERE = Target("part", "node", "127.0.0.1:1")
 
@@ -154,7 +155,7 @@ def test_targets_come_from_addresses_run_directories_and_clusters(
         Target("node-a", "node", "127.0.0.1:9", "http"),
         Target("host.example:80", "", "host.example:80", "http"),
     ]
-    assert find_targets([str(tmp_path), "http://h:80"], "default", tls=True) == [
+    assert find_targets([str(tmp_path), "http://h:80"], "default", Credentials(ca=b"x")) == [
         Target("node-a", "node", "127.0.0.1:9", "https"), Target("h:80", "", "h:80", "http"),
     ]  # fmt: skip
     assert run(["targets", str(tmp_path)]) == 0

@@ -169,7 +169,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):  # type: ignore[misc]
         *,
         ready: Callable[[], bool],
         hopeless: Callable[[], str],
+        metrics: str = "",
     ) -> None:
+        self._metrics = metrics
         self._stage = stage
         self._operator = operator
         self._ready = ready
@@ -186,6 +188,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):  # type: ignore[misc]
             members_version=self._stage.members.version,
             parts=[part_status(part) for part in self._stage.parts.values()],
             order=self._operator.order,
+            metrics=self._metrics,
         )
 
     async def Drain(
