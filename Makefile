@@ -84,6 +84,10 @@ imports: $(READY) ## Who may import whom
 proto: $(READY) ## Generate the stubs from proto/
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 
+.PHONY: reference
+reference: $(READY) ## Write docs/reference.md from proto/ and docstrings
+	$(BIN)/python docs/make_reference.py
+
 .PHONY: proto-check
 proto-check: $(READY) ## See that the committed stubs are what proto/ generates
 	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
