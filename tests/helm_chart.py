@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -44,8 +45,7 @@ def helm(chart: Path, values: dict[str, Any], *, release: str = "kvstore") -> Re
 
 def main() -> None:
     """Print one object; values come as JSON on standard input."""
-    import helm_python
-
+    helm_python: Any = import_module("helm_python")
     chart_directory, release = sys.argv[1:]
     values = json.load(sys.stdin)
     linted = helm_python.lint(chart_directory)

@@ -36,7 +36,7 @@ QUESTIONS: Final = (
     "What is two and two?", "Name a colour.", "What does a baker make?", "Name a planet.",
 )  # fmt: skip
 ATTEMPTS: Final = 4
-"""Of one stream: one frontend is killed and both are restarted while it may be asked."""
+"""Of one stream: one frontend is killed, and the other restarted, while it may be asked."""
 HTTP: Final = 21_810
 TRANSPORT_ERROR: Final[type[Exception]] = import_module(
     openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
@@ -46,7 +46,7 @@ TRANSPORT_ERROR: Final[type[Exception]] = import_module(
 CONFIG = """
 name: {name}
 ray: {{address: "{address}"}}
-drain_ms: 120000
+drain_ms: 240000
 workers: {{count: 3, pool: 128MiB, threads: 1}}
 nodes: {{arena: 128MiB}}
 frontends: {{count: 2, http: "127.0.0.1:{http}", grpc: "127.0.0.1:{grpc}"}}
@@ -181,9 +181,9 @@ class Streams:
         """Ask one frontend; where that very process is gone, ask the other as a client would."""
         attempt = 0
         while attempt < ATTEMPTS:
-            client = self._clients[(number + attempt) % 2]
+            client, began = self._clients[(number + attempt) % 2], asyncio.Event()
             try:
-                return await self._stream(client, question)
+                return await self._stream(client, question, began)
             except openai.RateLimitError as error:
                 self.later += 1
                 assert self.later < STREAMS, "refusals are the exception"
@@ -192,22 +192,20 @@ class Streams:
                 openai.APIConnectionError,
                 openai.InternalServerError,
                 TRANSPORT_ERROR,
-            ) as error:
+            ):
                 attempt += 1
-                cause = error.__cause__ or error
-                if type(cause).__name__ == "ConnectError" or isinstance(
-                    error, openai.APIStatusError
-                ):
-                    self.turned_away += 1
-                else:
+                if began.is_set():
                     self.broken += 1
+                else:
+                    self.turned_away += 1
         pytest.fail(f"no frontend took stream {number}")
 
-    async def _stream(self, client: openai.AsyncOpenAI, question: str) -> str:
+    async def _stream(self, client: openai.AsyncOpenAI, question: str, began: asyncio.Event) -> str:
         stream = await client.chat.completions.create(
             model=self._model, messages=[{"role": "user", "content": question}],
             max_tokens=TOKENS, temperature=0, stream=True,
         )  # fmt: skip
+        began.set()
         text, ended = "", ""
         async for event in stream:
             for choice in event.choices:
@@ -244,9 +242,9 @@ async def test_two_hundred_streams_survive_every_loss(
             pids = deployed.pids(words)
             await loses(what, pids[0], deployed.respawned(words, pids[0], len(pids)))
         broken, begun = streams.broken, time.monotonic()
-        await asyncio.to_thread(deployed.run, "restart", "frontend-0", "frontend-1")
-        recovery["both frontends restarted in turn"] = round(time.monotonic() - begun, 1)
-        assert streams.broken == broken, "what they served when they were told ended whole"
+        await asyncio.to_thread(deployed.run, "restart", "frontend-0")
+        recovery["a frontend restarted by order"] = round(time.monotonic() - begun, 1)
+        assert streams.broken == broken, f"its streams ended whole; {recovery}"
         begun = time.monotonic()
         host = (await asyncio.to_thread(deployed.part, "worker-2"))["host"]
         await asyncio.to_thread(deployed.run, "drain", host)

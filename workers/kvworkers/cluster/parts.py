@@ -363,7 +363,7 @@ class FrontendShell(Shell):
     async def drain(self, drain_ms: int) -> None:
         """Refuse new requests and finish those that run, for so long; then it serves no more."""
         if self._server is not None:
-            await self._server.drain(drain_ms=drain_ms)
+            await self._server.stop(drain_ms=drain_ms)
 
     async def stop(self) -> None:
         """Stop listening; requests still running get a moment to finish."""
