@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,16 +38,21 @@ class Target:
 
 
 def find_targets(
-    places: Sequence[str], cluster: str, credentials: Credentials = NO_CREDENTIALS
+    places: Sequence[str],
+    cluster: str,
+    credentials: Credentials = NO_CREDENTIALS,
+    *,
+    last: Sequence[Target] = (),
 ) -> list[Target]:
     """Return what the places serve, or with none given the parts of a running cluster.
 
     A place is `HOST:PORT`, a URL or a node's run directory; one that does not say speaks TLS where
     there are credentials for it. A cluster's controller is asked, since parts that were restarted
-    have other ports; where it does not answer, what was noted at the start counts. Raises
-    `BadInput` naming a place that is neither, `NotFound` where no such cluster runs.
+    have other ports; where it does not answer, `last` is what counts, and without it what was noted
+    at the start. Raises `BadInput` naming a place that is neither, `NotFound` where no such cluster
+    runs.
     """
-    found = [_at(place) for place in places] if places else _parts_of(cluster, credentials)
+    found = [_at(place) for place in places] if places else _parts_of(cluster, credentials, last)
     usual = "https" if credentials.ca else "http"
     return [one if one.scheme else replace(one, scheme=usual) for one in found]
 
@@ -61,21 +67,21 @@ def _at(place: str) -> Target:
     return Target(str(facts.get("name", place)), "node", str(facts["metrics"]))
 
 
-def _parts_of(cluster: str, credentials: Credentials) -> list[Target]:
+def _parts_of(cluster: str, credentials: Credentials, last: Sequence[Target]) -> Sequence[Target]:
     if not _CLUSTER.fullmatch(cluster):
         raise BadInput(f"--cluster {cluster!r}: lower-case letters, digits and dashes, at most 32")
     note = _read(Path(f"/tmp/kvstore-{os.getuid()}") / f"up-{cluster}.json")
     parts = (note or {}).get("parts") or []
     # One file of certificates is every part's: they all speak TLS or none does.
     scheme = str((note or {}).get("http", "")).partition("://")[0]
-    found = [
+    found: Sequence[Target] = [
         Target(str(part["name"]), str(part["role"]), str(part["metrics"]), scheme)
         for part in parts
         if part.get("metrics")
     ]
     for part in parts:
         if part.get("role") == _CONTROLLER:
-            found = _asked(str(part["address"]), scheme, credentials) or found
+            found = _asked(str(part["address"]), scheme, credentials) or last or found
     if not found:
         raise NotFound(
             f"no cluster named {cluster!r} is running here; start one with `kvstore up`, or name"
@@ -120,12 +126,47 @@ def _read(path: Path) -> dict[str, Any] | None:
     "--security", type=click.Path(path_type=Path, dir_okay=False),
     help="What to trust and to show where the parts speak TLS: docs/security.md.",
 )  # fmt: skip
-def targets(places: tuple[str, ...], cluster: str, security: Path | None) -> None:
+@click.option(
+    "--follow", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write this file, and again whenever parts come, go or move, until Ctrl-C.",
+)  # fmt: skip
+@click.option(
+    "--interval", type=click.FloatRange(0.1, 3_600), default=5.0, show_default=True,
+    help="Seconds between two looks of --follow.",
+)  # fmt: skip
+def targets(
+    places: tuple[str, ...], cluster: str, security: Path | None, follow: Path | None,
+    interval: float,
+) -> None:  # fmt: skip
     """Print scrape targets as JSON, in the form of Prometheus' file_sd_configs.
 
     Without places: every part of the cluster that `kvstore up` runs on this machine.
     """
     credentials = Credentials.from_file(security) if security is not None else NO_CREDENTIALS
+    if follow is None:
+        click.echo(_listed(find_targets(places, cluster, credentials)))
+        return
+    found, written = find_targets(places, cluster, credentials), ""
+    while True:
+        if (listed := _listed(found)) != written:
+            _replace(follow, listed)
+            written = listed
+        time.sleep(interval)
+        found = find_targets(places, cluster, credentials, last=found)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is never seen half; raises `BadInput` naming it."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_text(text + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise BadInput(f"--follow {path}: {error.strerror}") from error
+
+
+def _listed(found: Sequence[Target]) -> str:
+    """Return the targets as Prometheus reads them."""
     listed = [
         {
             "targets": [one.address],
@@ -133,6 +174,6 @@ def targets(places: tuple[str, ...], cluster: str, security: Path | None) -> Non
             # Prometheus' own word for it; its tls_config stands in the scrape configuration.
             | ({"__scheme__": "https"} if one.scheme == "https" else {}),
         }
-        for one in find_targets(places, cluster, credentials)
+        for one in found
     ]
-    click.echo(json.dumps(listed, indent=2))
+    return json.dumps(listed, indent=2)

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -49,17 +49,33 @@ def top(
     cluster that `kvstore up` runs on this machine. Fails when nothing at all answers.
     """
     credentials = Credentials.from_file(security) if security is not None else NO_CREDENTIALS
-    find = partial(find_targets, places, cluster, credentials)
-    pages, unreachable = look(find(), credentials)
+    again = _Looker(places, cluster, credentials)
+    pages, unreachable = again()
     if not pages:
         raise Unreachable("; ".join(unreachable))
     if once:
         _print(pages, {}, None, unreachable, as_json=as_json)
         return
     if as_json or not sys.stdout.isatty():
-        _follow(find, credentials, pages, interval, as_json=as_json)
+        _follow(again, pages, interval, as_json=as_json)
     else:
-        _live(find, credentials, pages, unreachable, interval)
+        _live(again, pages, unreachable, interval)
+
+
+class _Looker:
+    """Looks at all parts, wherever they are by then."""
+
+    def __init__(self, places: Sequence[str], cluster: str, credentials: Credentials) -> None:
+        self._places = places
+        self._cluster = cluster
+        self._credentials = credentials
+        self._last: list[Target] = []
+
+    def __call__(self) -> tuple[dict[Target, Figures], list[str]]:
+        """Return every page that answers, and a line for every other part."""
+        found = find_targets(self._places, self._cluster, self._credentials, last=self._last)
+        self._last = found
+        return look(found, self._credentials)
 
 
 def look(
@@ -86,8 +102,7 @@ def _fetch(target: Target, credentials: Credentials) -> Figures | str:
 
 
 def _follow(
-    find: Callable[[], Sequence[Target]],
-    credentials: Credentials,
+    again: _Looker,
     before: dict[Target, Figures],
     interval: float,
     *,
@@ -96,15 +111,14 @@ def _follow(
     last = time.monotonic()
     while True:
         time.sleep(interval)
-        pages, unreachable = look(find(), credentials)
+        pages, unreachable = again()
         now = time.monotonic()
         _print(pages, before, now - last, unreachable, as_json=as_json)
         before, last = pages, now
 
 
 def _live(
-    find: Callable[[], Sequence[Target]],
-    credentials: Credentials,
+    again: _Looker,
     before: dict[Target, Figures],
     unreachable: list[str],
     interval: float,
@@ -114,7 +128,7 @@ def _live(
     with Live(first, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
-            pages, unreachable = look(find(), credentials)
+            pages, unreachable = again()
             now = time.monotonic()
             live.update(draw(summarise(pages, before, now - last), unreachable), refresh=True)
             before, last = pages, now

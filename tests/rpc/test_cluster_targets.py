@@ -71,3 +71,9 @@ def test_without_its_answer_the_note_counts(note: Path) -> None:
     assert [target.address for target in find_targets([], write(note, "127.0.0.1:1"))] == [
         "127.0.0.1:1", "127.0.0.1:2",
     ]  # fmt: skip
+
+
+async def test_while_it_is_away_the_last_answer_counts(note: Path, control: str) -> None:
+    last = await asyncio.to_thread(find_targets, [], write(note, control))
+    again = await asyncio.to_thread(lambda: find_targets([], write(note, "127.0.0.1:1"), last=last))
+    assert again == last and again[0].address == "127.0.0.1:11"

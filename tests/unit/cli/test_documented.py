@@ -9,7 +9,7 @@ import pytest
 from kvstore.cli.main import cli
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+PAGES = ["../README.md", *sorted(path.name for path in DOCS.glob("*.md"))]
 
 
 def commands(page: str) -> list[list[str]]:

@@ -188,6 +188,29 @@ def test_a_cluster_is_found_by_its_note() -> None:
         note.unlink()
 
 
+def test_targets_are_written_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, file = tmp_path / "node.json", tmp_path / "targets.json"
+    seen: list[tuple[str, int]] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 2.0
+        seen.append((json.loads(file.read_text())[0]["targets"][0], file.stat().st_ino))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        note.write_text(json.dumps({"name": "a", "metrics": f"127.0.0.1:{8 + (len(seen) > 1)}"}))
+
+    monkeypatch.setattr("time.sleep", sleep)
+    note.write_text(json.dumps({"name": "a", "metrics": "127.0.0.1:8"}))
+    follow = ["targets", str(tmp_path), "--follow", str(file), "--interval", "2"]
+    assert run(follow) == 130
+    assert [address for address, _ in seen] == ["127.0.0.1:8", "127.0.0.1:8", "127.0.0.1:9"]
+    assert seen[0][1] == seen[1][1], "what did not change is left alone"
+    assert [path.name for path in tmp_path.glob("*new*")] == []
+    assert run([*follow[:3], str(tmp_path / "none" / "x")]) == 2
+
+
 def test_an_open_breaker_and_what_was_not_reached_are_shown() -> None:
     samples = [
         ("kvstore_node_info", {"node": "a"}, 1.0),
