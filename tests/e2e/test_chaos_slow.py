@@ -24,6 +24,7 @@ import pytest
 
 from tests.cluster_process import KVSTORE, MARK, command_line, eventually, marked_processes
 from tests.exactness import Exactness, Reference
+from tests.prometheus_queries import check_every_query, watching, work
 from tests.raylets import Raylets, raylets
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -48,7 +49,7 @@ name: {name}
 ray: {{address: "{address}"}}
 drain_ms: 240000
 workers: {{count: 3, pool: 128MiB, threads: 1}}
-nodes: {{arena: 128MiB}}
+nodes: {{arena: 128MiB, nvme: "{nvme}", nvme_bytes: 1GiB}}
 frontends: {{count: 2, http: "127.0.0.1:{http}", grpc: "127.0.0.1:{grpc}"}}
 """
 
@@ -102,9 +103,12 @@ class Deployed:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     mark, name = secrets.token_hex(8), f"test-{secrets.token_hex(4)}"
-    file = tmp_path_factory.mktemp("chaos") / "cluster.yaml"
+    directory = tmp_path_factory.mktemp("chaos")
+    file, disk = directory / "cluster.yaml", directory / "nvme"
     with raylets(3, mark={MARK: mark}) as ray:
-        file.write_text(CONFIG.format(name=name, address=ray.address, http=HTTP, grpc=HTTP + 10))
+        file.write_text(
+            CONFIG.format(name=name, address=ray.address, http=HTTP, grpc=HTTP + 10, nvme=disk)
+        )
         up = subprocess.run(
             [*KVSTORE, "up", "--detach", "--json", "--config", str(file)], env=ray.environment,
             capture_output=True, text=True, timeout=300, check=False,
@@ -131,6 +135,15 @@ def test_it_is_deployed_from_the_file_on_three_hosts(deployed: Deployed) -> None
         address = part["metrics"] or part["http"]
         text = httpx.get(f"http://{address}/metrics", timeout=10).text
         assert "kvstore_" in text, part["name"]
+
+
+def test_prometheus_scrapes_it_and_every_query_returns_data(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    """Three nodes, three workers, two frontends and the controller."""
+    http, model = str(deployed.facts["http"]), str(deployed.facts["model"])
+    with watching(deployed.name, tmp_path) as address:
+        check_every_query(address, parts=9, load=lambda: work(http, model))
 
 
 class Streams:
