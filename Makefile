@@ -59,6 +59,13 @@ redis-server: ## Install Redis from the system's packages where it is missing an
 	    && apt-get install -y --no-install-recommends redis-server; } \
 	  || echo 'no redis-server and no right to install one: its tests will be skipped' >&2
 
+.PHONY: prometheus
+prometheus: ## Install Prometheus (and promtool) likewise: alerts and scraping are tested with it
+	@command -v prometheus && command -v promtool || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	    && apt-get install -y --no-install-recommends prometheus; } \
+	  || echo 'no prometheus and no right to install one: its tests will be skipped' >&2
+
 .PHONY: demo
 demo: $(READY) ## Start a local cluster and hold real conversations out of its cache
 	@exec $(BIN)/python -m kvstore.cli.main demo $(DEMO_ARGS)
