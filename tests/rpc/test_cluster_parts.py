@@ -113,6 +113,19 @@ async def test_a_drained_frontend_serves_no_more(run_dir: Path, tmp_path: Path) 
     await shell.stop()
 
 
+async def test_a_new_disk_gets_its_directory_and_a_missing_one_is_named(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    for where, phase in (("disk", Phase.SERVING), ("no-disk/here", Phase.FAILED)):
+        nvme = tmp_path / where
+        shell = NodeShell("node-0", config(run_dir, nvme=nvme, nvme_bytes=64 << 20))
+        await shell.start(1, "node-0")
+        report = await until(shell, Phase.FAILED, Phase.SERVING)
+        assert report.phase is phase, report.detail
+        assert (nvme / "node-0").is_dir() if phase is Phase.SERVING else where in report.detail
+        await shell.stop()
+
+
 async def test_a_keeper_that_refuses_to_start_is_quoted(run_dir: Path) -> None:
     (run_dir / "node-0").write_text("a file where the directory should be")
     shell = NodeShell("node-0", config(run_dir))

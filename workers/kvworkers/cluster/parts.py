@@ -139,8 +139,12 @@ class NodeShell(Shell):
         return where if security is None else (*where, "--security", str(security))
 
     async def _launch(self) -> None:
-        # Another host of the cluster has no run directory yet.
+        # Another host of the cluster has no run directory yet, and a new disk no directory of ours.
+        # What that lies in has to be there: it is where a disk is mounted.
         self._config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (self._config.nvme, self._config.files):
+            if directory is not None:
+                directory.mkdir(mode=0o700, exist_ok=True)
         command = [
             *(sys.executable, "-m", "kvstore.cli.main", "node", "--json"),
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
