@@ -18,13 +18,16 @@ SLOT_BYTES = 3 * 4096
 """Header and two granules: what `contracts.block` takes."""
 
 
-async def start(directory: Path, *, slots: int = 64, **options: Any) -> NvmeTier:
-    """Return a loaded tier with room for `slots` blocks of 8 KiB in 16 segments."""
+async def start(
+    directory: Path, *, slots: int = 64, loaded: bool = True, **options: Any
+) -> NvmeTier:
+    """Return a tier with room for `slots` blocks of 8 KiB in 16 segments, its index read or not."""
     config = NvmeConfig(
         directory=directory, capacity_bytes=slots * SLOT_BYTES, threads=4, writers=2, sync_ms=60_000
     )
     tier = await NvmeTier.start(config, Lru(), TierMetrics(CollectorRegistry()), **options)
-    await tier.loaded()
+    if loaded:
+        await tier.loaded()
     return tier
 
 

@@ -9,6 +9,7 @@ what the router itself remembers.
 import asyncio
 import hashlib
 import os
+import random
 import statistics
 import time
 import tracemalloc
@@ -17,12 +18,13 @@ from typing import Final
 
 import click
 
+from kvstore.cli.bench_router_peer import NAME, Holdings, RadixPeer, SelectPeer, load_dynamo
 from kvstore.cli.bench_router_start import measure_start, percentile_ms
 from kvstore.cli.bench_router_stream import seconds_until_visible
 from kvstore.cli.bench_rows import Bench, Work
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS, NAME_BYTES
-from kvstore.core.names import BlockName, Root, chain
+from kvstore.core.names import BlockName, PackedNames, Root, chain
 from kvstore.directory.events import Began, Changed, Ended, Loaded, TierKind
 from kvstore.directory.places import BlockIndex
 from kvstore.directory.view import ClusterView, reach_over
@@ -44,6 +46,7 @@ TURN_TOKENS: Final = 1_024
 """What a conversation's next turn adds."""
 
 EVENT_NAMES: Final = 32
+RUN_NAMES: Final = 512
 ROOT: Final = Root(b"bench root of kvstore".ljust(NAME_BYTES, b"."))
 SHA: Final = "SHA-256 chain over the same tokens, bare loop"
 
@@ -70,7 +73,8 @@ class Cluster:
         self.placement = Placement(self.view, self.bookings)
         shared = os.urandom(SHARED_TOKENS * 4)
         self.tokens = [shared + os.urandom((TOKENS - SHARED_TOKENS) * 4) for _ in range(PROMPTS)]
-        self.names = [list(chain(ROOT, tokens)) for tokens in self.tokens]
+        self.names = [chain(ROOT, tokens) for tokens in self.tokens]
+        self.blocks = blocks
         self.prompts = [Prompt(ROOT, names, TOKENS) for names in self.names]
         members: list[Member] = []
         for number in range(WORKERS):
@@ -104,6 +108,20 @@ class Cluster:
                 prefill_linear_s=4e-5, prefill_quadratic_s=1.3e-9,
             )  # fmt: skip
             self.view.apply(member.name, load, 0.0)
+
+    def workers(self) -> list[Holdings]:
+        """Return what every worker holds, for a peer; all entries lie on workers there."""
+        others = self.blocks // WORKERS
+        shared = self.tokens[0][: SHARED_TOKENS * 4]
+        holdings = []
+        for number in range(WORKERS):
+            own = [
+                tokens[: HELD_TOKENS * 4]
+                for at, tokens in enumerate(self.tokens)
+                if at % (WORKERS + HOSTS) == number
+            ]
+            holdings.append(Holdings([shared, *own], others))
+        return holdings
 
     def decide(self, prompt: Prompt) -> None:
         """Choose a worker, as `Router.route` does."""
@@ -142,7 +160,7 @@ def hashing(cluster: Cluster) -> Work:
     return per_prompt(run)
 
 
-async def bench_decisions(bench: Bench, cluster: Cluster) -> None:
+async def bench_decisions(bench: Bench, cluster: Cluster, peer: SelectPeer | None) -> None:
     """Decide for prompts that come named, that were never seen, and that are a next turn."""
 
     def named() -> None:
@@ -166,6 +184,13 @@ async def bench_decisions(bench: Bench, cluster: Cluster) -> None:
             longer = tokens[:kept] + os.urandom(TURN_TOKENS * 4)
             cluster.decide(Prompt(ROOT, known.names(ROOT, longer), TOKENS))
 
+    async def select() -> float:
+        assert peer is not None
+        started = time.perf_counter()
+        for request in peer.requests:
+            await peer.select(request)
+        return (time.perf_counter() - started) / PROMPTS
+
     limit = hashing(cluster)
     for case, run in {
         "decide from names": named,
@@ -173,10 +198,13 @@ async def bench_decisions(bench: Bench, cluster: Cluster) -> None:
         "decide from tokens, never seen": unseen,
         "decide from tokens, next turn": turn,
     }.items():
-        await bench.against(case, per_prompt(run), limit, limit_name=SHA)
+        theirs = select if peer is not None and "from tokens" in case else None
+        await bench.against(
+            case, per_prompt(run), limit, limit_name=SHA, peer=theirs, peer_name=NAME
+        )
 
 
-async def bench_match(bench: Bench, cluster: Cluster) -> None:
+async def bench_match(bench: Bench, cluster: Cluster, peer: RadixPeer | None) -> None:
     """Find the prefix of all workers' reaches alone."""
     view = cluster.view
     tiers = {h: view.host_tiers([f"node-{h}"], 0.0) for h in range(HOSTS)}
@@ -195,37 +223,72 @@ async def bench_match(bench: Bench, cluster: Cluster) -> None:
             for _ in range(WORKERS):
                 view.match(ROOT, names[:1], reaches[:1])
 
+    def theirs() -> None:
+        assert peer is not None
+        for hashes in peer.prompts:
+            peer.tree.find_matches(hashes)
+
     probes = per_prompt(one_probe_each)
     for case, run in {
         "longest prefix of 2,048 blocks, 16 workers and 2 nodes": ours,
         "longest prefix of 2,048 blocks, 1 worker and 1 node": one,
     }.items():
-        await bench.against(case, per_prompt(run), probes, limit_name="16 matches of one block")
+        find = per_prompt(theirs) if peer is not None and "16" in case else None
+        await bench.against(
+            case, per_prompt(run), probes, limit_name="16 matches of one block",
+            peer=find, peer_name=NAME,
+        )  # fmt: skip
 
 
-async def bench_events(bench: Bench, cluster: Cluster) -> None:
-    """Apply stored and removed events of `EVENT_NAMES` blocks, beside a bare dict."""
-    count = 2_000
-    batches = [random_names(EVENT_NAMES) for _ in range(count)]
+async def bench_events(bench: Bench, cluster: Cluster, peer: RadixPeer | None) -> None:
+    """Apply stored and removed events beside a bare dict.
+
+    Of `EVENT_NAMES` blocks, as one step of an engine tells of, and of `RUN_NAMES`: what a publisher
+    under load has merged when its stream sends next.
+    """
+    for size in (EVENT_NAMES, RUN_NAMES):
+        await _bench_events_of(bench, cluster, peer, size, 64_000 // size)
+
+
+async def _bench_events_of(
+    bench: Bench, cluster: Cluster, peer: RadixPeer | None, size: int, count: int
+) -> None:
+    case = f"events of {size} blocks applied, stored and removed"
+    if not bench.wants(case):
+        return
+    batches = [PackedNames(os.urandom(size * NAME_BYTES)) for _ in range(count)]
     stored = [Changed(ROOT, TierKind.HBM, names) for names in batches]
     removed = [Changed(ROOT, TierKind.HBM, names, deleted=True) for names in batches]
     table: dict[int, int] = dict.fromkeys(range(len(cluster.view)), 1)
+    listed = [list(names) for names in batches]
 
     async def ours() -> None:
         for event in [*stored, *removed]:
             cluster.view.apply("worker-0", event, 0.0)
 
     async def bare() -> None:
-        for names in batches:
+        for names in listed:
             for name in names:
                 table[int.from_bytes(name[:8], "little")] = 1
-        for names in batches:
+        for names in listed:
             for name in names:
                 del table[int.from_bytes(name[:8], "little")]
 
+    events: list[bytes] = []
+    if peer is not None:
+        chains = [peer.stored([random.getrandbits(63) for _ in batch], size) for batch in batches]
+        events = [event for told, _ in chains for event in told]
+        events += [peer.removed(names) for _, names in chains]
+
+    async def theirs() -> None:
+        assert peer is not None
+        for event in events:
+            peer.tree.apply_event(0, event)
+
     await bench.against(
-        f"events of {EVENT_NAMES} blocks applied, stored and removed", ours, bare,
-        limit_name="a dict of as many ints", amount=2 * count * EVENT_NAMES, unit="blocks/s",
+        case, ours, bare, limit_name="a dict of as many ints",
+        amount=2 * count * size, unit="blocks/s",
+        peer=theirs if peer is not None else None, peer_name=NAME,
     )  # fmt: skip
 
 
@@ -297,8 +360,16 @@ def router(pattern: str, quick: bool, blocks: int, start_blocks: int, as_json: b
 
 async def _measure(bench: Bench, blocks: int) -> None:
     cluster = Cluster(blocks)
-    await bench_decisions(bench, cluster)
-    await bench_match(bench, cluster)
-    await bench_events(bench, cluster)
+    dynamo = load_dynamo()
+    if dynamo is None:
+        click.echo("  ai-dynamo-runtime is not installed: no column for the peer", err=True)
+        await bench_decisions(bench, cluster, None)
+        radix = None
+    else:
+        async with SelectPeer(dynamo, cluster.tokens, cluster.workers()) as peer:
+            await bench_decisions(bench, cluster, peer)
+        radix = RadixPeer(dynamo, cluster.tokens, cluster.workers())
+    await bench_match(bench, cluster, radix)
+    await bench_events(bench, cluster, radix)
     bench_memory(bench, cluster)
     await bench_stream(bench)

@@ -42,26 +42,29 @@ class Bench:
         amount: float = 0.0,
         unit: str = "us",
         repeat: int = 1,
+        peer: Work | None = None,
+        peer_name: str | None = None,
     ) -> None:
-        """Measure `ours` beside `limit`, in turns. `amount` per run over seconds is the value.
+        """Measure `ours` beside `limit` and a peer, in turns; `amount` over seconds is the value.
 
-        Without an amount the value is microseconds per run.
+        Without an amount the value is microseconds per run. Ratios are above 1 where ours is
+        faster: medians over the turns.
         """
         if not self.wants(case):
             return
-        await _timed(ours, repeat)
-        await _timed(limit, repeat)
-        times = [
-            (await _timed(ours, repeat), await _timed(limit, repeat)) for _ in range(self.pairs)
+        works = [ours, limit, *([peer] if peer is not None else [])]
+        for work in works:
+            await _timed(work, repeat)
+        turns = [[await _timed(work, repeat) for work in works] for _ in range(self.pairs)]
+        values = [_value(statistics.median(times), amount) for times in zip(*turns, strict=True)]
+        ratios = [
+            statistics.median(times[at] / times[0] for times in turns) for at in range(len(works))
         ]
         self.row(
-            case,
-            _value(statistics.median(mine for mine, _ in times), amount),
-            unit,
-            limit=_value(statistics.median(other for _, other in times), amount),
-            limit_name=limit_name,
-            ratio=statistics.median(other / mine for mine, other in times),
-        )
+            case, values[0], unit, limit=values[1], limit_name=limit_name, ratio=ratios[1],
+            peer=values[2] if peer is not None else None, peer_name=peer_name,
+            ratio_to_peer=ratios[2] if peer is not None else None,
+        )  # fmt: skip
 
     def row(
         self,
@@ -73,6 +76,9 @@ class Bench:
         limit_name: str | None = None,
         ratio: float | None = None,
         runs: int | None = None,
+        peer: float | None = None,
+        peer_name: str | None = None,
+        ratio_to_peer: float | None = None,
     ) -> None:
         """Print one result, or keep it for the table."""
         fields: dict[str, Any] = {
@@ -83,9 +89,9 @@ class Bench:
             "limit": None if limit is None else _rounded(limit),
             "limit_name": limit_name,
             "ratio_to_limit": None if ratio is None else round(ratio, 3),
-            "peer": None,
-            "peer_name": None,
-            "ratio_to_peer": None,
+            "peer": None if peer is None else _rounded(peer),
+            "peer_name": peer_name if peer is not None else None,
+            "ratio_to_peer": None if ratio_to_peer is None else round(ratio_to_peer, 3),
             "runs": self.pairs if runs is None else runs,
         }
         self.rows.append(fields)
@@ -99,17 +105,14 @@ class Bench:
         if self.as_json:
             return
         table = Table(box=None, header_style="dim", pad_edge=False)
-        for head in ("case", "value", "limit", "of the limit", "the limit is"):
-            table.add_column(head, justify="left" if head in ("case", "the limit is") else "right")
+        with_peer = any(row["peer"] is not None for row in self.rows)
+        heads = ["case", "value", "limit", "of the limit", "the limit is"]
+        for head in [*heads, *(["peer", "of the peer", "the peer is"] if with_peer else [])]:
+            words = head in ("case", "the limit is", "the peer is")
+            table.add_column(head, justify="left" if words else "right")
         for row in self.rows:
-            limit = row["limit"]
-            table.add_row(
-                row["case"],
-                f"{row['value']:g} {row['unit']}",
-                "" if limit is None else f"{limit:g} {row['unit']}",
-                "" if limit is None else f"{row['ratio_to_limit']:.2f}",
-                row["limit_name"] or "",
-            )
+            cells = [row["case"], f"{row['value']:g} {row['unit']}", *_compared(row, "limit")]
+            table.add_row(*cells, *(_compared(row, "peer") if with_peer else []))
         Console().print(table)
 
 
@@ -129,3 +132,11 @@ def _value(seconds: float, amount: float) -> float:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.5g}")
+
+
+def _compared(row: dict[str, Any], what: str) -> list[str]:
+    """Return the cells about a limit or a peer; empty ones where there is none."""
+    if row[what] is None:
+        return ["", "", ""]
+    ratio = f"{row[f'ratio_to_{what}']:.2f}"
+    return [f"{row[what]:g} {row['unit']}", ratio, row[f"{what}_name"] or ""]

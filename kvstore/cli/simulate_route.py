@@ -69,8 +69,8 @@ class Row:
     help="A pool all share, as a share of the trace's unique blocks; 0: none. Once for each.",
 )  # fmt: skip
 @click.option(
-    "--capacity", type=click.FloatRange(0, 1, min_open=True), default=0.2, show_default=True,
-    help="All workers' caches together, likewise.",
+    "--capacity", type=click.FloatRange(0, min_open=True), default=0.2, show_default=True,
+    help="All workers' caches together, likewise; above 1 where many hold the same.",
 )  # fmt: skip
 @click.option(
     "--policy", type=click.Choice(list(POLICIES)), default=DEFAULT_POLICY, show_default=True,

@@ -22,6 +22,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, NamedTuple, NewType, overload
 
+import numpy as np
+
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES, NAME_BYTES
 
@@ -138,11 +140,12 @@ def chain(
     *,
     extra_keys: Sequence[ExtraKey] = (),
     block_tokens: int = BLOCK_TOKENS,
-) -> Iterator[BlockName]:
-    """Yield one name per full block of packed u32 tokens.
+) -> list[BlockName]:
+    """Return one name per full block of packed u32 tokens.
 
     A partial last block has no name: it can still change. `root` may also be the name of a
     block, to go on from a known prefix. Cost: about 0.4 µs a block (one SHA-256 of 96 bytes).
+    Raises `BadInput` where the bytes are no whole tokens or an extra key lies outside them.
     """
     # Slices of bytes cost half of slices of a view, which counts in this loop.
     data = tokens if type(tokens) is bytes else bytes(memoryview(tokens).cast("B"))
@@ -150,14 +153,14 @@ def chain(
         raise BadInput(f"packed tokens have {len(data)} bytes, not a multiple of 4")
     step = block_tokens * 4
     if extra_keys:
-        yield from _chain_with_extras(root, memoryview(data), sorted(extra_keys), step)
-        return
+        return list(_chain_with_extras(root, memoryview(data), sorted(extra_keys), step))
     parent: Any = root  # a BlockName without a call to say so: that, too, counts here
-    sha256 = hashlib.sha256
-    for start in range(0, len(data) - step + 1, step):
-        # One call on 96 joined bytes is cheaper than two on the parts.
-        parent = sha256(parent + data[start : start + step]).digest()
-        yield parent
+    sha256, whole = hashlib.sha256, data[: len(data) - len(data) % step]
+    # Cut in one call: slices cost a seventh of this loop. And one call on 96 joined bytes is
+    # cheaper than two on the parts.
+    parts = np.frombuffer(whole, f"V{step}").tolist()
+    names: Any = [parent := sha256(parent + part).digest() for part in parts]
+    return names  # type: ignore[no-any-return]
 
 
 def _chain_with_extras(

@@ -92,6 +92,9 @@ class Loaded:
     prefill_linear_s: float = 0.0
     prefill_quadratic_s: float = 0.0
     draining: bool = False
+    queued_token_depths: float = 0.0
+    """Sum over the queued tokens of how many tokens of their prompts come before each; 0: not told.
+    A token deep in a prompt takes longer than one at its beginning."""
 
 
 @dataclass(frozen=True, slots=True)

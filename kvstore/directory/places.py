@@ -1,16 +1,20 @@
-"""Blocks to places: a dict from 64-bit block keys to interned bit sets.
+"""Blocks to places: dicts from 64-bit block keys to interned bit sets.
 
 A *place* is one tier of one publisher at one snapshot, and owns one bit. A block's places are one
 integer shared by all blocks that lie in the same places, so an entry costs a dict slot and an int
-key (about 110 bytes measured at 1.4 M entries). Replacing a whole place is O(1): its bit is
-retired at once and cleaned out of the entries by `sweep`, a bounded step at a time, so that a
-publisher of a million blocks that comes back never stops the process that keeps the view.
+key (about 80 bytes). Replacing a whole place is O(1): its bit is retired at once and cleaned out
+of the entries by `sweep`, a bounded step at a time, so that a publisher of a million blocks that
+comes back never stops the process that keeps the view.
+
+Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1.4 M, so there are
+`SHARDS` of them, by the first byte of the name.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
+from itertools import repeat
 from operator import xor
 from struct import Struct
 from typing import Final, NamedTuple
@@ -19,13 +23,17 @@ import numpy as np
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import PackedNames
-from kvstore.directory.policy import BlockKey, block_key
+from kvstore.directory.policy import block_key
 
 MAX_INTERNED: Final = 65_536
 """Distinct place sets kept for sharing; beyond it sharing starts anew, nothing else changes."""
 
 
-MANY_NAMES: Final = 64
+SHARDS: Final = 64
+"""More would stop for less: one of 64 grows in about 1 ms at 2 M blocks, in 10 ms at 16 M. Fewer
+would make events cheaper, which touch a place in memory for each (docs/router.md)."""
+
+MANY_NAMES: Final = 16
 """From so many names on an array costs less than a loop."""
 
 _FIRST_64_BITS: Final = Struct(f"<Q{NAME_BYTES - 8}x").iter_unpack
@@ -62,11 +70,10 @@ def longest_prefix(has: Callable[[int], bool], length: int) -> int:
     return known
 
 
-def _keys(root: bytes, names: Sequence[bytes]) -> list[int]:
+def _keys(root: bytes, packed: bytes) -> list[int]:
     """Return `block_key` of every name. Unpacked together: a third of the cost of one by one."""
     under = block_key(root, b"")
-    packed = names.packed if isinstance(names, PackedNames) else b"".join(names)
-    if len(names) < MANY_NAMES:
+    if len(packed) < MANY_NAMES * NAME_BYTES:
         return [key ^ under for (key,) in _FIRST_64_BITS(packed)]
     words = np.frombuffer(packed, "<u8")[:: NAME_BYTES // 8]
     keys: list[int] = (words ^ np.uint64(under)).tolist()
@@ -103,8 +110,20 @@ def _halve(span: _Span, held_at: Callable[[int], int], answers: dict[int, int]) 
                 pending.append(_Span(low, middle, at_low, held, lacking))
                 group = [reach for reach in group if held & reach]
             low, at_low = middle, held
-        if low:
-            answers.update(dict.fromkeys(group, low))
+        answers.update(dict.fromkeys(group, low))
+
+
+@dataclass(slots=True)
+class _Sweep:
+    """Where a sweep stands."""
+
+    places: int
+    """What is cleaned out; 0 while none runs."""
+    shards: list[dict[int, int]]
+    """Not begun yet."""
+    shard: dict[int, int] = field(default_factory=dict)
+    keys: list[int] = field(default_factory=list)
+    """Entries of `shard` still to be looked at."""
 
 
 class BlockIndex:
@@ -113,21 +132,22 @@ class BlockIndex:
     def __init__(self, *, max_blocks: int) -> None:
         assert max_blocks > 0
         self._max_blocks = max_blocks
-        self._places: dict[int, int] = {}
+        self._shards: list[dict[int, int]] = [{} for _ in range(SHARDS)]
+        self._by_first_byte = tuple(self._shards[byte % SHARDS] for byte in range(256))
+        self._blocks = 0
         self._interned: dict[int, int] = {}
         self._free_bits: list[int] = []
         self._next_bit = 0
         self._retired = 0
-        self._sweeping = 0
-        self._sweep_keys: list[int] = []
+        self._sweep = _Sweep(0, [])
 
     def __len__(self) -> int:
         """Return the number of blocks with at least one entry, retired places included."""
-        return len(self._places)
+        return self._blocks
 
-    def places_of(self, key: BlockKey) -> int:
+    def places_of(self, root: bytes, name: bytes) -> int:
         """Return the bits of the live places that hold a block."""
-        return self._places.get(key, 0) & ~self._retired
+        return self._by_first_byte[name[0]].get(block_key(root, name), 0) & ~self._retired
 
     def new_place(self) -> Place:
         """Return an empty place with a bit of its own."""
@@ -143,134 +163,154 @@ class BlockIndex:
 
     def add(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` holds these blocks; those known already change nothing."""
-        bit, places, interned = place.bit, self._places, self._interned
-        if len(interned) > MAX_INTERNED:
-            interned.clear()
-        if len(names) < MANY_NAMES and len(places) + len(names) <= self._max_blocks:
-            self._add_few(place, _keys(root, names))
-            return
-        # Most blocks of a snapshot are new: only those that are known cost a step of their own.
-        added = dict.fromkeys(_keys(root, names), interned.setdefault(bit, bit))
-        known = added.keys() & places.keys()
-        for key in known:
-            held = places[key]
-            if held & bit:
-                del added[key]
-            else:
-                now = held | bit
-                added[key] = interned.setdefault(now, now)
-        room = self._max_blocks - len(places)
-        if room < len(added):
-            left_out = [key for key in added if key not in known][max(0, room) :]
-            for key in left_out:
-                del added[key]
-            place.partial = place.partial or bool(left_out)
-        places.update(added)
-        place.count += len(added)
-        place.xor_keys ^= reduce(xor, added, 0)
-
-    def _add_few(self, place: Place, keys: list[int]) -> None:
-        """Note the same of a few blocks, for all of which there is room: the shorter loop."""
-        bit, places, interned = place.bit, self._places, self._interned
-        added, total, alone = 0, 0, interned.setdefault(bit, bit)
-        for key in keys:
-            held = places.get(key)
-            if held is None:
-                places[key] = alone
-            elif held & bit:
-                continue
-            else:
-                now = held | bit
-                places[key] = interned.setdefault(now, now)
-            added += 1
-            total ^= key
-        place.count += added
-        place.xor_keys ^= total
+        keys, shards, held = self._find(root, names)
+        if len(self._interned) > MAX_INTERNED:
+            self._interned.clear()
+        if held is None or self._blocks + len(keys) > self._max_blocks:
+            self._add_each(place, keys, shards)
+        elif not held & place.bit:
+            # All lie in the same places, mostly nowhere: no step in Python for each.
+            now = self._intern(held | place.bit)
+            deque(map(dict.__setitem__, shards, keys, repeat(now)), maxlen=0)
+            self._blocks += 0 if held else len(keys)
+            place.count += len(keys)
+            place.xor_keys ^= reduce(xor, keys, 0)
 
     def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` no longer holds these blocks; unknown ones change nothing."""
-        bit, places, interned = place.bit, self._places, self._interned
-        removed = dict.fromkeys(_keys(root, names))
-        if set(map(places.get, removed)) == {bit}:
-            # Blocks that lay nowhere else, as most do: no step in Python for each.
-            deque(map(places.pop, removed), maxlen=0)
-        else:
-            for key in list(removed):
-                held = places.get(key, 0)
-                if held == bit:
-                    del places[key]
-                elif held & bit:
-                    now = held & ~bit
-                    places[key] = interned.setdefault(now, now)
-                else:
-                    del removed[key]
-        place.count -= len(removed)
-        place.xor_keys ^= reduce(xor, removed, 0)
+        keys, shards, held = self._find(root, names)
+        if held is None:
+            self._discard_each(place, keys, shards)
+        elif held & place.bit:
+            now = self._intern(held & ~place.bit)
+            if now:
+                deque(map(dict.__setitem__, shards, keys, repeat(now)), maxlen=0)
+            else:
+                deque(map(dict.pop, shards, keys), maxlen=0)
+                self._blocks -= len(keys)
+            place.count -= len(keys)
+            place.xor_keys ^= reduce(xor, keys, 0)
 
-    def match(self, root: bytes, names: Sequence[bytes], reaches: Sequence[int]) -> list[int]:
+    def _find(
+        self, root: bytes, names: Sequence[bytes]
+    ) -> tuple[list[int], list[dict[int, int]], int | None]:
+        """Return keys and shards of blocks, and their places where all lie in the same ones."""
+        packed = names.packed if isinstance(names, PackedNames) else b"".join(names)
+        keys = _keys(root, packed)
+        shards = [*map(self._by_first_byte.__getitem__, packed[::NAME_BYTES])]
+        held = set(map(dict.get, shards, keys, repeat(0)))
+        if len(held) != 1 or len(set(keys)) != len(keys):
+            return keys, shards, None
+        return keys, shards, held.pop()
+
+    def _intern(self, places: int) -> int:
+        return self._interned.setdefault(places, places)
+
+    def _add_each(self, place: Place, keys: list[int], shards: list[dict[int, int]]) -> None:
+        bit, added, total = place.bit, 0, 0
+        room = self._max_blocks - self._blocks
+        for key, shard in zip(keys, shards, strict=True):
+            held = shard.get(key, 0)
+            if held & bit:
+                continue
+            if not held:
+                if room <= 0:
+                    place.partial = True
+                    continue
+                room -= 1
+            shard[key] = self._intern(held | bit)
+            added += 1
+            total ^= key
+        self._blocks = self._max_blocks - room
+        place.count += added
+        place.xor_keys ^= total
+
+    def _discard_each(self, place: Place, keys: list[int], shards: list[dict[int, int]]) -> None:
+        bit = place.bit
+        for key, shard in zip(keys, shards, strict=True):
+            held = shard.get(key, 0)
+            if held == bit:
+                del shard[key]
+                self._blocks -= 1
+            elif held & bit:
+                shard[key] = self._intern(held & ~bit)
+            else:
+                continue
+            place.count -= 1
+            place.xor_keys ^= key
+
+    def match(self, root: bytes, names: Sequence[bytes], reaches: Iterable[int]) -> dict[int, int]:
         """Return, for each set of places, how many leading blocks lie somewhere in it.
 
         A hint: with holes it can promise too much or too little (see `longest_prefix`). All sets
-        gallop together and part where one holds a block that another lacks, so a probe of the
-        index is made once for all whose answer it can change: O(log blocks) probes where few part.
+        are halved together and part where one holds a block that another lacks, so a probe of the
+        index is made once for all whose answer it can change: log2(blocks) + 2 probes where none
+        parts, one where nothing is held.
         """
         length = len(names)
-        answers: dict[int, int] = dict.fromkeys(reaches, 0)
+        answers = dict.fromkeys(reaches, 0)
         if not length:
-            return [0] * len(reaches)
-        under, places, live = block_key(root, b""), self._places, ~self._retired
+            return answers
+        under, shards, live = block_key(root, b""), self._by_first_byte, ~self._retired
+        number = int.from_bytes
 
         def held_at(count: int) -> int:
             """Return the live places of the last of `count` blocks."""
-            return places.get(int.from_bytes(names[count - 1][:8], "little") ^ under, 0) & live
+            name = names[count - 1]
+            return shards[name[0]].get(number(name[:8], "little") ^ under, 0) & live
 
-        alive = [reach for reach in answers if reach]
-        known, step, before = 0, 1, -1
-        while alive:
-            at = min(known + step, length)
-            held = held_at(at)
-            if held != before:  # long runs of blocks lie in the same places
-                lacking = [reach for reach in alive if not held & reach]
-                if lacking:
-                    _halve(_Span(known, at, before, held, lacking), held_at, answers)
-                    alive = [reach for reach in alive if held & reach]
-            if at == length:
-                answers.update(dict.fromkeys(alive, length))
-                break
-            known, step, before = at, step * 2, held
-        return [answers[reach] for reach in reaches]
+        at_first = held_at(1)
+        alive = [reach for reach in answers if at_first & reach]
+        if not alive:
+            return answers
+        at_last = held_at(length)
+        answers.update(dict.fromkeys(alive, length))
+        ended = [reach for reach in alive if not at_last & reach]
+        if ended:
+            _halve(_Span(1, length, at_first, at_last, ended), held_at, answers)
+        return answers
 
     def sweep(self, limit: int) -> int:
         """Clean retired places out of at most `limit` entries; return how many were looked at.
 
         0 means that nothing is left to do. Call it again and again, with pauses, from the owner.
         """
-        if not self._sweeping:
+        sweep = self._sweep
+        if not sweep.places:
             if not self._retired:
                 return 0
-            self._sweeping = self._retired
-            self._sweep_keys = list(self._places)
-        keep = ~self._sweeping
-        batch = self._sweep_keys[-limit:]
-        del self._sweep_keys[-limit:]
-        for key in batch:
-            held = self._places.get(key, 0)
-            if not held & self._sweeping:
-                continue
-            now = held & keep
-            if now:
-                self._places[key] = self._interned.setdefault(now, now)
-            else:
-                del self._places[key]
-        if not self._sweep_keys:
-            self._finish_sweep()
-        return max(1, len(batch))
+            sweep = self._sweep = _Sweep(self._retired, list(self._shards))
+        looked = 0
+        while looked < limit and (sweep.keys or sweep.shards):
+            if not sweep.keys:
+                sweep.shard = sweep.shards.pop()
+                sweep.keys = list(sweep.shard)
+            batch = sweep.keys[looked - limit :]
+            del sweep.keys[looked - limit :]
+            looked += len(batch)
+            self._clean(sweep, batch)
+        if not sweep.keys and not sweep.shards:
+            self._finish_sweep(sweep.places)
+        return max(1, looked)
 
-    def _finish_sweep(self) -> None:
+    def _clean(self, sweep: _Sweep, keys: list[int]) -> None:
+        """Take swept places out of some blocks of one shard."""
+        shard, swept = sweep.shard, sweep.places
+        for key in keys:
+            held = shard.get(key, 0)
+            if not held & swept:
+                continue
+            now = held & ~swept
+            if now:
+                shard[key] = self._intern(now)
+            else:
+                del shard[key]
+                self._blocks -= 1
+
+    def _finish_sweep(self, swept: int) -> None:
         """Give the swept bits back for new places."""
-        swept = self._sweeping
         self._retired &= ~swept
-        self._sweeping = 0
+        self._sweep = _Sweep(0, [])
         while swept:
             lowest = swept & -swept
             self._free_bits.append(lowest.bit_length() - 1)

@@ -26,7 +26,6 @@ from kvstore.directory.events import (
     TierKind,
 )
 from kvstore.directory.places import BlockIndex, Place
-from kvstore.directory.policy import block_key
 
 DEFAULT_MAX_BLOCKS: Final = 16_000_000
 """Blocks in one view: about 2 GB. Beyond it new blocks are left out and matches promise less."""
@@ -103,6 +102,8 @@ class Reach:
     """Its own HBM pages."""
     levels: tuple[tuple[TierKind, int], ...] = ()
     """Tiers of its host's nodes, fastest first: each with all places down to it."""
+    below: int = 0
+    """All places of those tiers, without its own pages."""
 
 
 @dataclass(slots=True)
@@ -115,6 +116,8 @@ class Held:
     """In anything it reaches; at least `own_blocks`."""
     levels: tuple[tuple[TierKind, int], ...] = field(default=(), compare=False)
     """The same down to each tier of its host that adds something, fastest first."""
+    below_blocks: int = field(default=0, compare=False)
+    """In the tiers of its host alone."""
 
 
 class ClusterView:
@@ -189,15 +192,15 @@ class ClusterView:
 
     def match(self, root: Root, names: Sequence[BlockName], reaches: Sequence[Reach]) -> list[Held]:
         """Return the prefix that each reach holds, in blocks of `names`; a hint."""
-        distinct = {reach.own for reach in reaches}
-        distinct.update(bits for reach in reaches for _, bits in reach.levels)
-        masks = list(distinct)
-        found = dict(zip(masks, self._index.match(root, names, masks), strict=True))
+        masks = {reach.own for reach in reaches}
+        masks.update([bits for reach in reaches for _, bits in reach.levels])
+        masks.update([reach.below for reach in reaches])
+        found = self._index.match(root, names, masks)
         return [_held(reach, found) for reach in reaches]
 
     def places_of(self, root: Root, name: BlockName) -> int:
         """Return the bits of the places that hold one block, as in `PublisherView.tier_bits`."""
-        return self._index.places_of(block_key(root, name))
+        return self._index.places_of(root, name)
 
     def sweep(self, limit: int) -> int:
         """Do a bounded part of the cleaning after snapshots; 0 when nothing is left."""
@@ -225,14 +228,14 @@ class ClusterView:
 
     def _apply_heard(self, known: PublisherView, event: Event, now_ms: float) -> Resync | None:
         """Apply an event that proves its publisher alive."""
+        if isinstance(event, Changed) and known.began:  # first: a hundred for each of the others
+            return self._change(known, event)
         if isinstance(event, Began):
             self._begin(known, event)
         elif isinstance(event, Loaded):
             known.load, known.load_ms = event, now_ms
         elif not known.began:
             return Resync.ORDER
-        elif isinstance(event, Changed):
-            return self._change(known, event)
         elif isinstance(event, Ended):
             self._end(known, event)
         else:
@@ -292,23 +295,26 @@ class ClusterView:
 
 def reach_over(known: PublisherView | None, tiers: Sequence[tuple[TierKind, int]]) -> Reach:
     """Return what a worker reaches whose host has these places (`ClusterView.host_tiers`)."""
-    own = union = known.tier_bits.get(TierKind.HBM, 0) if known is not None else 0
+    own = known.tier_bits.get(TierKind.HBM, 0) if known is not None else 0
+    below = 0
     levels: list[tuple[TierKind, int]] = []
     for tier, places in tiers:
-        union |= places
-        levels.append((tier, union))
-    return Reach(own, tuple(levels))
+        below |= places
+        levels.append((tier, own | below))
+    return Reach(own, tuple(levels), below)
 
 
 def _held(reach: Reach, found: dict[int, int]) -> Held:
     """Return what a reach holds, given what each set of places does."""
     most = own = found[reach.own]
+    if not reach.levels or found[reach.levels[-1][1]] <= own:
+        return Held(own, own, (), found[reach.below])  # as most do: their host adds nothing
     levels: list[tuple[TierKind, int]] = []
     for tier, bits in reach.levels:
         if found[bits] > most:
             most = found[bits]
             levels.append((tier, most))
-    return Held(own, most, tuple(levels))
+    return Held(own, most, tuple(levels), found[reach.below])
 
 
 def _compare(known: PublisherView, mark: Marked) -> Resync | None:

@@ -68,26 +68,30 @@ class NameCache:
             key = (before, xxh3_64_intdigest(piece))
             chunk = chunks.get(key)
             if chunk is None or chunk.tokens != piece:
-                chunk = self._remember(key, piece, names[-1] if names else root)
-            else:
-                chunks.move_to_end(key)
-                self.known_tokens += CHUNK_TOKENS
+                break  # nothing that follows can be known
+            chunks.move_to_end(key)
             names += chunk.names
             before = chunk.number
             start += _CHUNK_BYTES
+        self.known_tokens += start // 4
         if start < len(tokens):
-            names += chain(names[-1] if names else root, tokens[start:])
-            self.named_tokens += (len(tokens) - start) // _STEP_BYTES * BLOCK_TOKENS
+            fresh = chain(names[-1] if names else root, tokens[start:])
+            self.named_tokens += len(fresh) * BLOCK_TOKENS
+            self._remember(before, tokens[start:whole], fresh)
+            names += fresh
         return names
 
-    def _remember(
-        self, key: tuple[bytes | int, int], piece: bytes, parent: Root | BlockName
-    ) -> _Chunk:
-        chunk = _Chunk(self._next, piece, list(chain(parent, piece)))
-        self._next += 1
-        self.named_tokens += CHUNK_TOKENS
-        self._chunks[key] = chunk
-        self._chunks.move_to_end(key)
-        if len(self._chunks) > self._max_chunks:
-            self._chunks.popitem(last=False)
-        return chunk
+    def _remember(self, before: bytes | int, tokens: bytes, names: list[BlockName]) -> None:
+        """Keep the whole chunks of what was named; the longest unused make room."""
+        chunks, number = self._chunks, self._next
+        blocks = _CHUNK_BYTES // _STEP_BYTES
+        for at in range(len(tokens) // _CHUNK_BYTES):
+            piece = tokens[at * _CHUNK_BYTES : (at + 1) * _CHUNK_BYTES]
+            key = (before, xxh3_64_intdigest(piece))
+            chunks[key] = _Chunk(number, piece, names[at * blocks : (at + 1) * blocks])
+            chunks.move_to_end(key)
+            before = number
+            number += 1
+        self._next = number
+        while len(chunks) > self._max_chunks:
+            chunks.popitem(last=False)

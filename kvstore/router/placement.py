@@ -13,7 +13,7 @@ from kvstore.router.booking import Bookings
 from kvstore.router.heat import Heat
 from kvstore.router.learning import Expected, Learned, Promise
 from kvstore.router.members import Members
-from kvstore.router.score import LOAD_COST, Candidate, Score, Source, Work, rank
+from kvstore.router.score import LOAD_COST, Candidate, Ranking, Source, Work, rank
 from kvstore.router.seats import Seat, Seats
 
 DISTRUST_MS: Final = 1_000.0
@@ -75,7 +75,7 @@ class Decision:
     address: str
     prompt_tokens: int
     plan: tuple[Step, ...]
-    scores: tuple[Score, ...]
+    scores: Ranking
     """Every worker considered, best first."""
     expected: Expected
     """What to hold the answer against."""
@@ -110,11 +110,11 @@ class Decision:
         if chosen.plan.split_tokens > chosen.own_tokens:
             split = chosen.plan.split_tokens - chosen.own_tokens
             reasons.append(f"{split} tokens are computed while the rest loads")
-        best = max(self.scores[1:], key=lambda score: score.known_tokens, default=chosen)
+        best = self.scores.longest()
         if best.known_tokens > chosen.known_tokens:
             more, later = best.known_tokens - chosen.known_tokens, best.cost_s - chosen.cost_s
             reasons.append(f"{best.name} has {more} more and costs {later * 1e3:.1f} ms more")
-        unknown = most - max(score.known_tokens for score in self.scores)
+        unknown = most - best.known_tokens
         if unknown > 0:
             reasons.append(f"{unknown} tokens are cached nowhere in sight")
         if self.hot_tokens > chosen.own_tokens:
@@ -176,8 +176,7 @@ class Placement:
         own_blocks = [one.own_tokens // BLOCK_TOKENS for one in candidates]
         hot_blocks = self.heat.hot_blocks(prompt.names, own_blocks, now_ms)
         scores = rank(candidates, prompt.tokens, min(hot_blocks, most) * BLOCK_TOKENS)
-        best = scores[0].name
-        at = next(i for i, one in enumerate(candidates) if one.name == best)
+        at = scores.best_index
         return self._decision(
             prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts, hot_blocks
         )
@@ -212,11 +211,12 @@ class Placement:
     def _candidate(
         self, seat: Seat, held: Held, coming: int, most: int, trusts: Mapping[str, float]
     ) -> Candidate:
-        own, levels = held.own_blocks, held.levels
+        own, levels, below = held.own_blocks, held.levels, held.below_blocks
         if trusts:
             own = int(own * trusts.get(seat.name, 1.0))
             trust = trusts.get(seat.publisher, 1.0)
             levels = tuple((tier, int(blocks * trust)) for tier, blocks in levels)
+            below = int(below * trust)
         # Plain comparisons: this runs for every worker of every decision.
         own = coming if coming > own else own
         own = most if own > most else own
@@ -233,8 +233,9 @@ class Placement:
             depths = queued.token_depths + seat.reported.token_depths
             queued = Work(queued.tokens + reported, depths)
         return Candidate(
-            seat.name, own * BLOCK_TOKENS, sources, seat.pace, queued, seat.running, seat.kv_used
-        )
+            seat.name, own * BLOCK_TOKENS, sources, seat.pace, queued, seat.running, seat.kv_used,
+            below * BLOCK_TOKENS,
+        )  # fmt: skip
 
     def _source(self, seat: Seat, tier: TierKind, blocks: int) -> Source:
         return Source(
@@ -246,7 +247,7 @@ class Placement:
         )
 
     def _decision(
-        self, prompt: Prompt, scores: list[Score], seat: Seat, held: Held, chosen: Candidate,
+        self, prompt: Prompt, scores: Ranking, seat: Seat, held: Held, chosen: Candidate,
         excluded: dict[str, str], trusts: Mapping[str, float], hot_blocks: int,
     ) -> Decision:  # fmt: skip
         """Say where the chosen worker is expected to take the prefix from."""
@@ -275,7 +276,7 @@ class Placement:
             address=seat.member.address,
             prompt_tokens=prompt.tokens,
             plan=tuple(steps),
-            scores=tuple(scores),
+            scores=scores,
             expected=Expected(
                 prompt.tokens, best.hit_tokens, best.ttft_s, best.queue_s, visible_s, best.pace,
                 tuple(promises),

@@ -7,11 +7,14 @@ the split that makes both sides equal: blocks before it are computed although a 
 because loading them would take longer. `hit` is chosen among the ends of the tiers, so a tier that
 is slower than computing is left out. What a request costs others is added for the ranking only:
 
-    cost = ttft + DECODE * running * computed + MOVE * full * (computed + loaded - needed)
+    cost = ttft + DECODE * running * computed
+                + MOVE * full * (1 - kept) * (computed + loaded - needed)
 
 in seconds, where `needed` is what it would compute with the longest prefix that any worker has in
 its own pages. What is more than that is work that a move makes: the copy evicts what somebody
-else then computes again, the more so the fuller (`full`, 0 to 1) the worker's pages are.
+else then computes again, the more so the fuller (`full`, 0 to 1) the worker's pages are, and the
+less the more of them a tier below still has (`kept`, 0 to 1: of the longest prefix of this prompt
+in any worker's pages, the share that the tiers below hold too).
 
 Seconds come from the rates each worker measures of itself, corrected by what its requests took. A
 worker that has measured nothing is assumed to be as fast as the known ones on average, and where
@@ -22,7 +25,7 @@ something, and the order is the one of uncached tokens plus queue.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, overload
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 1_000.0
 """Where no worker has measured a rate. Any value gives the same order."""
@@ -124,6 +127,8 @@ class Candidate:
     running: int = 0
     kv_used: float = 0.0
     """Share of its page pool in use, 0 to 1; breaks ties towards the emptier pool."""
+    below_tokens: int = 0
+    """Leading prompt tokens in the tiers of its host alone."""
 
     @property
     def known_tokens(self) -> int:
@@ -263,9 +268,15 @@ def score(
     `most_own_tokens` is the longest prefix that any worker has in its own pages. A copy of the
     first `hot_tokens` is wanted: work that makes one is no cost.
     """
+    most = most_own_tokens
+    return _scored(candidate, *_price(candidate, prompt_tokens, most, hot_tokens))
+
+
+def _price(
+    candidate: Candidate, prompt_tokens: int, most_own_tokens: int, hot_tokens: int
+) -> tuple[float, Plan, float]:
+    """Return queue seconds, plan and what others pay; `score` says what the arguments are."""
     own, queued, pace = candidate.own_tokens, candidate.queued, candidate.pace
-    known = candidate.known_tokens
-    assert 0 <= own <= known <= prompt_tokens, (candidate, prompt_tokens)
     queue_s = pace.seconds(queued) if queued.tokens else 0.0
     plan = plan_sources(candidate, prompt_tokens, queue_s)
     others_s = DECODE * candidate.running * plan.compute_s
@@ -278,18 +289,67 @@ def score(
         moved_s -= wanted_s
         others_s -= COPY * wanted_s
     if moved_s > 0:
-        others_s += MOVE * candidate.kv_used * moved_s  # empty pages evict nothing
-    return Score(candidate.name, own, known, int(queued.tokens), queue_s, pace, plan, others_s)
+        # Empty pages evict nothing, and what a tier below still has nobody computes again.
+        others_s += MOVE * candidate.kv_used * moved_s * _lost(candidate, most_own_tokens)
+    return queue_s, plan, others_s
 
 
-def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 0) -> list[Score]:
+def _lost(candidate: Candidate, most_own_tokens: int) -> float:
+    """Return the share of what is evicted that no tier below would give back."""
+    below = candidate.below_tokens
+    return max(0.0, 1.0 - below / most_own_tokens) if below and most_own_tokens else 1.0
+
+
+def _scored(one: Candidate, queue_s: float, plan: Plan, others_s: float) -> Score:
+    return Score(
+        one.name, one.own_tokens, one.known_tokens, int(one.queued.tokens), queue_s, one.pace,
+        plan, others_s,
+    )  # fmt: skip
+
+
+_Row = tuple[float, float, int, str, int, Candidate, float, Plan, float]
+"""What the order goes by, up to the name, which no two share; then the index among the candidates
+and what a score is made of. Plain, because every worker of every decision is one."""
+
+
+class Ranking(Sequence[Score]):
+    """Scores, best first, each made when somebody asks for it: a choice looks at one of them."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: list[_Row]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, at: int) -> Score: ...
+    @overload
+    def __getitem__(self, at: slice) -> "Ranking": ...
+    def __getitem__(self, at: int | slice) -> "Score | Ranking":
+        if isinstance(at, slice):
+            return Ranking(self._rows[at])
+        return _scored(*self._rows[at][5:])
+
+    @property
+    def best_index(self) -> int:
+        """Where the best one stood among the candidates."""
+        return self._rows[0][4]
+
+    def longest(self) -> Score:
+        """Return the one that reaches the longest prefix; of several the best."""
+        return _scored(*max(self._rows, key=lambda row: row[5].known_tokens)[5:])
+
+
+def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 0) -> Ranking:
     """Return the scores, best first. Ties: emptier pool, fewer running, then the name."""
     most = max([candidate.own_tokens for candidate in candidates], default=0)
-    scored = []
-    for one in candidates:
-        entry = score(one, prompt_tokens, most, hot_tokens)
-        scored.append(
-            (entry.plan.ttft_s + entry.others_s, one.kv_used, one.running, one.name, entry)
-        )
-    scored.sort()  # names differ, so scores themselves are never compared
-    return [entry for *_, entry in scored]
+    rows: list[_Row] = []
+    for index, one in enumerate(candidates):
+        assert 0 <= one.own_tokens <= one.known_tokens <= prompt_tokens, (one, prompt_tokens)
+        queue_s, plan, others_s = _price(one, prompt_tokens, most, hot_tokens)
+        order = (plan.ttft_s + others_s, one.kv_used, one.running, one.name)
+        rows.append((*order, index, one, queue_s, plan, others_s))
+    rows.sort()
+    return Ranking(rows)

@@ -58,8 +58,10 @@ class Seat:
         if load is self.load:
             return False
         self.load = load
-        # Prompts that wait have lengths nobody tells: as long as each other.
-        self.reported = Work.of(load.queued_tokens, 0, max(1, load.waiting))
+        if load.queued_token_depths > 0:
+            self.reported = Work(load.queued_tokens, load.queued_token_depths)
+        else:  # lengths that nobody tells: as long as each other
+            self.reported = Work.of(load.queued_tokens, 0, max(1, load.waiting))
         self.running = load.running + load.waiting
         self.kv_used = load.kv_used_bytes / max(1, load.kv_capacity_bytes)
         return True

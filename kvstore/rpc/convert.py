@@ -221,6 +221,7 @@ _LOAD_FIELDS: Final = (
     "prefill_linear_s",
     "prefill_quadratic_s",
     "draining",
+    "queued_token_depths",
 )
 
 

@@ -54,7 +54,7 @@ class Setup:
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= MAX_WORKERS:
             raise BadInput(f"{self.workers} workers; 1 to {MAX_WORKERS} allowed")
-        if not 0 < self.capacity <= 1 or not 0 <= self.pool <= 1:
+        if not 0 < self.capacity < math.inf or not 0 <= self.pool <= 1:
             raise BadInput(f"capacity {self.capacity} or pool {self.pool} is not a share")
         for name in ("factor", "report_ms"):
             if not getattr(self, name) > 0:
@@ -68,7 +68,7 @@ class Setup:
         size = trace.block_tokens
         return Cluster(
             workers=self.workers,
-            worker_blocks=max(1, trace.capacity(self.capacity) // self.workers),
+            worker_blocks=max(1, round(self.capacity * trace.unique_blocks) // self.workers),
             pool_blocks=trace.capacity(self.pool) if self.pool else 0,
             block_tokens=size,
             block_bytes=size * self.prices.bytes_per_token,

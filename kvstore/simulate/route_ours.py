@@ -22,6 +22,7 @@ from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Decision, Placement, Prompt
 from kvstore.router.router import RouterConfig
+from kvstore.router.score import Work
 from kvstore.simulate.route import Setup
 from kvstore.simulate.route_cluster import Cluster, Job
 from kvstore.simulate.trace import Trace, TraceRequest
@@ -200,11 +201,12 @@ class Ours:
     def load(self, jobs: list[Job], at_ms: float, blocks: int = 0) -> Loaded:
         """Return what a worker with these jobs and cached blocks measures at `at_ms`."""
         rates, unit = self._rates, self._unit
-        left = sum(job.service.computed_tokens * _share_left(job, at_ms) for job in jobs)
+        left = [self._left(job, at_ms) for job in jobs]
         return Loaded(
             running=sum(job.start_ms <= at_ms for job in jobs),
             waiting=sum(job.start_ms > at_ms for job in jobs),
-            queued_tokens=math.ceil(left / unit),
+            queued_tokens=math.ceil(sum(work.tokens for work in left) / unit),
+            queued_token_depths=sum(work.token_depths for work in left) / unit**2,
             kv_used_bytes=blocks,
             kv_capacity_bytes=self._capacity,
             prefill_tokens_per_s=1 / (rates.linear_s * unit),
@@ -212,6 +214,17 @@ class Ours:
             prefill_linear_s=rates.linear_s * unit,
             prefill_quadratic_s=rates.quadratic_s * unit**2,
         )
+
+    def _left(self, job: Job, at_ms: float) -> Work:
+        """Return what is left to compute of a prompt: its last tokens, as the time tells."""
+        service, rates = job.service, self._rates
+        end = service.own_tokens + service.loaded_tokens + service.computed_tokens
+        seconds = service.compute_s * _share_left(job, at_ms)
+        slope = rates.linear_s + rates.quadratic_s * end
+        # seconds = slope * tokens - quadratic * tokens**2 / 2
+        root = math.sqrt(max(0.0, slope**2 - 2 * rates.quadratic_s * seconds))
+        tokens = min(float(service.computed_tokens), 2 * seconds / (slope + root))
+        return Work.of(tokens, end - tokens)
 
     def _apply(self, publisher: Publisher, event: Event, now_ms: float) -> None:
         resync = self._view.apply(publisher.name, event, now_ms)

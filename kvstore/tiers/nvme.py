@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Final
@@ -74,6 +75,8 @@ class NvmeTier:
         self._unwanted: set[int] = set()
         """Those of them that were forgotten meanwhile."""
         self._lock_fd = -1
+        self._looked = asyncio.Event()
+        """What an earlier run left was read, or cannot be."""
         self._loaded = asyncio.Event()
         self._introduced = asyncio.Event()
         self._closed = False
@@ -229,9 +232,13 @@ class NvmeTier:
     # -- writing ---------------------------------------------------------------------------
 
     async def write(self, batch: Sequence[WriteItem], *, deadline_ms: int) -> list[Outcome]:
-        """Store each item, where it is worth its room; see `kvstore.tiers.base`."""
+        """Store each item, where it is worth its room; see `kvstore.tiers.base`.
+
+        Waits for the index of an earlier run: nobody offers a block twice.
+        """
         started: list[Flight | Outcome] = [Outcome.REFUSED] * len(batch)
         try:
+            deadline_ms = await self._looked_up(deadline_ms)
             for at, item in enumerate(batch):
                 newcomers = [one.header for one in batch[at:]]
                 started[at] = await self._start_write(item, newcomers)
@@ -244,6 +251,14 @@ class NvmeTier:
         outcomes = outcomes_of(started)
         self._health.count("write", outcomes, [len(item.source) for item in batch])
         return outcomes
+
+    async def _looked_up(self, deadline_ms: int) -> int:
+        """Wait until the index was read or is no use; return the milliseconds left, at least 1."""
+        began_s = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_ms / 1_000):
+                await self._looked.wait()
+        return max(1, deadline_ms - round((time.monotonic() - began_s) * 1_000))
 
     async def _start_write(
         self, item: WriteItem, newcomers: Sequence[BlockHeader]
@@ -355,6 +370,8 @@ class NvmeTier:
             self._health.failed("read", error)
             _log.error("NVMe directory %s cannot be read: %r", self._config.directory, error)
             return
+        finally:
+            self._looked.set()
         self._loaded.set()
         if found:
             _log.info("NVMe: %d blocks found", found)

@@ -223,7 +223,7 @@ def test_mooncake_takes_the_pool_even_where_it_is_slow() -> None:
 
 
 def _replayed(name: str, trace: Trace, **knobs: float) -> float:
-    setup = Setup(workers=4, policy="lru", **knobs)  # type: ignore[arg-type]
+    setup = Setup(**{"workers": 4, "policy": "lru", **knobs})  # type: ignore[arg-type]
     return replay_route(trace, setup, make_router(name)).ttft_mean_s
 
 
@@ -298,9 +298,20 @@ def test_ours_is_nearly_as_good_as_the_reference(pool: float) -> None:
 
 def test_ours_gets_worse_by_old_news() -> None:
     trace = read_trace(sample("mooncake_conversation"), limit=600)
-    knobs = {"pool": 0.0, "factor": 8.0}
-    fresh = _replayed("ours", trace, **knobs)
-    assert _replayed("ours", trace, delay_ms=900.0, **knobs) != fresh
+    knobs = {"pool": 0.0, "factor": 2.0}
+    fresh, late, stale = (
+        _replayed("ours", trace, delay_ms=delay_ms, **knobs) for delay_ms in (2.0, 900.0, 10_000.0)
+    )
+    assert fresh < late < stale
+
+
+def test_ours_keeps_up_among_more_workers_than_requests() -> None:
+    trace = read_trace(sample("mooncake_conversation"), limit=200)
+    knobs = {"pool": 0.0, "factor": 40.0, "workers": 300, "capacity": 4.0}
+    ours, exact, lmetric = (
+        _replayed(name, trace, **knobs) for name in ("ours", "exact", "lmetric")
+    )
+    assert ours <= 1.05 * exact and ours <= lmetric
 
 
 @pytest.mark.parametrize("name", router_names())

@@ -90,7 +90,7 @@ class TierDigest(_message.Message):
     def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., count: _Optional[int] = ..., xor_prefixes: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "kv_used_bytes", "kv_capacity_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_linear_s", "prefill_quadratic_s", "draining")
+    __slots__ = ("running", "waiting", "queued_tokens", "kv_used_bytes", "kv_capacity_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_linear_s", "prefill_quadratic_s", "draining", "queued_token_depths")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class Load(_message.Message):
     PREFILL_LINEAR_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUADRATIC_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKEN_DEPTHS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -111,4 +112,5 @@ class Load(_message.Message):
     prefill_linear_s: float
     prefill_quadratic_s: float
     draining: bool
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_used_bytes: _Optional[int] = ..., kv_capacity_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., prefill_linear_s: _Optional[float] = ..., prefill_quadratic_s: _Optional[float] = ..., draining: bool = ...) -> None: ...
+    queued_token_depths: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_used_bytes: _Optional[int] = ..., kv_capacity_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., prefill_linear_s: _Optional[float] = ..., prefill_quadratic_s: _Optional[float] = ..., draining: bool = ..., queued_token_depths: _Optional[float] = ...) -> None: ...

@@ -8,7 +8,7 @@ import pytest
 from kvstore.cli.bench import bench
 from kvstore.cli.bench_router_start import measure_start, percentile_ms
 from kvstore.cli.bench_router_stream import seconds_until_visible
-from kvstore.cli.bench_rows import Bench
+from kvstore.cli.bench_rows import Bench, Work
 from kvstore.cli.main import run
 
 FIELDS = [
@@ -23,7 +23,7 @@ def test_every_case_prints_its_row(capsys: pytest.CaptureFixture[str]) -> None:
         == 0
     )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 12
+    assert len(rows) == 13
     for row in rows:
         assert list(row) == FIELDS
         assert row["bench"] == "router" and row["value"] >= 0
@@ -59,6 +59,30 @@ async def test_pairs_are_interleaved_and_oriented_so_that_more_is_better(
     assert order == ["slow", "fast"] * 8
     row = json.loads(capsys.readouterr().out)
     assert (row["value"], row["limit"], row["ratio_to_limit"], row["runs"]) == (2.0, 1.0, 0.5, 7)
+
+
+async def test_a_peer_takes_its_turn_in_every_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+
+    def taking(name: str, seconds: float) -> Work:
+        async def work() -> float:
+            order.append(name)
+            return seconds
+
+        return work
+
+    bench = Bench("b", pairs=3)
+    await bench.against(
+        "c", taking("ours", 2e-6), taking("limit", 1e-6), limit_name="l",
+        peer=taking("peer", 5e-6), peer_name="p",
+    )  # fmt: skip
+    assert order == ["ours", "limit", "peer"] * 4
+    (row,) = bench.rows
+    assert (row["peer"], row["peer_name"], row["ratio_to_peer"]) == (5.0, "p", 2.5)
+    bench.row("alone", 1.0, "s")
+    bench.finish()
+    out = capsys.readouterr().out
+    assert "of the peer" in out and "2.50" in out
 
 
 async def test_an_event_is_seen_by_a_router_s_view() -> None:

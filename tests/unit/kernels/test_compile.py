@@ -22,6 +22,7 @@ def compiled(cache: Path, *capabilities: int) -> dict[str, int]:
     return {name: int(size) for name, _, size in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     sizes = compiled(tmp_path, 90)

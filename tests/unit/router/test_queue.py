@@ -13,7 +13,7 @@ from kvstore.router import queue
 from kvstore.router.learning import Expected
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.queue import DecisionQueue
-from kvstore.router.score import Pace
+from kvstore.router.score import Pace, Ranking
 
 PROMPT = Prompt(Root(bytes(32)), [], 100)
 
@@ -32,7 +32,7 @@ class Workers:
             return None
         pace = Pace(1e-3, measured=self.measured)
         expected = Expected(prompt.tokens, 0, self.queue_s + 0.1, self.queue_s, 0.0, pace)
-        return Decision("w", "h:1", prompt.tokens, (), (), expected)
+        return Decision("w", "h:1", prompt.tokens, (), Ranking([]), expected)
 
     def book(self, decision: Decision, prompt: Prompt) -> Decision:
         self.booked.append(prompt)

@@ -134,6 +134,21 @@ def test_what_a_request_costs_others_ranks_and_delays_nothing() -> None:
     assert (entry.ttft_s, entry.cost_s) == (1.0, 1.0 + entry.others_s)
 
 
+def test_a_move_costs_less_where_a_tier_below_has_what_it_evicts() -> None:
+    full = candidate("a", kv_used=0.5)
+    kept = replace(full, below_tokens=360)
+    costs = [score(one, 1_000, most_own_tokens=480).others_s for one in (full, kept)]
+    assert costs[1] == pytest.approx(0.25 * costs[0]) and costs[0] > 0
+
+
+def test_a_ranking_makes_scores_when_asked() -> None:
+    ranking = rank([candidate("a", hit=320), candidate("b", own=480)], 1_000)
+    assert len(ranking) == 2 and ranking[0].name == ranking[:1][0].name == "b"
+    assert ranking.best_index == 1
+    assert (ranking.longest().name, ranking[1:].longest().name) == ("b", "a")
+    assert ranking[1] == score(candidate("a", hit=320), 1_000, most_own_tokens=480)
+
+
 def test_work_that_makes_a_wanted_copy_is_no_cost() -> None:
     empty = score(candidate("b"), 1_000, most_own_tokens=480)
     assert empty.others_s == 0.0, "a copy in empty pages evicts nothing"

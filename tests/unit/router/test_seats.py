@@ -51,6 +51,13 @@ def test_a_load_changes_what_was_kept() -> None:
     assert second.pace == Pace(0.02), "the measured one stands in for it"
 
 
+def test_depths_of_queued_tokens_are_taken_as_they_are_told() -> None:
+    view, _, seats = cluster()
+    feed(view, "a", Loaded(waiting=4, queued_tokens=400, queued_token_depths=90_000.0))
+    first, _ = seats.update(MEMBERS)
+    assert first.reported == Work(400, 90_000.0)
+
+
 def test_a_correction_changes_the_pace_and_a_new_list_builds_anew() -> None:
     _, learned, seats = cluster()
     first, _ = seats.update(MEMBERS)

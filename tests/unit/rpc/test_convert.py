@@ -97,6 +97,7 @@ EVENTS = st.one_of(
         kv_capacity_bytes=COUNTS, prefill_tokens_per_s=st.floats(0, 1e6),
         decode_tokens_per_s=st.floats(0, 1e6), prefill_linear_s=st.floats(0, 1),
         prefill_quadratic_s=st.floats(0, 1), draining=st.booleans(),
+        queued_token_depths=st.floats(0, 1e12),
     ),
 )  # fmt: skip
 

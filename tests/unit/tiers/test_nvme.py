@@ -371,3 +371,15 @@ async def test_outcomes_bytes_and_breakers_are_counted(tmp_path: Path) -> None:
     assert value("moved_bytes_total", operation="read") == 8192
     assert value("breaker", operation="read") == value("in_device") == 0
     await tier.close()
+
+
+async def test_a_block_that_comes_before_the_index_is_read_is_written_all_the_same(
+    tmp_path: Path,
+) -> None:
+    tier = await start(tmp_path)
+    await write(tier, [block(n) for n in range(20)])
+    await tier.close()
+    tier = await start(tmp_path, loaded=False)
+    assert await write(tier, [block(20)]) == [HIT], "nobody offers it again"
+    assert len(tier) == 21
+    await tier.close()

@@ -283,7 +283,9 @@ async def test_routers_hear_of_a_request_before_the_running_step_ends(loaded: Lo
         await anext(outputs)
         second = asyncio.create_task(run(it.engine, ask(prompt_of(13, 90), max_tokens=1)))
         await asyncio.sleep(0)
-        assert it.publisher.load is not None and it.publisher.load.queued_tokens == 90
+        load = it.publisher.load
+        assert load is not None and load.queued_tokens == 90
+        assert load.queued_token_depths == 90 * 90 / 2, "its tokens have 0 to 90 before them"
         await second
         await outputs.aclose()
 

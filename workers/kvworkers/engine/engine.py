@@ -131,6 +131,7 @@ class Engine:
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             queued_tokens=self._scheduler.queued_tokens,
+            queued_token_depths=self._scheduler.queued_token_depths,
             kv_used_bytes=(use.held + use.cached) * block,
             kv_capacity_bytes=use.total * block,
             prefill_tokens_per_s=rates.prefill_tokens_per_s,

@@ -81,6 +81,12 @@ class Scheduler:
         """Prompt tokens admitted or waiting and not yet computed."""
         return sum(max(0, s.prompt_tokens - s.computed) for s in self.sequences())
 
+    @property
+    def queued_token_depths(self) -> float:
+        """Sum over those tokens of how many tokens of their prompts come before each."""
+        left = ((s.computed, max(s.computed, s.prompt_tokens)) for s in self.sequences())
+        return sum((last - first) * (first + last) / 2 for first, last in left)
+
     def sequences(self) -> Iterator[Sequence]:
         """Iterate over everything that is not finished."""
         yield from self._running
