@@ -61,6 +61,13 @@ redis-server: ## Install Redis from the system's packages where it is missing an
 	    && apt-get install -y --no-install-recommends redis-server; } \
 	  || echo 'no redis-server and no right to install one: its tests will be skipped' >&2
 
+.PHONY: prometheus
+prometheus: ## Install Prometheus (and promtool) likewise: alerts and scraping are tested with it
+	@command -v prometheus && command -v promtool || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	    && apt-get install -y --no-install-recommends prometheus; } \
+	  || echo 'no prometheus and no right to install one: its tests will be skipped' >&2
+
 .PHONY: demo
 demo: $(READY) ## Start a local cluster and hold real conversations out of its cache
 	@exec $(BIN)/python -m kvstore.cli.main demo $(DEMO_ARGS)
@@ -85,6 +92,10 @@ imports: $(READY) ## Who may import whom
 .PHONY: proto
 proto: $(READY) ## Generate the stubs from proto/
 	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+.PHONY: reference
+reference: $(READY) ## Write docs/reference.md from proto/ and docstrings
+	$(BIN)/python docs/make_reference.py
 
 .PHONY: proto-check
 proto-check: $(READY) ## See that the committed stubs are what proto/ generates

@@ -1,4 +1,4 @@
-"""`kvstore plan`: KV bytes, batch and context per GPU, load against recompute, money."""
+"""`kvstore plan`: KV bytes, batch and context per GPU, load against recompute, tiers, money."""
 
 import json
 import re
@@ -8,13 +8,20 @@ from typing import Any, Final
 
 import click
 
-from kvstore.cli.plan_report import render
-from kvstore.cli.planning import Plan, Question, answer
+from kvstore.cli.plan_plot import charts_of, write_charts
+from kvstore.cli.plan_report import render, render_trace
+from kvstore.cli.planning import Question, answer
+from kvstore.cli.progress import Steps, steps_shown
+from kvstore.cli.tier_plan import Machine, TraceAnswer, plan_tiers
+from kvstore.cli.values import BYTES
 from kvstore.core.capacity import FIDELITY_CODECS, Budget
 from kvstore.core.catalogue import GPUS, MODELS
 from kvstore.core.errors import BadInput
 from kvstore.core.model_shape import ModelShape, read_config
 from kvstore.core.money import Prices
+from kvstore.directory.policies import DEFAULT_POLICY, POLICIES
+from kvstore.simulate.formats import read_trace
+from kvstore.simulate.plot import check_plot
 
 _TOKENS: Final = re.compile(r"(\d+(?:\.\d+)?)(k|m|mi)?", re.IGNORECASE | re.ASCII)
 _TOKEN_UNITS: Final = {"": 1, "k": 1024, "m": 1000 * 1024, "mi": 1024 * 1024}
@@ -59,7 +66,7 @@ class TokensType(click.ParamType[int]):
     help=f"A known model ({', '.join(MODELS)}) or the path of a config.json.",
 )  # fmt: skip
 @click.option(
-    "--context", "contexts", multiple=True, required=True, type=TokensType(),
+    "--context", "contexts", multiple=True, type=TokensType(),
     help="Tokens of a request; repeat for several. k = 1,024, M = 1,000 k.",
 )  # fmt: skip
 @click.option(
@@ -94,33 +101,94 @@ class TokensType(click.ParamType[int]):
     "--price", "prices", multiple=True, metavar="WHAT=MONEY",
     help=f"A price: {', '.join(_PRICES)}.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per context.")
+@click.option(
+    "--trace", "traces", multiple=True, metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Say which tiers this trace of requests needs: docs/simulate.md has the format.",
+)  # fmt: skip
+@click.option(
+    "--hit-rate", "targets", multiple=True, metavar="SHARE", type=click.FloatRange(0, 1),
+    help="Of a trace's prompt tokens, 0 to 1.  [default: 50, 80 and 95 % of what it allows]",
+)  # fmt: skip
+@click.option(
+    "--dram", default="1TiB", show_default=True, type=BYTES,
+    help="A host's memory for the cache; a trace that needs more gets NVMe.",
+)  # fmt: skip
+@click.option(
+    "--copies", default=1, show_default=True, type=click.IntRange(1, 1024),
+    help="Copies of the model on the host that serve the trace.",
+)  # fmt: skip
+@click.option(
+    "--policy", default=DEFAULT_POLICY, show_default=True, type=click.Choice(list(POLICIES)),
+    help="What every tier evicts by.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), help="Read the first N requests of a trace only.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the plan: FILE.html (self-contained) or FILE.png (extra `plot`).",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per context and target.")
 def plan(
     model_name: str, contexts: tuple[int, ...], users: int, gpu: str, ranks: int, fidelity: str,
     weights: str, usable: float, mfu: float, bandwidths: tuple[str, ...], prices: tuple[str, ...],
-    as_json: bool,
+    traces: tuple[Path, ...], targets: tuple[float, ...], dram: int, copies: int, policy: str,
+    limit: int | None, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Say what a model's KV cache needs and what each tier is worth.
 
     Sizes come from the table of formats that the store itself uses. Bytes are printed in binary
     units: GiB = 2^30.
     """
+    if not contexts and not traces:
+        raise BadInput("say what to plan for: --context TOKENS, --trace FILE or both")
+    if plot is not None:
+        check_plot(plot)
     device = GPUS[gpu]
-    shape = _model(model_name)
     budget = Budget(
         gpu_bytes=device.memory_bytes, ranks=ranks, usable=usable,
         weight_bytes=_WEIGHT_BYTES[weights],
     )  # fmt: skip
     question = Question(
-        model=shape, users=users, gpu_name=gpu, gpu=device, budget=budget, fidelity=fidelity,
-        mfu=mfu, bandwidths=_numbers("--bandwidth", bandwidths, _TIERS), prices=_prices(prices),
+        model=_model(model_name), users=users, gpu_name=gpu, gpu=device, budget=budget,
+        fidelity=fidelity, mfu=mfu, bandwidths=_numbers("--bandwidth", bandwidths, _TIERS),
+        prices=_prices(prices),
     )  # fmt: skip
-    plans: list[Plan] = [answer(question, tokens) for tokens in contexts]
+    plans = [answer(question, tokens) for tokens in contexts]
     if as_json:
         for each in plans:
             click.echo(json.dumps(each.as_row()))
-    else:
+    elif plans:
         click.echo(render(question, plans))
+    machine = Machine(copies=copies, dram_bytes=dram, policy=policy)
+    answers: list[TraceAnswer] = []
+    with steps_shown() as steps:
+        for path in traces:
+            found = _tiers(question, machine, path, targets, limit, steps)
+            _tell(found, as_json=as_json, first=not answers and not plans)
+            answers.append(found)
+    if plot is not None:
+        write_charts(plot, charts_of(question, plans, answers))
+
+
+def _tiers(
+    question: Question, machine: Machine, path: Path, targets: tuple[float, ...],
+    limit: int | None, steps: Steps,
+) -> TraceAnswer:  # fmt: skip
+    """Plan one trace with its progress shown."""
+    trace = read_trace(path, limit=limit)
+
+    def begin(what: str) -> None:
+        steps.begin(what, len(trace.requests))
+
+    return plan_tiers(question, machine, trace, targets, on_replay=begin, on_request=steps.step)
+
+
+def _tell(found: TraceAnswer, *, as_json: bool, first: bool) -> None:
+    if as_json:
+        for each in found.plans:
+            click.echo(json.dumps(each.as_row()))
+    else:
+        click.echo(("" if first else "\n") + render_trace(found))
 
 
 def _model(name: str) -> ModelShape:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvstore.cli.planning import Plan, Question
+from kvstore.cli.tier_plan import TierPlan, TraceAnswer
 from kvstore.core.model_shape import LayerGroup, LayerKind, ModelShape
 
 _DAY_S: Final = 86_400
@@ -19,6 +20,46 @@ def render(question: Question, plans: Sequence[Plan]) -> str:
     return "\n\n".join(parts)
 
 
+def render_trace(found: TraceAnswer) -> str:
+    """Return what one trace needs, a line for each target."""
+    trace = found.trace
+    title = (
+        f"{trace.name}: {len(trace.requests):,} requests, {trace.input_tokens:,} prompt tokens, "
+        f"{binary(found.unique_bytes)} of KV\n"
+        f"what holds all of it hits {found.ceiling:.1%}; HBM has {binary(found.hbm_bytes)}"
+    )
+    costs = list(dict.fromkeys(name for plan in found.plans for name in plan.money_month))
+    head = ["target", "hits", "DRAM", "NVMe", "from HBM", "from DRAM", "from NVMe", "saves"]
+    head += [f"{name} a month" for name in costs]
+    rows = [
+        [
+            f"{plan.target:.1%}", f"{plan.hit_rate:.1%}",
+            *(binary(size) if size else "–" for size in (plan.dram_bytes, plan.nvme_bytes)),
+            *(f"{plan.hit[tier]:.1%}" for tier in ("hbm", "dram", "nvme")),
+            f"{plan.saved_s / plan.compute_s:.1%} of prefill",
+            *(f"{plan.money_month[name]:,.2f}" if name in plan.money_month else "–"
+              for name in costs),
+        ]
+        if plan.reached
+        else [f"{plan.target:.1%}", "never", *["–"] * (len(head) - 2)]
+        for plan in found.plans
+    ]  # fmt: skip
+    parts = [title, _table(head, rows), *_reasons(found.plans)]
+    return "\n".join(parts)
+
+
+def _reasons(plans: Sequence[TierPlan]) -> list[str]:
+    """Say why a target is never reached: the trace repeats no more, or a tier is too slow."""
+    missed = next((plan for plan in plans if not plan.reached), None)
+    if missed is None:
+        return []
+    slow = f"; another {missed.declined:.1%} would be slower to load than to compute"
+    return [
+        f"never: no tiers hit more than {missed.hit_rate:.1%} of this trace"
+        f"{slow if missed.declined >= 0.0005 else ''}"
+    ]
+
+
 def _head(question: Question, first: Plan) -> str:
     model = question.model
     kinds = " + ".join(_kind(group) for group in model.groups)
@@ -32,8 +73,8 @@ def _head(question: Question, first: Plan) -> str:
             if first.bytes_per_token_beyond_window != first.bytes_per_token
             else ""
         ),
-        f"weights      {_binary(first.weights_bytes)} on {first.gpus} x {first.gpu}; "
-        f"{_binary(first.kv_bytes_per_gpu)} left for KV on each",
+        f"weights      {binary(first.weights_bytes)} on {first.gpus} x {first.gpu}; "
+        f"{binary(first.kv_bytes_per_gpu)} left for KV on each",
         f"crossover    KV weighs as much as the weights at {crossover:,} tokens in flight"
         if crossover is not None
         else "crossover    KV does not grow with length beyond its windows",
@@ -60,9 +101,9 @@ def _sizes(plans: Sequence[Plan]) -> str:
     rows = [
         [
             f"{plan.context_tokens:,}",
-            _binary(plan.bytes_per_request),
+            binary(plan.bytes_per_request),
             f"{plan.users:,}",
-            _binary(plan.bytes_total),
+            binary(plan.bytes_total),
             f"{plan.max_batch:,}",
             f"{plan.max_context_tokens:,}",
             "–" if plan.gpus_for_users is None else f"{plan.gpus_for_users:,}",
@@ -78,17 +119,17 @@ def _tiers(plan: Plan) -> str:
         [
             tier.tier,
             f"{tier.gb_per_s:,.1f} GB/s",
-            _seconds(tier.load_s),
+            period(tier.load_s),
             f"{tier.sooner:,.1f}x",
             f"> {plan.context_tokens:,}"
             if tier.wins_from_tokens is None
             else f"{tier.wins_from_tokens:,}",
-            "–" if tier.worth_holding_s is None else _seconds(tier.worth_holding_s),
+            "–" if tier.worth_holding_s is None else period(tier.worth_holding_s),
         ]
         for tier in plan.tiers
     ]
     head = ["tier", "read at", "load", "sooner", "wins from tokens", "worth holding"]
-    title = f"{plan.context_tokens:,} tokens: {_seconds(plan.recompute_s)} to compute"
+    title = f"{plan.context_tokens:,} tokens: {period(plan.recompute_s)} to compute"
     return f"{title}\n{_table(head, rows)}"
 
 
@@ -104,8 +145,8 @@ def _money(plans: Sequence[Plan]) -> str:
     return _table(["a month", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _seconds(value: float) -> str:
-    """Return a time as people say it."""
+def period(value: float) -> str:
+    """Return a time in seconds as people say it."""
     if value < 1:
         return f"{value * 1e3:,.1f} ms"
     if value < 120:
@@ -115,7 +156,7 @@ def _seconds(value: float) -> str:
     return f"{value / 3600:,.0f} h" if value < 2 * _DAY_S else f"{value / _DAY_S:,.0f} d"
 
 
-def _binary(size: int) -> str:
+def binary(size: int) -> str:
     """Return bytes in binary units with two decimals: quarters of a GiB are usual here."""
     for unit, scale in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20)):
         if size >= scale:

@@ -30,6 +30,10 @@ _FIRST_BYTE_S: Final = {"dram": 0.0005, "nvme": 0.001, "peer": 0.001, "files": 0
 """What a load costs before its first byte: the calls, a seek, a round trip."""
 
 
+TIERS: Final = tuple(_FIRST_BYTE_S)
+"""What can be loaded from, nearest first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """One plan to make, whatever the context length."""
@@ -104,7 +108,7 @@ def answer(question: Question, tokens: int) -> Plan:
     batch = max_batch(model, codec, budget, tokens)
     groups = -(-question.users // batch) if batch else None
     gpus = None if groups is None else groups * budget.ranks
-    breaks = [_break_even(question, tier, tokens) for tier in _FIRST_BYTE_S]
+    breaks = [_break_even(question, tier, tokens) for tier in TIERS]
     return Plan(
         model=model.name,
         fidelity=question.fidelity,
@@ -128,18 +132,21 @@ def answer(question: Question, tokens: int) -> Plan:
     )
 
 
-def _break_even(question: Question, tier: str, tokens: int) -> BreakEven:
+def tier_bandwidth(question: Question, tier: str) -> float:
+    """Return the bytes a second that a group of GPUs reads from a tier."""
     measured = question.bandwidths.get(tier)
     if tier == "dram":
         per_gpu = question.gpu.host_bytes_per_s if measured is None else measured * 1e9
-        bandwidth = per_gpu * question.budget.ranks
-    else:
-        bandwidth = (_HOST_GB_PER_S[tier] if measured is None else measured) * 1e9
+        return per_gpu * question.budget.ranks
+    return (_HOST_GB_PER_S[tier] if measured is None else measured) * 1e9
+
+
+def _break_even(question: Question, tier: str, tokens: int) -> BreakEven:
     return break_even(
         question.model,
         FIDELITY_CODECS[question.fidelity],
         tier=tier,
-        bytes_per_s=bandwidth,
+        bytes_per_s=tier_bandwidth(question, tier),
         fixed_s=_FIRST_BYTE_S[tier],
         tokens=tokens,
         flops=question.flops,

@@ -1,6 +1,7 @@
 """Reads metrics pages and adds up what stands there."""
 
 import http.client
+import ssl
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -8,7 +9,8 @@ from typing import Final
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvstore.cli.targets import Target
-from kvstore.core.errors import Unreachable
+from kvstore.core.errors import BadInput, Unreachable
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 
 MAX_PAGE_BYTES: Final = 16 << 20
 
@@ -59,17 +61,49 @@ class Figures:
         return Figures((name, labels, grown(name, labels, v)) for name, labels, v in self.samples())
 
 
-def fetch(target: Target, *, timeout_s: float = 2.0) -> Figures:
-    """Return a target's page; raises `Unreachable` naming the target when it does not answer."""
-    connection = http.client.HTTPConnection(target.address, timeout=timeout_s)
+class _OverTls(http.client.HTTPSConnection):
+    """Expects `name` in the server's certificate instead of its address."""
+
+    def __init__(self, address: str, tls: ssl.SSLContext, name: str, timeout_s: float) -> None:
+        super().__init__(address, timeout=timeout_s, context=tls)
+        self._tls = tls
+        self._name = name
+
+    def connect(self) -> None:
+        """Connect and shake hands."""
+        http.client.HTTPConnection.connect(self)
+        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._name or self.host)
+
+
+def fetch(
+    target: Target, credentials: Credentials = NO_CREDENTIALS, *, timeout_s: float = 2.0
+) -> Figures:
+    """Return a target's page; raises `Unreachable` naming the target when it does not answer.
+
+    `BadInput` where it speaks TLS and nothing is trusted. A token is sent over TLS only.
+    """
+    headers: dict[str, str] = {}
+    connection: http.client.HTTPConnection
+    if target.scheme != "https":
+        connection = http.client.HTTPConnection(target.address, timeout=timeout_s)
+    elif (tls := credentials.ssl()) is None:
+        raise BadInput(f"{target.name} at {target.address} speaks TLS: say --security FILE")
+    else:
+        connection = _OverTls(target.address, tls, credentials.server_name, timeout_s)
+        headers.update(credentials.metadata())
     try:
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics", headers=headers)
         reply = connection.getresponse()
         page = reply.read(MAX_PAGE_BYTES + 1)
     except (OSError, http.client.HTTPException) as error:
         raise Unreachable(f"{target.name} at {target.address}: {error}") from error
     finally:
         connection.close()
+    if reply.status in (401, 403):
+        raise Unreachable(
+            f"{target.name} at {target.address} answered {reply.status}: its token has to be one of"
+            " the role `watch`"
+        )
     if reply.status != 200 or len(page) > MAX_PAGE_BYTES:
         raise Unreachable(f"{target.name} at {target.address} answered {reply.status}")
     return parse(page.decode(errors="replace"), target)

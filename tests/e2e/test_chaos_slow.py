@@ -24,6 +24,7 @@ import pytest
 
 from tests.cluster_process import KVSTORE, MARK, command_line, eventually, marked_processes
 from tests.exactness import Exactness, Reference
+from tests.prometheus_queries import check_every_query, watching, work
 from tests.raylets import Raylets, raylets
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -35,6 +36,8 @@ QUESTIONS: Final = (
     "Name a river in France.", "Name a lake in Italy.", "What is a cache?", "Who wrote Faust?",
     "What is two and two?", "Name a colour.", "What does a baker make?", "Name a planet.",
 )  # fmt: skip
+ATTEMPTS: Final = 4
+"""Of one stream: one frontend is killed, and the other restarted, while it may be asked."""
 HTTP: Final = 21_810
 TRANSPORT_ERROR: Final[type[Exception]] = import_module(
     openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]
@@ -44,9 +47,9 @@ TRANSPORT_ERROR: Final[type[Exception]] = import_module(
 CONFIG = """
 name: {name}
 ray: {{address: "{address}"}}
-drain_ms: 20000
+drain_ms: 240000
 workers: {{count: 3, pool: 128MiB, threads: 1}}
-nodes: {{arena: 128MiB}}
+nodes: {{arena: 128MiB, nvme: "{nvme}", nvme_bytes: 1GiB}}
 frontends: {{count: 2, http: "127.0.0.1:{http}", grpc: "127.0.0.1:{grpc}"}}
 """
 
@@ -100,9 +103,12 @@ class Deployed:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     mark, name = secrets.token_hex(8), f"test-{secrets.token_hex(4)}"
-    file = tmp_path_factory.mktemp("chaos") / "cluster.yaml"
+    directory = tmp_path_factory.mktemp("chaos")
+    file, disk = directory / "cluster.yaml", directory / "nvme"
     with raylets(3, mark={MARK: mark}) as ray:
-        file.write_text(CONFIG.format(name=name, address=ray.address, http=HTTP, grpc=HTTP + 10))
+        file.write_text(
+            CONFIG.format(name=name, address=ray.address, http=HTTP, grpc=HTTP + 10, nvme=disk)
+        )
         up = subprocess.run(
             [*KVSTORE, "up", "--detach", "--json", "--config", str(file)], env=ray.environment,
             capture_output=True, text=True, timeout=300, check=False,
@@ -131,6 +137,15 @@ def test_it_is_deployed_from_the_file_on_three_hosts(deployed: Deployed) -> None
         assert "kvstore_" in text, part["name"]
 
 
+def test_prometheus_scrapes_it_and_every_query_returns_data(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    """Three nodes, three workers, two frontends and the controller."""
+    http, model = str(deployed.facts["http"]), str(deployed.facts["model"])
+    with watching(deployed.name, tmp_path) as address:
+        check_every_query(address, parts=9, load=lambda: work(http, model))
+
+
 class Streams:
     """200 conversations with the `openai` client, and what became of each."""
 
@@ -146,12 +161,15 @@ class Streams:
         self.broken = 0
         """Streams that ended before their end: their frontend was killed."""
         self.turned_away = 0
-        """Connections refused while it was away."""
+        """Connections refused while it was away, and requests while it drained."""
+        self.later = 0
+        """Asked to come later: every worker had enough to do, or was too busy to be heard."""
 
     def __str__(self) -> str:
         return (
             f"{len(self.said)} streams, {self.broken} of them asked again when their frontend was"
-            f" killed, {self.turned_away} turned away while it was gone"
+            f" killed, {self.turned_away} turned away while it was gone, {self.later} told when to"
+            " come again"
         )
 
     async def all(self, enough: asyncio.Event) -> None:
@@ -173,30 +191,34 @@ class Streams:
             self._slots.release()
 
     async def _ask(self, question: str, number: int) -> str:
-        """Ask one frontend; where that very process was killed, ask the other as a client would."""
-        for attempt in range(3):
-            client = self._clients[(number + attempt) % 2]
+        """Ask one frontend; where that very process is gone, ask the other as a client would."""
+        attempt = 0
+        while attempt < ATTEMPTS:
+            client, began = self._clients[(number + attempt) % 2], asyncio.Event()
             try:
-                return await self._stream(client, question)
+                return await self._stream(client, question, began)
+            except openai.RateLimitError as error:
+                self.later += 1
+                assert self.later < STREAMS, "refusals are the exception"
+                await asyncio.sleep(float(error.response.headers["retry-after"]))
             except (
                 openai.APIConnectionError,
                 openai.InternalServerError,
                 TRANSPORT_ERROR,
-            ) as error:
-                cause = error.__cause__ or error
-                if type(cause).__name__ == "ConnectError" or isinstance(
-                    error, openai.APIStatusError
-                ):
-                    self.turned_away += 1
-                else:
+            ):
+                attempt += 1
+                if began.is_set():
                     self.broken += 1
+                else:
+                    self.turned_away += 1
         pytest.fail(f"no frontend took stream {number}")
 
-    async def _stream(self, client: openai.AsyncOpenAI, question: str) -> str:
+    async def _stream(self, client: openai.AsyncOpenAI, question: str, began: asyncio.Event) -> str:
         stream = await client.chat.completions.create(
             model=self._model, messages=[{"role": "user", "content": question}],
             max_tokens=TOKENS, temperature=0, stream=True,
         )  # fmt: skip
+        began.set()
         text, ended = "", ""
         async for event in stream:
             for choice in event.choices:
@@ -232,6 +254,10 @@ async def test_two_hundred_streams_survive_every_loss(
         ):  # fmt: skip
             pids = deployed.pids(words)
             await loses(what, pids[0], deployed.respawned(words, pids[0], len(pids)))
+        broken, begun = streams.broken, time.monotonic()
+        await asyncio.to_thread(deployed.run, "restart", "frontend-0")
+        recovery["a frontend restarted by order"] = round(time.monotonic() - begun, 1)
+        assert streams.broken == broken, f"its streams ended whole; {recovery}"
         begun = time.monotonic()
         host = (await asyncio.to_thread(deployed.part, "worker-2"))["host"]
         await asyncio.to_thread(deployed.run, "drain", host)

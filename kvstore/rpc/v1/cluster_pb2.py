@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvstore/rpc/v1/cluster.proto\x12\x0ekvstore.rpc.v1\"\x0f\n\rStatusRequest\"\x81\x01\n\x0bStatusReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x10\n\x08hopeless\x18\x02 \x01(\t\x12\x17\n\x0fmembers_version\x18\x03 \x01(\x04\x12)\n\x05parts\x18\x04 \x03(\x0b\x32\x1a.kvstore.rpc.v1.PartStatus\x12\r\n\x05order\x18\x05 \x01(\t\"\xc8\x01\n\nPartStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04http\x18\x06 \x01(\t\x12\x0f\n\x07metrics\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\x10\n\x08restarts\x18\n \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\r\n\x05model\x18\x0c \x01(\t\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x1f\n\x0cScaleRequest\x12\x0f\n\x07workers\x18\x01 \x01(\r\"\x1f\n\x0eRestartRequest\x12\r\n\x05parts\x18\x01 \x03(\t\"+\n\nOrderReply\x12\x0c\n\x04\x64one\x18\x01 \x03(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x32\x9c\x02\n\x07\x43luster\x12\x44\n\x06Status\x12\x1d.kvstore.rpc.v1.StatusRequest\x1a\x1b.kvstore.rpc.v1.StatusReply\x12\x41\n\x05\x44rain\x12\x1c.kvstore.rpc.v1.DrainRequest\x1a\x1a.kvstore.rpc.v1.OrderReply\x12\x41\n\x05Scale\x12\x1c.kvstore.rpc.v1.ScaleRequest\x1a\x1a.kvstore.rpc.v1.OrderReply\x12\x45\n\x07Restart\x12\x1e.kvstore.rpc.v1.RestartRequest\x1a\x1a.kvstore.rpc.v1.OrderReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvstore/rpc/v1/cluster.proto\x12\x0ekvstore.rpc.v1\"\x0f\n\rStatusRequest\"\x92\x01\n\x0bStatusReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x10\n\x08hopeless\x18\x02 \x01(\t\x12\x17\n\x0fmembers_version\x18\x03 \x01(\x04\x12)\n\x05parts\x18\x04 \x03(\x0b\x32\x1a.kvstore.rpc.v1.PartStatus\x12\r\n\x05order\x18\x05 \x01(\t\x12\x0f\n\x07metrics\x18\x06 \x01(\t\"\xc8\x01\n\nPartStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x0c\n\x04host\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\t\x12\x0c\n\x04http\x18\x06 \x01(\t\x12\x0f\n\x07metrics\x18\x07 \x01(\t\x12\x0b\n\x03pid\x18\x08 \x01(\r\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\x10\n\x08restarts\x18\n \x01(\r\x12\x0e\n\x06\x64\x65tail\x18\x0b \x01(\t\x12\r\n\x05model\x18\x0c \x01(\t\"\x1c\n\x0c\x44rainRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\"\x1f\n\x0cScaleRequest\x12\x0f\n\x07workers\x18\x01 \x01(\r\"\x1f\n\x0eRestartRequest\x12\r\n\x05parts\x18\x01 \x03(\t\"+\n\nOrderReply\x12\x0c\n\x04\x64one\x18\x01 \x03(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x32\x9c\x02\n\x07\x43luster\x12\x44\n\x06Status\x12\x1d.kvstore.rpc.v1.StatusRequest\x1a\x1b.kvstore.rpc.v1.StatusReply\x12\x41\n\x05\x44rain\x12\x1c.kvstore.rpc.v1.DrainRequest\x1a\x1a.kvstore.rpc.v1.OrderReply\x12\x41\n\x05Scale\x12\x1c.kvstore.rpc.v1.ScaleRequest\x1a\x1a.kvstore.rpc.v1.OrderReply\x12\x45\n\x07Restart\x12\x1e.kvstore.rpc.v1.RestartRequest\x1a\x1a.kvstore.rpc.v1.OrderReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=48
   _globals['_STATUSREQUEST']._serialized_end=63
   _globals['_STATUSREPLY']._serialized_start=66
-  _globals['_STATUSREPLY']._serialized_end=195
-  _globals['_PARTSTATUS']._serialized_start=198
-  _globals['_PARTSTATUS']._serialized_end=398
-  _globals['_DRAINREQUEST']._serialized_start=400
-  _globals['_DRAINREQUEST']._serialized_end=428
-  _globals['_SCALEREQUEST']._serialized_start=430
-  _globals['_SCALEREQUEST']._serialized_end=461
-  _globals['_RESTARTREQUEST']._serialized_start=463
-  _globals['_RESTARTREQUEST']._serialized_end=494
-  _globals['_ORDERREPLY']._serialized_start=496
-  _globals['_ORDERREPLY']._serialized_end=539
-  _globals['_CLUSTER']._serialized_start=542
-  _globals['_CLUSTER']._serialized_end=826
+  _globals['_STATUSREPLY']._serialized_end=212
+  _globals['_PARTSTATUS']._serialized_start=215
+  _globals['_PARTSTATUS']._serialized_end=415
+  _globals['_DRAINREQUEST']._serialized_start=417
+  _globals['_DRAINREQUEST']._serialized_end=445
+  _globals['_SCALEREQUEST']._serialized_start=447
+  _globals['_SCALEREQUEST']._serialized_end=478
+  _globals['_RESTARTREQUEST']._serialized_start=480
+  _globals['_RESTARTREQUEST']._serialized_end=511
+  _globals['_ORDERREPLY']._serialized_start=513
+  _globals['_ORDERREPLY']._serialized_end=556
+  _globals['_CLUSTER']._serialized_start=559
+  _globals['_CLUSTER']._serialized_end=843
 # @@protoc_insertion_point(module_scope)

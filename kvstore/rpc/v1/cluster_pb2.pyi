@@ -11,18 +11,20 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("ready", "hopeless", "members_version", "parts", "order")
+    __slots__ = ("ready", "hopeless", "members_version", "parts", "order", "metrics")
     READY_FIELD_NUMBER: _ClassVar[int]
     HOPELESS_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_VERSION_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     ready: bool
     hopeless: str
     members_version: int
     parts: _containers.RepeatedCompositeFieldContainer[PartStatus]
     order: str
-    def __init__(self, ready: bool = ..., hopeless: _Optional[str] = ..., members_version: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[PartStatus, _Mapping]]] = ..., order: _Optional[str] = ...) -> None: ...
+    metrics: str
+    def __init__(self, ready: bool = ..., hopeless: _Optional[str] = ..., members_version: _Optional[int] = ..., parts: _Optional[_Iterable[_Union[PartStatus, _Mapping]]] = ..., order: _Optional[str] = ..., metrics: _Optional[str] = ...) -> None: ...
 
 class PartStatus(_message.Message):
     __slots__ = ("name", "role", "phase", "host", "address", "http", "metrics", "pid", "incarnation", "restarts", "detail", "model")

@@ -80,7 +80,7 @@ class ClusterServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Restart(self, request, context):
-        """Restarts workers, then caches, one at a time, each drained before.
+        """Restarts workers, then caches, then frontends, one at a time, each drained before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -14,6 +14,7 @@ from kvstore.cli.targets import Target, find_targets
 from kvstore.cli.top_view import draw, summarise
 from kvstore.core.errors import BadInput, NotFound, Unreachable
 from kvstore.observe.metrics import NodeMetrics, RouterMetrics, WorkerMetrics, exposition
+from kvstore.rpc.credentials import Credentials
 
 HERE = Target("part", "node", "127.0.0.1:1")
 
@@ -151,9 +152,12 @@ def test_targets_come_from_addresses_run_directories_and_clusters(
     note = {"name": "node-a", "metrics": "127.0.0.1:9"}
     (tmp_path / "node.json").write_text(json.dumps(note))
     assert find_targets([str(tmp_path), "http://host.example:80/"], "default") == [
-        Target("node-a", "node", "127.0.0.1:9"),
-        Target("host.example:80", "", "host.example:80"),
+        Target("node-a", "node", "127.0.0.1:9", "http"),
+        Target("host.example:80", "", "host.example:80", "http"),
     ]
+    assert find_targets([str(tmp_path), "http://h:80"], "default", Credentials(ca=b"x")) == [
+        Target("node-a", "node", "127.0.0.1:9", "https"), Target("h:80", "", "h:80", "http"),
+    ]  # fmt: skip
     assert run(["targets", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == [
         {"targets": ["127.0.0.1:9"], "labels": {"role": "node", "part": "node-a"}}
@@ -175,11 +179,36 @@ def test_a_cluster_is_found_by_its_note() -> None:
     note = Path(f"/tmp/kvstore-{os.getuid()}") / f"up-{name}.json"
     note.parent.mkdir(mode=0o700, exist_ok=True)
     part = {"name": "node-a", "role": "node", "address": "x", "metrics": "127.0.0.1:9", "pid": 1}
-    note.write_text(json.dumps({"parts": [part, {"name": "no", "role": "x", "metrics": ""}]}))
+    parts = [part, {"name": "no", "role": "x", "metrics": ""}]
     try:
-        assert find_targets([], name) == [Target("node-a", "node", "127.0.0.1:9")]
+        for scheme in ("http", "https"):
+            note.write_text(json.dumps({"parts": parts, "http": f"{scheme}://127.0.0.1:1"}))
+            assert find_targets([], name) == [Target("node-a", "node", "127.0.0.1:9", scheme)]
     finally:
         note.unlink()
+
+
+def test_targets_are_written_again_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, file = tmp_path / "node.json", tmp_path / "targets.json"
+    seen: list[tuple[str, int]] = []
+
+    def sleep(seconds: float) -> None:
+        assert seconds == 2.0
+        seen.append((json.loads(file.read_text())[0]["targets"][0], file.stat().st_ino))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        note.write_text(json.dumps({"name": "a", "metrics": f"127.0.0.1:{8 + (len(seen) > 1)}"}))
+
+    monkeypatch.setattr("time.sleep", sleep)
+    note.write_text(json.dumps({"name": "a", "metrics": "127.0.0.1:8"}))
+    follow = ["targets", str(tmp_path), "--follow", str(file), "--interval", "2"]
+    assert run(follow) == 130
+    assert [address for address, _ in seen] == ["127.0.0.1:8", "127.0.0.1:8", "127.0.0.1:9"]
+    assert seen[0][1] == seen[1][1], "what did not change is left alone"
+    assert [path.name for path in tmp_path.glob("*new*")] == []
+    assert run([*follow[:3], str(tmp_path / "none" / "x")]) == 2
 
 
 def test_an_open_breaker_and_what_was_not_reached_are_shown() -> None:

@@ -108,9 +108,9 @@ class Theatre:
                 self.lists.append([report.name for report in members.members])
                 self.told.append("list " + " ".join(self.lists[-1]))
             self.stage.members = members
-            frontend = parts["frontend-0"]
-            assert frontend.report is not None
-            frontend.report = replace(frontend.report, members_version=members.version)
+            for part in parts.values():
+                if part.role is Role.FRONTEND and part.report is not None:
+                    part.report = replace(part.report, members_version=members.version)
             await asyncio.sleep(0)
 
 
@@ -184,8 +184,23 @@ async def test_a_restart_takes_one_part_at_a_time(monkeypatch: pytest.MonkeyPatc
         assert await made.operator.restart([]) == every
         assert made.told.count("renew") == 4
         assert all(len(names) >= 3 for names in made.lists), "never two away at once"
-        with pytest.raises(NotFound, match="frontend-0"):
-            await made.operator.restart(["frontend-0"])
+        with pytest.raises(NotFound, match="frontend-7"):
+            await made.operator.restart(["frontend-7"])
+
+
+async def test_frontends_are_restarted_last_and_drained_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with theatre(monkeypatch) as made:
+        assert await made.operator.restart(["frontend-0"]) == ["frontend-0"], "when it is named"
+        assert [t for t in made.told if "list" not in t] == ["drain frontend-0", "renew"]
+        again = Report(name="frontend-1", role=Role.FRONTEND, phase=Phase.SERVING)
+        made.stage.parts["frontend-1"] = Part(name="frontend-1", role=Role.FRONTEND, report=again)
+        made.stage.actors["frontend-1"] = Actor(made.told, "frontend-1")
+        restarted = await made.operator.restart([])
+        assert restarted[-2:] == ["frontend-0", "frontend-1"] and len(restarted) == 6
+        told = [what for what in made.told if "list" not in what]
+        assert told[-4:] == ["drain frontend-0", "renew", "drain frontend-1", "renew"]
 
 
 async def test_one_order_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from kvworkers.frontends import openai as module
+from kvworkers.frontends.door import Door
 from kvworkers.frontends.generation import Chunk
 from kvworkers.frontends.openai import EventStream, make_app
 from kvworkers.frontends.replies import Started, begin
 from prometheus_client import CollectorRegistry
 
+from kvstore.observe.metrics import RouterMetrics
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import SecurityConfig
 
@@ -20,6 +22,7 @@ async def test_a_client_that_leaves_in_its_own_body_is_no_failure() -> None:
     app = make_app(
         nothing, metrics=bytes, ready=lambda: True, max_body_bytes=64, created=0,
         gate=gate_of(SecurityConfig(), CollectorRegistry()), apart=False,
+        door=Door(RouterMetrics(CollectorRegistry())),
     )  # fmt: skip
     sent: list[Any] = []
 
@@ -74,6 +77,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
     app = make_app(
         nothing, metrics=bytes, ready=lambda: True, max_body_bytes=64, created=0,
         gate=gate_of(SecurityConfig(), CollectorRegistry()), apart=False,
+        door=Door(RouterMetrics(CollectorRegistry())),
     )  # fmt: skip
     parts = [{"type": "http.request", "body": b"{", "more_body": True}]
     sent: list[Any] = []

@@ -1,6 +1,6 @@
 """Dashboards and alerts speak of metrics that exist, and the manual of every alert.
 
-That each query returns data is shown with a real Prometheus: tests/e2e/test_prometheus_slow.py.
+That each query returns data is shown with a real Prometheus: tests/e2e/test_chaos_slow.py.
 """
 
 import json

@@ -46,8 +46,9 @@ class ClusterConfig:
     "": they use `Watch`. `trace` is the OTLP collector that every part sends spans to; empty: none
     does. Frontend i listens on the ports of `http` and `grpc` plus i; 0 frontends stands for one on
     every host, all on the same ports. Nodes, workers and controller listen on `loopback` or
-    on their `host`'s address, which needs `security`. A worker that is drained gets `drain_ms`.
-    `ray_address` is a running Ray cluster to join; empty: one of our own on this machine.
+    on their `host`'s address, which needs `security`. A worker or frontend that is drained gets
+    `drain_ms`. `ray_address` is a running Ray cluster to join; empty: one of our own on this
+    machine.
     Raises `BadInput` naming the flag at fault.
     """
 

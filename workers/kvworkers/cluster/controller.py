@@ -173,8 +173,9 @@ class Controller:
         """Listen for the operator's orders."""
         server, health = make_server(gate=gate_of(self._security, self._registry))
         service = ClusterService(
-            self._stage, self._operator, ready=self._ready, hopeless=self._hopeless
-        )
+            self._stage, self._operator, ready=self._ready, hopeless=self._hopeless,
+            metrics=self._metrics_port.address,
+        )  # fmt: skip
         cluster_pb2_grpc.add_ClusterServicer_to_server(service, server)
         wanted = f"{self._host}:{self._config.control_port}"
         self._control_address = listen(server, wanted, self._security)

@@ -16,7 +16,7 @@ from kvstore.observe.metrics import ClusterMetrics
 from kvstore.rpc.interceptors import Context
 from kvstore.rpc.v1 import cluster_pb2, cluster_pb2_grpc
 from kvworkers.cluster.config import MAX_WORKERS
-from kvworkers.cluster.plan import Part, Phase, Role, heard_of
+from kvworkers.cluster.plan import Part, Phase, Report, Role, heard_of
 from kvworkers.cluster.stage import Stage, frontend_beside
 
 POLL_SECONDS: Final = 0.1
@@ -69,16 +69,22 @@ class Operator:
 
     async def restart(self, names: Sequence[str]) -> list[str]:
         """Restart parts one at a time; returns them."""
-        every = [*self._stage.of(Role.WORKER), *self._stage.of(Role.NODE)]
         for name in names:
-            if name not in every:
-                raise NotFound(f"there is no worker or node {name!r}")
+            if name not in self._stage.parts:
+                raise NotFound(f"there is no part {name!r}")
         async with self._doing("restart"):
-            for name in names or every:
+            chosen = list(names) or self._in_turn()
+            for name in chosen:
                 await self._empty([name])
                 await self._stage.renew(name)
                 await self._serving([name])
-            return list(names or every)
+            return chosen
+
+    def _in_turn(self) -> list[str]:
+        """Return every part that others stand in for: all but a frontend that is the only one."""
+        frontends = self._stage.of(Role.FRONTEND)
+        others = frontends if len(frontends) > 1 else []
+        return [*self._stage.of(Role.WORKER), *self._stage.of(Role.NODE), *others]
 
     async def _empty(self, names: Sequence[str]) -> None:
         """Take parts off the member list and let them finish, workers before nodes."""
@@ -109,10 +115,10 @@ class Operator:
         drain_ms = self._stage.config.drain_ms
         try:
             async with asyncio.timeout(drain_ms / 1_000 + _SLACK_SECONDS):
-                if part.role is Role.WORKER:
-                    await actor.drain.remote(drain_ms)
-                else:
+                if part.role is Role.NODE:
                     await actor.stop.remote()
+                else:
+                    await actor.drain.remote(drain_ms)
         except (RayError, TimeoutError):
             self._metrics.failures.labels("drain").inc()
 
@@ -120,11 +126,11 @@ class Operator:
         """Wait until parts serve and every frontend knows; raises `Unreachable` otherwise."""
 
         def serve() -> bool:
-            reports = [self._stage.parts[name].report for name in names]
+            parts = [self._stage.parts[name] for name in names]
             listed = {report.name for report in self._stage.members.members}
             return (
-                all(r is not None and r.phase is Phase.SERVING for r in reports)
-                and listed >= set(names)
+                all(p.report is not None and serves(p.report) for p in parts)
+                and listed >= {part.name for part in parts if part.role is not Role.FRONTEND}
                 and heard_of(self._stage.parts.values(), self._stage.members)
             )
 
@@ -163,7 +169,9 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):  # type: ignore[misc]
         *,
         ready: Callable[[], bool],
         hopeless: Callable[[], str],
+        metrics: str = "",
     ) -> None:
+        self._metrics = metrics
         self._stage = stage
         self._operator = operator
         self._ready = ready
@@ -180,6 +188,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):  # type: ignore[misc]
             members_version=self._stage.members.version,
             parts=[part_status(part) for part in self._stage.parts.values()],
             order=self._operator.order,
+            metrics=self._metrics,
         )
 
     async def Drain(
@@ -207,6 +216,11 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):  # type: ignore[misc]
         task.add_done_callback(self._running.discard)
         done = await asyncio.shield(task)
         return cluster_pb2.OrderReply(done=done, seconds=time.monotonic() - begun)
+
+
+def serves(report: Report) -> bool:
+    """Say whether a part takes what it is there for."""
+    return report.phase is Phase.SERVING and report.usable
 
 
 def part_status(part: Part) -> cluster_pb2.PartStatus:

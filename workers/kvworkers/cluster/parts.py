@@ -139,8 +139,12 @@ class NodeShell(Shell):
         return where if security is None else (*where, "--security", str(security))
 
     async def _launch(self) -> None:
-        # Another host of the cluster has no run directory yet.
+        # Another host of the cluster has no run directory yet, and a new disk no directory of ours.
+        # What that lies in has to be there: it is where a disk is mounted.
         self._config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (self._config.nvme, self._config.files):
+            if directory is not None:
+                directory.mkdir(mode=0o700, exist_ok=True)
         command = [
             *(sys.executable, "-m", "kvstore.cli.main", "node", "--json"),
             *("--run-dir", str(self._node_dir), "--name", self._report.name),
@@ -322,6 +326,7 @@ class FrontendShell(Shell):
             grpc=str(chosen.frontend_address(chosen.grpc, index)),
             security=chosen.security,
             trace=chosen.trace,
+            drain_ms=_DRAIN_MS,
             router=RouterConfig(events_redis=chosen.events_redis),
         )
         return FrontendServer(config)
@@ -359,8 +364,13 @@ class FrontendShell(Shell):
             self._note(members_version=members.version)
         return self._report
 
+    async def drain(self, drain_ms: int) -> None:
+        """Refuse new requests and finish those that run, for so long; then it serves no more."""
+        if self._server is not None:
+            await self._server.stop(drain_ms=drain_ms)
+
     async def stop(self) -> None:
-        """Stop listening; open streams end."""
+        """Stop listening; requests still running get a moment to finish."""
         if self._server is not None:
             server, self._server = self._server, None
             async with asyncio.timeout(_STOP_SECONDS):

@@ -3,12 +3,15 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import click
 
 from kvstore.core.errors import BadInput, KvStoreError, Refused, Unreachable
+from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvworkers.cluster.rundir import user_dir
 from kvworkers.cluster.state import StateFile
 
@@ -20,12 +23,17 @@ _QUIT: Final = ("/quit", "/exit")
 @click.command(short_help="Talk to a running cluster in the terminal.")
 @click.option("--url", metavar="URL", help="Base URL. [default: of the cluster named by --name]")
 @click.option("--name", default="default", show_default=True, help="As given to `kvstore up`.")
+@click.option(
+    "--security", type=click.Path(path_type=Path, dir_okay=False),
+    help="What to trust and to show, for a cluster that speaks TLS: docs/security.md.",
+)  # fmt: skip
 @click.option("--system", metavar="TEXT", help="A system prompt for the whole conversation.")
 @click.option("--max-tokens", default=256, show_default=True, help="Of each reply.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest.")
 def chat(
-    *, url: str | None, name: str, system: str | None, max_tokens: int, temperature: float
-) -> int:
+    *, url: str | None, name: str, security: Path | None, system: str | None, max_tokens: int,
+    temperature: float,
+) -> int:  # fmt: skip
     """Hold a conversation. /quit or the end of input ends it.
 
     After each reply a line says how many prompt tokens came out of the cache, from where, and how
@@ -36,7 +44,9 @@ def chat(
         raise Unreachable(f"the cluster {name!r} is still starting")
     if not base.startswith(("http://", "https://")):
         raise BadInput(f"--url {url}: must start with http:// or https://")
-    talk = _Conversation(base, {"max_tokens": max_tokens, "temperature": temperature})
+    credentials = Credentials.from_file(security) if security is not None else NO_CREDENTIALS
+    options = {"max_tokens": max_tokens, "temperature": temperature}
+    talk = _Conversation(base, credentials, options)
     if system:
         talk.messages.append({"role": "system", "content": system})
     interactive = sys.stdin.isatty()
@@ -73,6 +83,7 @@ class _Conversation:
     """Messages so far, and the model that answers."""
 
     base: str
+    credentials: Credentials
     options: dict[str, Any]
     messages: list[dict[str, str]] = field(default_factory=list)
     model: str = field(init=False)
@@ -81,7 +92,10 @@ class _Conversation:
         import httpx
 
         try:
-            listed = httpx.get(f"{self.base}/v1/models", timeout=10, trust_env=False)
+            with self._open(10) as http:
+                listed = http.send(self._request(http, "GET", "/v1/models"))
+            if listed.status_code in (401, 403):
+                raise Unreachable(f"{self.base} wants to know who asks: say --security FILE")
             self.model = listed.raise_for_status().json()["data"][0]["id"]
         except httpx.HTTPError as error:
             raise Unreachable(f"no cluster answers at {self.base}: {error}") from error
@@ -109,23 +123,43 @@ class _Conversation:
 
         body = {"model": self.model, "messages": messages, "stream": True}
         body |= {"stream_options": {"include_usage": True}} | self.options
-        address = f"{self.base}/v1/chat/completions"
         try:
-            with httpx.stream(
-                "POST", address, json=body, timeout=_TURN_SECONDS, trust_env=False
-            ) as response:
-                if response.status_code != httpx.codes.OK:
-                    raise _refusal(response.status_code, response.read())
-                for line in response.iter_lines():
-                    data = line.removeprefix("data: ")
-                    if data == line or data == "[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise Unreachable(event["error"].get("message", "the stream broke off"))
-                    yield event
+            with self._open(_TURN_SECONDS) as http:
+                request = self._request(http, "POST", "/v1/chat/completions", body)
+                with closing(http.send(request, stream=True)) as response:
+                    if response.status_code != httpx.codes.OK:
+                        raise _refusal(response.status_code, response.read())
+                    yield from _events(response.iter_lines())
         except httpx.HTTPError as error:
             raise Unreachable(f"{self.base}: {error}") from error
+
+    def _open(self, seconds: float) -> Any:
+        """Return a client for calls of that many seconds."""
+        import httpx
+
+        tls = self.credentials.ssl()
+        return httpx.Client(timeout=seconds, trust_env=False, verify=True if tls is None else tls)
+
+    def _request(self, http: Any, method: str, path: str, body: Any = None) -> Any:
+        """Return a request that shows the token, over TLS only, and expects the certificate."""
+        request = http.build_request(method, f"{self.base}{path}", json=body)
+        if self.base.startswith("https://"):
+            request.headers.update(dict(self.credentials.metadata()))
+            if self.credentials.server_name:
+                request.extensions["sni_hostname"] = self.credentials.server_name
+        return request
+
+
+def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield what server-sent events hold; raises `Unreachable` for one that is an error."""
+    for line in lines:
+        data = line.removeprefix("data: ")
+        if data == line or data == "[DONE]":
+            continue
+        event = json.loads(data)
+        if "error" in event:
+            raise Unreachable(event["error"].get("message", "the stream broke off"))
+        yield event
 
 
 def _refusal(status: int, body: bytes) -> KvStoreError:

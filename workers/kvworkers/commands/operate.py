@@ -126,15 +126,16 @@ def scale(
     return _order(target, "Scale", cluster_pb2.ScaleRequest(workers=workers), as_json=as_json)
 
 
-@click.command(short_help="Restart workers and caches one at a time.")
+@click.command(short_help="Restart workers, caches and frontends one at a time.")
 @click.argument("parts", nargs=-1)
 @target_options
 def restart(
     *, parts: tuple[str, ...], name: str, control: str | None, security: Path | None, as_json: bool
 ) -> int:
-    """Restart PARTS, or every worker and then every cache node, each drained before.
+    """Restart PARTS, or every worker, then every cache node, then every frontend, each drained.
 
-    A cache node that is restarted forgets what only its memory held.
+    A cache node that is restarted forgets what only its memory held. The only frontend is restarted
+    only where it is named: nobody stands in for it.
     """
     target = find(name, control, security)
     return _order(target, "Restart", cluster_pb2.RestartRequest(parts=parts), as_json=as_json)

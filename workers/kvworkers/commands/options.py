@@ -78,7 +78,7 @@ def scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--drain-ms", default=30_000, show_default=True,
-            help="How long a worker that is drained may finish what it runs.",
+            help="How long a worker or frontend that is drained may finish what it runs.",
         ),
         click.option(
             "--spare", default=0, show_default=True,

@@ -28,11 +28,15 @@ from kvworkers.frontends.server import FrontendConfig, serving
 @click.option("--grpc", default="127.0.0.1:0", show_default=True, help="gRPC address.")
 @click.option("--security", type=click.Path(path_type=Path), help="Who may connect, as TOML.")
 @click.option("--events-redis", default="", metavar="URL", help="Redis that carries events.")
+@click.option(
+    "--drain-ms", default=30_000, show_default=True, type=click.IntRange(0),
+    help="How long requests may go on after SIGTERM; a second one does not wait.",
+)  # fmt: skip
 @click.option("--trace", default="", help="Send spans to this OTLP collector: http://HOST:PORT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once ready.")
 def frontends(
     model: Path, workers: tuple[str, ...], nodes: tuple[str, ...], http: str, grpc: str,
-    security: Path | None, events_redis: str, trace: str, as_json: bool,
+    security: Path | None, events_redis: str, drain_ms: int, trace: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Serve the OpenAI-compatible HTTP API and gRPC Inference until SIGTERM or Ctrl-C."""
     try:
@@ -48,8 +52,9 @@ def frontends(
         ]
         router = RouterConfig(events_redis=events_redis)
         config = FrontendConfig(
-            model=model, http=http, grpc=grpc, security=security, trace=trace, router=router
-        )
+            model=model, http=http, grpc=grpc, security=security, trace=trace, router=router,
+            drain_ms=drain_ms,
+        )  # fmt: skip
         asyncio.run(_serve(config, members, as_json=as_json))
     except KvStoreError as error:
         click.echo(f"frontends: {error}", err=True)
@@ -69,6 +74,14 @@ async def _serve(config: FrontendConfig, members: list[Member], *, as_json: bool
         else:
             click.echo(f"http://{server.http_address}/v1  grpc {server.grpc_address}")
         await ended.wait()
+        ended.clear()
+        draining = asyncio.create_task(server.drain(drain_ms=config.drain_ms))
+        again = asyncio.create_task(ended.wait())
+        await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (draining, again):
+            task.cancel()
+        await asyncio.gather(draining, again, return_exceptions=True)
+        await server.stop(drain_ms=0)
 
 
 if __name__ == "__main__":

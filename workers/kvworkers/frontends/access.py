@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvstore.core.errors import KvStoreError, TooLarge
 from kvstore.rpc.gate import Gate
 from kvstore.rpc.identity import Principal, Role
+from kvworkers.frontends.door import Door, Draining
 from kvworkers.frontends.openai_wire import failure
 
 OPEN_PATHS: Final = frozenset({"/health"})
@@ -26,9 +27,10 @@ PRINCIPAL: Final = "kvstore_principal"
 class Access:
     """Lets requests through that the gate admits, with their caller in the scope."""
 
-    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+    def __init__(self, app: ASGIApp, gate: Gate, door: Door) -> None:
         self._app = app
         self._gate = gate
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; see the class."""
@@ -47,7 +49,15 @@ class Access:
         except KvStoreError as error:
             await _refuse(send, error)
             return
-        await self._app(scope, self._metered(receive, caller), send)
+        metered = self._metered(receive, caller)
+        if role is not Role.CLIENT:
+            await self._app(scope, metered, send)
+            return
+        try:
+            with self._door.inside():
+                await self._app(scope, metered, send)
+        except Draining as error:
+            await _refuse(send, error)
 
     def _metered(self, receive: Receive, caller: Principal) -> Receive:
         """Return a `receive` that counts the body's bytes against the caller's domain."""
@@ -85,6 +95,8 @@ async def _refuse(send: Send, error: KvStoreError) -> None:
     fields = {"content-type": "application/json", "content-length": str(len(encoded)), **headers}
     if status == 401:
         fields["www-authenticate"] = "Bearer"
+    if isinstance(error, Draining):
+        fields["connection"] = "close"  # the next request over it would come here again
     raw = [(key.lower().encode(), value.encode()) for key, value in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": encoded})

@@ -12,6 +12,7 @@ from kvstore.rpc.gate import identify
 from kvstore.rpc.identity import Identity
 from kvstore.rpc.interceptors import Context
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from kvworkers.frontends.door import Door
 from kvworkers.frontends.generation import Chunk, Generation, SamplingChoice
 from kvworkers.frontends.pipeline import Pipeline
 from kvworkers.frontends.tenancy import for_tenant
@@ -22,8 +23,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[m
     """Generate and ListModels over the pipeline."""
 
     def __init__(
-        self, pipeline: Pipeline, *, created: int, identity: Identity, apart: bool
+        self, pipeline: Pipeline, *, created: int, identity: Identity, apart: bool, door: Door
     ) -> None:
+        self._door = door
         self._identity = identity
         self._apart = apart
         self._pipeline = pipeline
@@ -33,12 +35,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[m
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateReply]:
         """Stream the reply; a caller that cancels frees the worker."""
-        running = await self._pipeline.prepare(
-            for_tenant(generation_of(request), identify(self._identity, context), apart=self._apart)
-        )
-        async with aclosing(self._pipeline.run(running)) as chunks:
-            async for chunk in chunks:
-                yield reply_of(chunk)
+        caller = identify(self._identity, context)
+        with self._door.inside():
+            running = await self._pipeline.prepare(
+                for_tenant(generation_of(request), caller, apart=self._apart)
+            )
+            async with aclosing(self._pipeline.run(running)) as chunks:
+                async for chunk in chunks:
+                    yield reply_of(chunk)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context

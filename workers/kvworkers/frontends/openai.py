@@ -18,6 +18,7 @@ from kvstore.core.errors import BadInput, KvStoreError, TooLarge
 from kvstore.observe.tracing import HEADER, checked
 from kvstore.rpc.gate import Gate
 from kvworkers.frontends.access import Access, caller_of
+from kvworkers.frontends.door import Door
 from kvworkers.frontends.openai_wire import ChatBody, ChatReply, failure, parse
 from kvworkers.frontends.pipeline import Pipeline
 from kvworkers.frontends.replies import Started, begin, whole
@@ -44,13 +45,15 @@ def make_app(
     created: int,
     gate: Gate,
     apart: bool,
+    door: Door,
 ) -> FastAPI:
     """Return the application. `ready` says whether any worker could take a request now.
 
-    `gate` admits callers, and `apart` says that it knows them: tenants then share nothing.
+    `gate` admits callers, and `apart` says that it knows them: tenants then share nothing. Once
+    `door` is closed, what clients ask for is refused.
     """
     app = FastAPI(title="kvstore", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Access, gate=gate)
+    app.add_middleware(Access, gate=gate, door=door)
     app.add_exception_handler(KvStoreError, _explain)
     app.add_exception_handler(HTTPException, _explain_http)
 
@@ -75,7 +78,7 @@ def make_app(
         )
         return await _answer(request, pipeline, running, body, reply)
 
-    _add_reports(app, pipeline, metrics=metrics, ready=ready, created=created)
+    _add_reports(app, pipeline, metrics=metrics, ready=ready, door=door, created=created)
     return app
 
 
@@ -85,6 +88,7 @@ def _add_reports(
     *,
     metrics: Callable[[], bytes],
     ready: Callable[[], bool],
+    door: Door,
     created: int,
 ) -> None:
     """Add what tells about the server itself."""
@@ -109,6 +113,8 @@ def _add_reports(
     @app.get("/health")
     async def health() -> Response:
         """Say whether a request could be served now."""
+        if door.closed:
+            return JSONResponse({"status": "draining"}, status_code=503)
         if ready():
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "no worker is ready"}, status_code=503)

@@ -20,6 +20,7 @@ from kvstore.core.errors import (
     Unreachable,
     Unsupported,
 )
+from kvworkers.frontends.door import Draining
 from kvworkers.frontends.generation import Chunk, Generation, SamplingChoice, TokenChance
 from kvworkers.frontends.text import REPLACEMENT
 from kvworkers.frontends.tokenizer import ChatTokenizer, Message
@@ -30,6 +31,7 @@ _STATUS: Final[tuple[tuple[type[KvStoreError], int, str], ...]] = (
     (NotFound, 404, "invalid_request_error"),
     (BadInput, 400, "invalid_request_error"),
     (Unsupported, 400, "invalid_request_error"),
+    (Draining, 503, "service_unavailable"),
     (Refused, 429, "rate_limit_error"),
     (Unreachable, 503, "service_unavailable"),
 )
@@ -185,7 +187,7 @@ def failure(error: KvStoreError) -> tuple[int, dict[str, Any], dict[str, str]]:
     elif isinstance(error, NotFound):
         code = "model_not_found"
     elif isinstance(error, Refused):
-        code = "rate_limit_exceeded"
+        code = None if isinstance(error, Draining) else "rate_limit_exceeded"
         headers["Retry-After"] = str(max(1, -(-error.retry_after_ms // 1_000)))
     param = error.param if isinstance(error, FieldError) else None
     body = {"error": {"message": str(error), "type": kind, "param": param, "code": code}}

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -25,11 +26,15 @@ from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import check_listen, load_security
 from kvstore.rpc.v1 import inference_pb2_grpc
 from kvworkers.frontends.console import Console, add_console, is_loopback_address
+from kvworkers.frontends.door import Door
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.grpc_frontend import InferenceServicer
 from kvworkers.frontends.openai import make_app
 from kvworkers.frontends.pipeline import Pipeline, PipelineConfig
 from kvworkers.frontends.tokenizer import ChatTokenizer
+
+_CUT_SECONDS: Final = 3.0
+"""How long the HTTP server may take to cut off what still runs and to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +51,8 @@ class FrontendConfig:
     """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     max_body_bytes: int = 8 << 20
     """Of an HTTP request: a conversation of a million tokens has about 5 MB."""
-    stop_grace_ms: int = 2_000
+    drain_ms: int = 2_000
+    """How long `stop` lets requests go on that run already."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
 
@@ -54,8 +60,8 @@ class FrontendConfig:
         security = load_security(self.security)
         for name in ("http", "grpc"):
             check_listen(f"frontend {name}", str(getattr(self, name)), security)
-        if self.max_body_bytes <= 0 or self.stop_grace_ms < 0:
-            raise BadInput("frontend max_body_bytes must be positive, stop_grace_ms not negative")
+        if self.max_body_bytes <= 0 or self.drain_ms < 0:
+            raise BadInput("frontend max_body_bytes must be positive, drain_ms not negative")
 
 
 class _Uvicorn(uvicorn.Server):  # type: ignore[misc]
@@ -77,6 +83,7 @@ class FrontendServer:
         self._tokenizer = ChatTokenizer(Path(config.model))
         self.registry = CollectorRegistry()
         self._metrics = RouterMetrics(self.registry)
+        self._door = Door(self._metrics)
         self._security = load_security(config.security)
         self._gate = gate_of(self._security, self.registry)
         self._tracing = start_tracing(config.trace, service="kvstore-frontend", name="frontend")
@@ -108,7 +115,7 @@ class FrontendServer:
         self._server, self._health = make_server(gate=self._gate)
         apart = self._security.authenticates
         servicer = InferenceServicer(
-            pipeline, created=created, identity=self._gate.identity, apart=apart
+            pipeline, created=created, identity=self._gate.identity, apart=apart, door=self._door
         )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, self._server)
         try:
@@ -126,6 +133,7 @@ class FrontendServer:
             created=created,
             gate=self._gate,
             apart=apart,
+            door=self._door,
         )
         console = Console(pipeline, self._router)
         add_console(app, console, loopback_only=is_loopback_address(config.http))
@@ -147,18 +155,28 @@ class FrontendServer:
         self._router.set_members(listed)
         self._fleet.set_members(listed)
 
-    async def stop(self) -> None:
-        """Stop listening, let open streams end within the grace, end the rest."""
+    async def drain(self, *, drain_ms: int) -> bool:
+        """Refuse new requests, and wait so long at most until those that run have ended.
+
+        Health probes say so from now on, metrics and console go on. Returns whether all ended.
+        """
+        self._door.close()
+        if self._started:
+            await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        return await self._door.emptied(drain_ms)
+
+    async def stop(self, *, drain_ms: int | None = None) -> None:
+        """Drain for `drain_ms` (None: as configured), stop listening, cut off what still runs."""
         if not self._started:
             return
+        await self.drain(drain_ms=self._config.drain_ms if drain_ms is None else drain_ms)
         self._started = False
         self._http.should_exit = True
         self._history_task.cancel()
         await asyncio.gather(self._history_task, return_exceptions=True)
-        grace_s = self._config.stop_grace_ms / 1_000
-        await self._server.stop(grace_s)
+        await self._server.stop(None)
         try:
-            async with asyncio.timeout(grace_s + 1):
+            async with asyncio.timeout(_CUT_SECONDS):
                 await asyncio.shield(self._http_task)
         except TimeoutError:
             self._http.force_exit = True
@@ -176,7 +194,7 @@ class FrontendServer:
             ws="none",
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=max(1, self._config.stop_grace_ms // 1_000),
+            timeout_graceful_shutdown=1,  # what may end by itself has ended in `drain`
         )
         settings.load()
         settings.ssl = ssl_context(self._security)
