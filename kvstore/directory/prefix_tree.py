@@ -26,8 +26,8 @@ class Run:
     """A stretch of blocks with one history."""
 
     __slots__ = (
-        "bin", "block_bytes", "cell", "depth_cost", "ends", "evidence", "held", "held_kids", "keys",
-        "kids", "last_ms", "parent", "position", "uses",
+        "bin", "block_bytes", "cell", "depth_cost", "ends", "evidence", "gap", "held", "held_kids",
+        "keys", "kids", "last_ms", "parent", "position", "shift", "uses",
     )  # fmt: skip
 
     def __init__(self, keys: Keys, parent: "Run | None", position: int) -> None:
@@ -47,9 +47,13 @@ class Run:
         self.last_ms = 0.0
         self.evidence = 0
         self.bin = 0
+        self.gap = 0.0
+        """Mean of the bins of the gaps between its uses."""
+        self.shift = 0
+        """Bins by which it is slower than its class."""
         self.block_bytes = 0
         self.depth_cost = 0.0
-        self.cell: tuple[int, int, int, int] | None = None
+        self.cell: tuple[int, int, int, int, int] | None = None
         """Where the policy keeps it while it can be shortened."""
 
     @property
