@@ -113,7 +113,7 @@ class PrefixTree:
                 break
             length = len(kid.keys)
             if keys[index : index + length] != kid.keys:
-                kid = self._split(kid, _common(keys, index, kid.keys))
+                kid = self._split(kid, common(keys, index, kid.keys))
                 length = len(kid.keys)
             path.append(kid)
             node = kid
@@ -339,7 +339,7 @@ class PrefixTree:
         return gone
 
 
-def _common(keys: Keys, start: int, other: Keys) -> int:
+def common(keys: Keys, start: int, other: Keys) -> int:
     """Return how many leading keys of `other` stand in `keys` from `start`; by halving."""
     low, high = 0, min(len(other), len(keys) - start)
     while low < high:

@@ -8,11 +8,12 @@ less than what would have to go for it is not admitted.
 
 import heapq
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from kvstore.directory.policy import BlockKey, Prompt
-from kvstore.directory.prefix_tree import PrefixTree, Run
+from kvstore.directory.prefix_tree import PrefixTree, Run, common
 from kvstore.directory.reuse import BINS, EDGES_MS, UNKNOWN, Evidence, ReuseModel, bin_of, bin_seen
 from kvstore.directory.rhythm import Rhythm
 
@@ -181,8 +182,7 @@ class ValueDensity:
         """Put a run into the cell where it belongs, or into none."""
         cell: _Cell | None = None
         if run.is_leaf:
-            depth = run.position + run.held
-            cell = (run.evidence, run.bin, run.shift, self._value(run, depth), run.block_bytes)
+            cell = self._cell_of(run, run.position + run.held)
         if cell == run.cell:
             return
         if run.cell is not None:
@@ -254,23 +254,24 @@ class ValueDensity:
 
     def _worths(self, newcomers: Sequence[BlockKey]) -> Iterator[_Worth]:
         """Yield the worth of each newcomer; those that nobody asked for get in at any price."""
-        index = 0
-        while index < len(newcomers):
-            run = self._tree.find(newcomers[index])
+        index, keys = 0, array("Q", newcomers)
+        while index < len(keys):
+            run = self._tree.find(keys[index])
             if run is None:
                 yield _NO_LIMIT
                 index += 1
                 continue
-            worth = (self._price(self._cell_of(run)), run.last_ms)
-            offset = run.keys.index(newcomers[index])
-            for key in run.keys[offset:]:
-                if index == len(newcomers) or newcomers[index] != key:
-                    break
+            offset = run.keys.index(keys[index])
+            length = common(keys, index, run.keys[offset:])
+            # They come together or not at all, so each is worth what they are on average.
+            depth = run.position + offset + length // 2
+            worth = (self._price(self._cell_of(run, depth)), run.last_ms)
+            for _ in range(length):
                 yield worth
-                index += 1
+            index += length
 
-    def _cell_of(self, run: Run) -> _Cell:
-        value = self._value(run, run.position)
+    def _cell_of(self, run: Run, depth: int) -> _Cell:
+        value = self._value(run, depth)
         return (run.evidence, run.bin, run.shift, value, run.block_bytes)
 
     def _value(self, run: Run, depth: int) -> int:
@@ -280,13 +281,13 @@ class ValueDensity:
 
     def _price(self, cell: _Cell) -> float:
         """Return the saving per byte and millisecond of what stands in a cell."""
-        price = self._prices.get(cell)
-        if price is not None:
-            return price
+        known = self._prices.get(cell)
+        if known is not None:
+            return known
         evidence, age, shift, value, block_bytes = cell
         # An octave is two bins of age and four buckets of value.
         saving: float = self._model.index[evidence][bin_seen(age, shift)]
-        price = saving * 2.0 ** (value / 4 - shift / 2) / max(1, block_bytes)
+        price: float = saving * 2.0 ** (value / 4 - shift / 2) / max(1, block_bytes)
         self._prices[cell] = price
         return price
 
@@ -314,7 +315,8 @@ class ValueDensity:
                 kids_gone[parent] = kids_gone.get(parent, 0) + 1
                 if parent.held and kids_gone[parent] == parent.held_kids:
                     number += 1
-                    entry = (self._price(self._cell_of(parent)), number, iter([parent]))
+                    cell = self._cell_of(parent, parent.position + parent.held)
+                    entry = (self._price(cell), number, iter([parent]))
                     heapq.heappush(heap, entry)
 
     def _add_any(

@@ -159,6 +159,17 @@ def test_what_a_caller_measured_of_depth_counts_as_well() -> None:
     assert victims(policy, 1, SECOND) == [1]
 
 
+def test_a_long_newcomer_is_worth_what_its_blocks_are_on_average() -> None:
+    """Its first blocks alone would be outweighed by the end of any prompt that is held."""
+    policy = ValueDensity(depth_cost=1.0)
+    store(policy, range(100, 120), 0.0)
+    store(policy, range(200, 220), 0.0)
+    policy.request(prompt(range(300, 364), SECOND))
+    found = victims(policy, 64, SECOND, newcomers=blocks(range(300, 364)))
+    assert found[:20] == list(range(119, 99, -1))
+    assert len(found) == 40
+
+
 def test_suffixes_go_before_prefixes_across_branches() -> None:
     policy = ValueDensity()
     store(policy, [1, 2, 3, 4], 0.0)

@@ -23,7 +23,7 @@ def filled(pool: PagePool, names: list[BlockName], now_ms: float) -> list[int]:
 def test_a_suffix_goes_before_its_prefix() -> None:
     pool = PagePool(4, block_bytes=4096, policy=Lru())
     names = named(4)
-    pool.release(filled(pool, names, 1.0), now_ms=2.0)
+    pool.release(filled(pool, names, 1.0), now_ms=2.0, use=PageUse())
     assert pool.allocate(1, now_ms=3.0) is not None
     assert pool.count_prefix(ROOT, names) == 3
     assert pool.allocate(2, now_ms=4.0) is not None
