@@ -86,6 +86,8 @@ class PrefixTree:
         self._asked: dict[int, Run] = {}
         self.blocks = 0
         """Blocks known, held or not."""
+        self.ghost_runs = 0
+        """Runs of which nothing is held."""
 
     def __len__(self) -> int:
         return len(self._where)
@@ -168,7 +170,7 @@ class PrefixTree:
         return run.uses == 0 and not run.kids and run.held == len(run.keys)
 
     def _join(self, run: Run, more: Run) -> None:
-        """Let `run` end with the blocks of `more`, which ceases to be."""
+        """Let `run`, all held, end with the blocks of `more`, all held, which ceases to be."""
         keys, more.held = more.keys, 0
         self._changed(more)
         self._gone(more)
@@ -179,6 +181,7 @@ class PrefixTree:
     def _new(self, keys: Keys, parent: Run, position: int) -> Run:
         run = Run(keys, parent, position)
         self.blocks += len(keys)
+        self.ghost_runs += 1
         self._attach(run)
         return run
 
@@ -203,6 +206,7 @@ class PrefixTree:
         head.depth_cost = run.depth_cost
         head.held = min(run.held, at)
         run.held -= head.held
+        self.ghost_runs += not run.held  # of two where the whole run is one, or of the tail alone
         head.held_kids = 1 if run.held else 0
         run.keys, run.parent, run.position = run.keys[at:], head, run.position + at
         self._where.update(dict.fromkeys(head.keys[: head.held], head))
@@ -295,6 +299,7 @@ class PrefixTree:
         self._where.update(dict.fromkeys(part, run))
         for key in part:
             self._asked.pop(key, None)
+        self.ghost_runs -= first
         if first and run.parent is not None:
             run.parent.held_kids += 1
             self._changed(run.parent)
@@ -311,6 +316,7 @@ class PrefixTree:
             run = self._split(run, offset + 1)
         del self._where[key]
         run.held = offset
+        self.ghost_runs += not offset
         if offset == 0 and run.parent is not None:
             run.parent.held_kids -= 1
             self._changed(run.parent)
@@ -332,6 +338,7 @@ class PrefixTree:
             del run.keys[run.held :]
             return gone
         assert run.parent.kids is not None
+        self.ghost_runs -= 1
         del run.parent.kids[run.keys[0]]
         if not run.parent.kids:
             run.parent.kids = None

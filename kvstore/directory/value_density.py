@@ -18,8 +18,13 @@ from kvstore.directory.reuse import BINS, EDGES_MS, UNKNOWN, Evidence, ReuseMode
 from kvstore.directory.rhythm import Rhythm
 
 DEFAULT_MAX_GHOSTS: Final = 1 << 20
-"""Evicted blocks remembered: 8 bytes each, and some 300 for each run of them; about a hundred
-thousandth of what they described."""
+"""Evicted blocks remembered; about a hundred thousandth of the bytes that they described."""
+GHOST_BYTES: Final = 128
+"""Bound of what is remembered of one, on average over as many as may be remembered."""
+_KEY_BYTES: Final = 8
+_RUN_BYTES: Final = 440
+"""A run with its entries in indexes, measured (`tests/unit/directory/test_ghosts.py`). Prompts of one
+or two blocks cost more than the bound each, so fewer of them are remembered."""
 _FIRST_REFRESH: Final = 16
 _REFRESH_SHARE: Final = 64
 """Prices are learned anew every sixty-fourth of all requests so far: evidence grows by 1.6 %."""
@@ -90,7 +95,7 @@ class ValueDensity:
                       share_known=share_known, ends=ends)  # fmt: skip
         last = path[-2] if prompt.partial and len(path) > 1 else path[-1]
         last.ends = True
-        if self._tree.blocks - len(self._tree) > self._max_ghosts:
+        if self._ghosts_over(self._max_ghosts):
             self._forget()
 
     def _use(self, run: Run, prompt: Prompt, *, partial: bool, share_known: int, ends: int) -> None:
@@ -199,11 +204,17 @@ class ValueDensity:
         keep = self._max_ghosts - self._max_ghosts // 10
         for number in range(BINS - 1, -1, -1):
             for run in list(self._ages[number]):
-                if self._tree.blocks - len(self._tree) <= keep:
+                if not self._ghosts_over(keep):
                     return
                 if run.kids or run.held == len(run.keys):
                     continue
                 self._tree.forget(run)
+
+    def _ghosts_over(self, limit: int) -> bool:
+        """Say whether ghosts are more than `limit`, or take more than as many may."""
+        ghosts = self._tree.blocks - len(self._tree)
+        taken = ghosts * _KEY_BYTES + self._tree.ghost_runs * _RUN_BYTES
+        return ghosts > limit or taken > limit * GHOST_BYTES
 
     # -- holding ---------------------------------------------------------------------------
 
