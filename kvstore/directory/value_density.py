@@ -23,8 +23,8 @@ GHOST_BYTES: Final = 128
 """Bound of what is remembered of one, on average over as many as may be remembered."""
 _KEY_BYTES: Final = 8
 _RUN_BYTES: Final = 440
-"""A run with its entries in indexes, measured (`tests/unit/directory/test_ghosts.py`). Prompts of one
-or two blocks cost more than the bound each, so fewer of them are remembered."""
+"""A run with its entries in indexes, as `tests/unit/directory/test_ghosts.py` measures it. Runs of
+one to three blocks take more than the bound a block, so fewer of them are remembered."""
 _FIRST_REFRESH: Final = 16
 _REFRESH_SHARE: Final = 64
 """Prices are learned anew every sixty-fourth of all requests so far: evidence grows by 1.6 %."""
