@@ -238,9 +238,7 @@ class PrefixTree:
             above = blocks[index - 1] if index else parent
             known = self._ghost(blocks[index], above)
             if known is None:
-                run = self._place(array("Q", blocks[index:]), above)
-                if run.uses == 0:
-                    new.append(run)
+                new.append(self._place(array("Q", blocks[index:]), above))
                 break
             run, offset = known
             length = 1

@@ -3,9 +3,11 @@
 import tracemalloc
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+import kvstore.directory.value_density as module
 from kvstore.directory.policy import BlockKey, Prompt
 from kvstore.directory.value_density import _RUN_BYTES, GHOST_BYTES, ValueDensity
 
@@ -17,11 +19,14 @@ _FIXED = 128 << 10
 
 @pytest.fixture
 def traced() -> Iterator[Callable[[], int]]:
-    """Give what counts the bytes allocated since."""
+    """Give what counts the bytes that the policy and its tree allocated since and still hold."""
+    own = tracemalloc.Filter(True, str(Path(module.__file__).parent / "*"))
     tracemalloc.start()
-    before = tracemalloc.get_traced_memory()[0]
     try:
-        yield lambda: tracemalloc.get_traced_memory()[0] - before
+        yield lambda: sum(
+            part.size
+            for part in tracemalloc.take_snapshot().filter_traces([own]).statistics("filename")
+        )
     finally:
         tracemalloc.stop()
 
