@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
 from prometheus_client import CollectorRegistry
 
 from kvstore.cli.bench_rows import Bench
@@ -148,8 +147,8 @@ def _serve(store: ArenaStore, info: RootInfo, packed: bytes, now_ms: float) -> N
     answer = store.acquire(session, info, packed, reserve=count, first_block=0, now_ms=now_ms)
     store.flush_requests()
     slots = answer.reserved_slots
-    generations = np.asarray(store.table.generation)[slots] if slots else []
-    store.commit(session, info, list(zip(slots, map(int, generations), strict=True)), now_ms)
+    refs = [(slot, store.table.generation[slot]) for slot in slots]
+    store.commit(session, info, refs, now_ms)
     if slots:
         store.table.seal(slots, [bytes(16)] * len(slots))
     store.to_seal.clear()

@@ -63,6 +63,7 @@ def test_a_node_learns_which_kind_of_request_comes_back() -> None:
     The moment is as long as the machine makes it, so the node may need more than one round.
     """
     with start_node(arena_bytes=_ARENA) as node, connect(node.run_dir, "kind") as client:
+        left: list[int] = []
         for attempt in range(10):
             first = 10_000 * attempt
             for round_ in range(2):
