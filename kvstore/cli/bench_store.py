@@ -12,6 +12,7 @@ from kvstore.cli.bench_store_disk import bench_disk
 from kvstore.cli.bench_store_index import bench_index, bench_restart
 from kvstore.cli.bench_store_node import bench_blocks, bench_calls, serve_echo, start_echo
 from kvstore.cli.bench_store_peer import bench_peers, pour
+from kvstore.cli.bench_store_policy import bench_policies
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import start_node
 
@@ -34,7 +35,7 @@ _BLOCKS = ("get in place 1 MiB", "get in place 4 MiB", "get copied 1 MiB", "get 
 def store(
     pattern: str, quick: bool, as_json: bool, disk: Path | None, echo: str, pour_bytes: int
 ) -> None:
-    """Measure calls, local and remote reads and writes, the index, restarts and the NVMe tier."""
+    """Measure calls, reads and writes, the index, policies, restarts and the NVMe tier."""
     if echo:
         asyncio.run(serve_echo(echo))
         return
@@ -48,6 +49,7 @@ def store(
             _measure_node(bench)
         bench_peers(bench, directory)
         bench_index(bench, directory)
+        bench_policies(bench)
         asyncio.run(bench_disk(bench, directory))
     finally:
         shutil.rmtree(directory, ignore_errors=True)

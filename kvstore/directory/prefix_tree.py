@@ -26,8 +26,8 @@ class Run:
     """A stretch of blocks with one history."""
 
     __slots__ = (
-        "bin", "block_bytes", "cell", "depth_cost", "ends", "evidence", "held", "held_kids", "keys",
-        "kids", "last_ms", "parent", "position", "uses",
+        "bin", "block_bytes", "cell", "depth_cost", "ends", "evidence", "gap", "held", "held_kids",
+        "keys", "kids", "last_ms", "parent", "position", "shift", "uses",
     )  # fmt: skip
 
     def __init__(self, keys: Keys, parent: "Run | None", position: int) -> None:
@@ -47,9 +47,13 @@ class Run:
         self.last_ms = 0.0
         self.evidence = 0
         self.bin = 0
+        self.gap = 0.0
+        """Mean of the bins of the gaps between its uses."""
+        self.shift = 0
+        """Bins by which it is slower than its class."""
         self.block_bytes = 0
         self.depth_cost = 0.0
-        self.cell: tuple[int, int, int, int] | None = None
+        self.cell: tuple[int, int, int, int, int] | None = None
         """Where the policy keeps it while it can be shortened."""
 
     @property
@@ -82,6 +86,8 @@ class PrefixTree:
         self._asked: dict[int, Run] = {}
         self.blocks = 0
         """Blocks known, held or not."""
+        self.ghost_runs = 0
+        """Runs of which nothing is held."""
 
     def __len__(self) -> int:
         return len(self._where)
@@ -109,7 +115,7 @@ class PrefixTree:
                 break
             length = len(kid.keys)
             if keys[index : index + length] != kid.keys:
-                kid = self._split(kid, _common(keys, index, kid.keys))
+                kid = self._split(kid, common(keys, index, kid.keys))
                 length = len(kid.keys)
             path.append(kid)
             node = kid
@@ -164,7 +170,7 @@ class PrefixTree:
         return run.uses == 0 and not run.kids and run.held == len(run.keys)
 
     def _join(self, run: Run, more: Run) -> None:
-        """Let `run` end with the blocks of `more`, which ceases to be."""
+        """Let `run`, all held, end with the blocks of `more`, all held, which ceases to be."""
         keys, more.held = more.keys, 0
         self._changed(more)
         self._gone(more)
@@ -175,6 +181,7 @@ class PrefixTree:
     def _new(self, keys: Keys, parent: Run, position: int) -> Run:
         run = Run(keys, parent, position)
         self.blocks += len(keys)
+        self.ghost_runs += 1
         self._attach(run)
         return run
 
@@ -199,6 +206,7 @@ class PrefixTree:
         head.depth_cost = run.depth_cost
         head.held = min(run.held, at)
         run.held -= head.held
+        self.ghost_runs += not run.held  # of two where the whole run is one, or of the tail alone
         head.held_kids = 1 if run.held else 0
         run.keys, run.parent, run.position = run.keys[at:], head, run.position + at
         self._where.update(dict.fromkeys(head.keys[: head.held], head))
@@ -230,9 +238,7 @@ class PrefixTree:
             above = blocks[index - 1] if index else parent
             known = self._ghost(blocks[index], above)
             if known is None:
-                run = self._place(array("Q", blocks[index:]), above)
-                if run.uses == 0:
-                    new.append(run)
+                new.append(self._place(array("Q", blocks[index:]), above))
                 break
             run, offset = known
             length = 1
@@ -291,6 +297,7 @@ class PrefixTree:
         self._where.update(dict.fromkeys(part, run))
         for key in part:
             self._asked.pop(key, None)
+        self.ghost_runs -= first
         if first and run.parent is not None:
             run.parent.held_kids += 1
             self._changed(run.parent)
@@ -307,6 +314,7 @@ class PrefixTree:
             run = self._split(run, offset + 1)
         del self._where[key]
         run.held = offset
+        self.ghost_runs += not offset
         if offset == 0 and run.parent is not None:
             run.parent.held_kids -= 1
             self._changed(run.parent)
@@ -328,6 +336,7 @@ class PrefixTree:
             del run.keys[run.held :]
             return gone
         assert run.parent.kids is not None
+        self.ghost_runs -= 1
         del run.parent.kids[run.keys[0]]
         if not run.parent.kids:
             run.parent.kids = None
@@ -335,7 +344,7 @@ class PrefixTree:
         return gone
 
 
-def _common(keys: Keys, start: int, other: Keys) -> int:
+def common(keys: Keys, start: int, other: Keys) -> int:
     """Return how many leading keys of `other` stand in `keys` from `start`; by halving."""
     low, high = 0, min(len(other), len(keys) - start)
     while low < high:

@@ -58,6 +58,14 @@ def bin_of(age_ms: float) -> int:
     return bisect_right(EDGES_MS, age_ms)
 
 
+def bin_seen(bin_number: int, shift: int) -> int:
+    """Return where an age stands for what is `shift` bins slower than its class (`rhythm`).
+
+    Bins are equal on a logarithmic scale, so a slower pace is a shift along them.
+    """
+    return min(max(bin_number - shift, 0), BINS - 1)
+
+
 class ReuseModel:
     """Counts per class and bin, and the index that follows from them."""
 

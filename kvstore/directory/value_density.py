@@ -8,16 +8,23 @@ less than what would have to go for it is not admitted.
 
 import heapq
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from kvstore.directory.policy import BlockKey, Prompt
-from kvstore.directory.prefix_tree import PrefixTree, Run
-from kvstore.directory.reuse import BINS, EDGES_MS, UNKNOWN, Evidence, ReuseModel, bin_of
+from kvstore.directory.prefix_tree import PrefixTree, Run, common
+from kvstore.directory.reuse import BINS, EDGES_MS, UNKNOWN, Evidence, ReuseModel, bin_of, bin_seen
+from kvstore.directory.rhythm import Rhythm
 
 DEFAULT_MAX_GHOSTS: Final = 1 << 20
-"""Evicted blocks remembered: 8 bytes each, and some 300 for each run of them; about a hundred
-thousandth of what they described."""
+"""Evicted blocks remembered; about a hundred thousandth of the bytes that they described."""
+GHOST_BYTES: Final = 128
+"""Bound of what is remembered of one, on average over as many as may be remembered."""
+_KEY_BYTES: Final = 8
+_RUN_BYTES: Final = 440
+"""A run with its entries in indexes, as `tests/unit/directory/test_ghosts.py` measures it. Runs of
+one to three blocks take more than the bound a block, so fewer of them are remembered."""
 _FIRST_REFRESH: Final = 16
 _REFRESH_SHARE: Final = 64
 """Prices are learned anew every sixty-fourth of all requests so far: evidence grows by 1.6 %."""
@@ -26,8 +33,10 @@ _MAX_CLASSES: Final = 2048
 """Beyond it hints of callers open no new classes."""
 _ENDS_MAX: Final = 3
 _KIDS_MAX: Final = 3
-_Cell = tuple[int, int, int, int]
-"""Class, age bin, value bucket, block bytes: everything that the price depends on."""
+_USE_CLASSES: Final = [0, 1, 2, 3, 4, 5, 5, 5, 5, 6]
+"""By number of uses; more are as nine."""
+_Cell = tuple[int, int, int, int, int]
+"""Class, age bin, shift, value bucket, block bytes: everything that the price depends on."""
 _Worth = tuple[float, float]
 """Price, and last use in ms: of equal prices the older goes, as under LRU."""
 _NO_LIMIT: Final[_Worth] = (math.inf, math.inf)
@@ -52,10 +61,15 @@ class ValueDensity:
         self._bypass = bypass
         self._tree = PrefixTree(self._settle, self._divide, self._lose)
         self._model = ReuseModel()
+        self._rhythm = Rhythm(_USE_CLASSES[-1] + 1)
         self._ages: list[dict[Run, None]] = [{} for _ in range(BINS)]
         """Runs by the bin of their age, the longest unused first."""
+        self._due_ms = 0.0
+        """No run reaches its next bin before."""
         self._cells: dict[_Cell, dict[Run, None]] = {}
         """Leaves by price, the longest unused first."""
+        self._prices: dict[_Cell, float] = {}
+        """Prices of cells, as far as they were asked for since they were learned."""
         self._requests = 0
         self._refresh_at = _FIRST_REFRESH
 
@@ -69,6 +83,7 @@ class ValueDensity:
         self._requests += 1
         if self._requests >= self._refresh_at:
             self._model.refresh()
+            self._prices.clear()
             share = self._requests // _REFRESH_SHARE
             self._refresh_at += min(max(_FIRST_REFRESH, share), _REFRESH_MAX)
         path, known = self._tree.walk(prompt.keys, prompt.first_block, partial=prompt.partial)
@@ -80,34 +95,46 @@ class ValueDensity:
                       share_known=share_known, ends=ends)  # fmt: skip
         last = path[-2] if prompt.partial and len(path) > 1 else path[-1]
         last.ends = True
-        if self._tree.blocks - len(self._tree) > self._max_ghosts:
+        if self._ghosts_over(self._max_ghosts):
             self._forget()
 
     def _use(self, run: Run, prompt: Prompt, *, partial: bool, share_known: int, ends: int) -> None:
         """Count one use of a run and put it among the youngest."""
         weight = len(run.keys) ** 0.5
         if run.uses and run.evidence != UNKNOWN:
-            reached = max(bin_of(prompt.now_ms - run.last_ms), run.bin)
-            for skipped in range(run.bin + 1, reached + 1):
-                self._model.enter(run.evidence, skipped, weight)
-            self._model.reuse(run.evidence, reached, weight)
-        self._ages[run.bin].pop(run, None)
+            self._return(run, prompt.now_ms, weight)
+        self._be_young(run, prompt.now_ms)
         run.uses += 1
-        run.last_ms = prompt.now_ms
         run.block_bytes = prompt.block_bytes
         run.depth_cost = prompt.depth_cost or run.depth_cost
         if share_known:
             detail = min(len(run.kids) if run.kids else 0, _KIDS_MAX)
         else:  # a prompt that continues nothing tells its size and no more
             detail = len(prompt.keys).bit_length()
-        uses = run.uses if run.uses < 5 else 5 if run.uses < 9 else 6
+        uses = _USE_CLASSES[min(run.uses, len(_USE_CLASSES) - 1)]
         run.evidence = self._class(
             ((uses, partial), share_known, ends, detail, prompt.kind, prompt.share_domain)
         )
-        run.bin = 0
-        self._model.enter(run.evidence, 0, weight)
-        self._ages[0][run] = None
+        if run.uses > 1:
+            run.shift = self._rhythm.shift(uses, run.gap)
+        self._model.enter(run.evidence, bin_seen(0, run.shift), weight)
         self._settle(run)
+
+    def _return(self, run: Run, now_ms: float, weight: float) -> None:
+        """Learn from the time that a run took to be used again."""
+        reached = max(bin_of(now_ms - run.last_ms), run.bin)
+        for skipped in range(run.bin + 1, reached + 1):
+            self._enter(run, skipped, weight)
+        self._model.reuse(run.evidence, bin_seen(reached, run.shift), weight)
+        if run.uses > 1:
+            uses = _USE_CLASSES[min(run.uses, len(_USE_CLASSES) - 1)]
+            self._rhythm.learn(uses, run.gap, reached, weight)
+        run.gap += (reached - run.gap) / run.uses
+
+    def _enter(self, run: Run, age: int, weight: float) -> None:
+        """Count that a run reached an age unused, where that is a step on its own scale too."""
+        if 0 < age - run.shift < BINS:
+            self._model.enter(run.evidence, age - run.shift, weight)
 
     def _class(self, evidence: Evidence) -> int:
         if len(self._model.index) >= _MAX_CLASSES:
@@ -116,12 +143,16 @@ class ValueDensity:
 
     def _grow_old(self, now_ms: float) -> None:
         """Move runs to the bins of their ages."""
+        if now_ms < self._due_ms:
+            return
+        due_ms = math.inf
         for number in range(BINS - 1):
             young = self._ages[number]
             limit = now_ms - EDGES_MS[number]
             moved: list[Run] = []
             for run in young:
                 if run.last_ms > limit:
+                    due_ms = min(due_ms, run.last_ms + EDGES_MS[number])
                     break
                 moved.append(run)
             for run in moved:
@@ -129,12 +160,23 @@ class ValueDensity:
                 run.bin = number + 1
                 self._ages[run.bin][run] = None
                 if run.evidence != UNKNOWN:
-                    self._model.enter(run.evidence, run.bin, len(run.keys) ** 0.5)
-                self._settle(run)
+                    self._enter(run, run.bin, len(run.keys) ** 0.5)
+                if run.held:
+                    self._settle(run)
+        self._due_ms = due_ms
+
+    def _be_young(self, run: Run, now_ms: float) -> None:
+        """Put a run among the youngest."""
+        self._ages[run.bin].pop(run, None)
+        run.bin = 0
+        run.last_ms = now_ms
+        self._ages[0][run] = None
+        self._due_ms = min(self._due_ms, now_ms + EDGES_MS[0])
 
     def _divide(self, head: Run, tail: Run) -> None:
         """Give a head that was split off the history of its tail."""
         head.evidence, head.bin = tail.evidence, tail.bin
+        head.gap, head.shift = tail.gap, tail.shift
         self._ages[head.bin][head] = None
 
     def _lose(self, run: Run) -> None:
@@ -145,8 +187,7 @@ class ValueDensity:
         """Put a run into the cell where it belongs, or into none."""
         cell: _Cell | None = None
         if run.is_leaf:
-            depth = run.position + run.held
-            cell = (run.evidence, run.bin, self._value(run, depth), run.block_bytes)
+            cell = self._cell_of(run, run.position + run.held)
         if cell == run.cell:
             return
         if run.cell is not None:
@@ -163,21 +204,24 @@ class ValueDensity:
         keep = self._max_ghosts - self._max_ghosts // 10
         for number in range(BINS - 1, -1, -1):
             for run in list(self._ages[number]):
-                if self._tree.blocks - len(self._tree) <= keep:
+                if not self._ghosts_over(keep):
                     return
                 if run.kids or run.held == len(run.keys):
                     continue
                 self._tree.forget(run)
+
+    def _ghosts_over(self, limit: int) -> bool:
+        """Say whether ghosts are more than `limit`, or take more than as many may."""
+        ghosts = self._tree.blocks - len(self._tree)
+        taken = ghosts * _KEY_BYTES + self._tree.ghost_runs * _RUN_BYTES
+        return ghosts > limit or taken > limit * GHOST_BYTES
 
     # -- holding ---------------------------------------------------------------------------
 
     def insert(self, blocks: Sequence[BlockKey], *, parent: BlockKey | None, now_ms: float) -> None:
         """Hold `blocks`; those that no request asked for are worth what an unknown one is."""
         for run in self._tree.hold(blocks, parent):
-            run.last_ms = now_ms
-            self._ages[run.bin].pop(run, None)
-            run.bin = 0
-            self._ages[0][run] = None
+            self._be_young(run, now_ms)
             self._settle(run)
 
     def remove(self, block: BlockKey) -> None:
@@ -206,7 +250,7 @@ class ValueDensity:
         if count <= 0:
             return chosen
         self._grow_old(now_ms)
-        limits = self._prices(newcomers) if self._bypass else iter(())
+        limits = self._worths(newcomers) if self._bypass else iter(())
         limit = next(limits, _NO_LIMIT)
         for worth, block in self._cheapest(may_evict):
             if worth >= limit:
@@ -219,26 +263,27 @@ class ValueDensity:
             self._add_any(chosen, count, may_evict)
         return chosen
 
-    def _prices(self, newcomers: Sequence[BlockKey]) -> Iterator[_Worth]:
+    def _worths(self, newcomers: Sequence[BlockKey]) -> Iterator[_Worth]:
         """Yield the worth of each newcomer; those that nobody asked for get in at any price."""
-        index = 0
-        while index < len(newcomers):
-            run = self._tree.find(newcomers[index])
+        index, keys = 0, array("Q", newcomers)
+        while index < len(keys):
+            run = self._tree.find(keys[index])
             if run is None:
                 yield _NO_LIMIT
                 index += 1
                 continue
-            worth = (self._price(self._cell_of(run)), run.last_ms)
-            offset = run.keys.index(newcomers[index])
-            for key in run.keys[offset:]:
-                if index == len(newcomers) or newcomers[index] != key:
-                    break
+            offset = run.keys.index(keys[index])
+            length = common(keys, index, run.keys[offset:])
+            # They come together or not at all, so each is worth what they are on average.
+            depth = run.position + offset + length // 2
+            worth = (self._price(self._cell_of(run, depth)), run.last_ms)
+            for _ in range(length):
                 yield worth
-                index += 1
+            index += length
 
-    def _cell_of(self, run: Run) -> _Cell:
-        value = self._value(run, run.position)
-        return (run.evidence, run.bin, value, run.block_bytes)
+    def _cell_of(self, run: Run, depth: int) -> _Cell:
+        value = self._value(run, depth)
+        return (run.evidence, run.bin, run.shift, value, run.block_bytes)
 
     def _value(self, run: Run, depth: int) -> int:
         """Return the bucket, four an octave, of what a block of a run costs to compute."""
@@ -247,9 +292,15 @@ class ValueDensity:
 
     def _price(self, cell: _Cell) -> float:
         """Return the saving per byte and millisecond of what stands in a cell."""
-        evidence, age, value, block_bytes = cell
-        saving: float = self._model.index[evidence][age] * 2.0 ** (value / 4)
-        return saving / max(1, block_bytes)
+        known = self._prices.get(cell)
+        if known is not None:
+            return known
+        evidence, age, shift, value, block_bytes = cell
+        # An octave is two bins of age and four buckets of value.
+        saving: float = self._model.index[evidence][bin_seen(age, shift)]
+        price: float = saving * 2.0 ** (value / 4 - shift / 2) / max(1, block_bytes)
+        self._prices[cell] = price
+        return price
 
     def _cheapest(self, may_evict: Callable[[BlockKey], bool]) -> Iterator[tuple[_Worth, BlockKey]]:
         """Yield worths and blocks, cheapest first, as if each had been removed."""
@@ -275,7 +326,8 @@ class ValueDensity:
                 kids_gone[parent] = kids_gone.get(parent, 0) + 1
                 if parent.held and kids_gone[parent] == parent.held_kids:
                     number += 1
-                    entry = (self._price(self._cell_of(parent)), number, iter([parent]))
+                    cell = self._cell_of(parent, parent.position + parent.held)
+                    entry = (self._price(cell), number, iter([parent]))
                     heapq.heappush(heap, entry)
 
     def _add_any(

@@ -102,6 +102,15 @@ class Tree(RuleBasedStateMachine):
             assert run.keys.index(key) < run.held
 
     @invariant()
+    def runs_without_anything_held_are_counted(self) -> None:
+        found, ghosts = [self.tree._root, self.tree._loose], 0
+        while found:
+            kids = list((found.pop().kids or {}).values())
+            ghosts += sum(kid.held == 0 for kid in kids)
+            found += kids
+        assert self.tree.ghost_runs == ghosts
+
+    @invariant()
     def leaves_are_what_has_nothing_held_behind(self) -> None:
         holders = {self.tree.find(key) for key in self.held}
         for run in holders:

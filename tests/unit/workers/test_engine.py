@@ -26,6 +26,7 @@ from kvstore.core.names import Root, pack_tokens
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.directory.lru import Lru
+from kvstore.directory.policy import Policy, Prompt
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
 from tests.tiny_model import EOS, MAX_TOKENS, VOCAB, reference_reply, tiny_model
@@ -70,9 +71,11 @@ def loaded() -> LoadedModel:
 
 
 @asynccontextmanager
-async def rig(loaded: LoadedModel, *, pages: int = 64, **bounds: int) -> AsyncIterator[Rig]:
+async def rig(
+    loaded: LoadedModel, *, pages: int = 64, policy: Policy | None = None, **bounds: int
+) -> AsyncIterator[Rig]:
     memory = loaded.new_pool(pages)
-    pool = PagePool(pages, block_bytes=memory.shape[1], policy=Lru())
+    pool = PagePool(pages, block_bytes=memory.shape[1], policy=Lru() if policy is None else policy)
     publisher = Publisher("worker-0", 1, [TierKind.HBM], pool)
     registry = CollectorRegistry()
     model = Tampered(loaded)
@@ -340,3 +343,31 @@ async def test_draining_lets_running_requests_finish(loaded: LoadedModel) -> Non
         assert (await running).finish is FinishReason.LENGTH
         with pytest.raises(Refused):
             await run(it.engine, ask([5]))
+
+
+class _Listening(Lru):
+    """LRU that notes what it is told of requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Prompt] = []
+
+    def request(self, prompt: Prompt) -> None:
+        self.heard.append(prompt)
+        super().request(prompt)
+
+
+async def test_what_a_request_is_and_costs_reaches_the_policy_of_the_pages(
+    loaded: LoadedModel,
+) -> None:
+    policy = _Listening()
+    async with rig(loaded, policy=policy) as it:
+        await run(it.engine, ask(prompt_of(1, 100), kind="tool"))
+        for tokens in range(1, 8):  # a measured worker, whose steps get dearer with depth
+            it.engine.rates.prefill(16 * tokens, 0, 1e-3 * tokens + 1e-3 * tokens**2)
+        await run(it.engine, ask(prompt_of(2, 100)))
+    first, second = policy.heard
+    assert (first.kind, second.kind) == ("tool", "")
+    assert first.share_domain == second.share_domain == (b"r" * 32).hex()
+    assert 0 < second.depth_cost <= 2
+    assert len(first.keys) == 6, "full blocks only"

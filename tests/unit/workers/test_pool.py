@@ -1,7 +1,9 @@
-from kvworkers.pages.pool import PageKey, PagePool, PoolUse
+from kvworkers.pages.pool import PageKey, PagePool, PageUse, PoolUse
 
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.lru import Lru
+from kvstore.directory.policy import Prompt
+from kvstore.directory.value_density import ValueDensity
 
 ROOT = Root(b"r" * 32)
 
@@ -21,7 +23,7 @@ def filled(pool: PagePool, names: list[BlockName], now_ms: float) -> list[int]:
 def test_a_suffix_goes_before_its_prefix() -> None:
     pool = PagePool(4, block_bytes=4096, policy=Lru())
     names = named(4)
-    pool.release(filled(pool, names, 1.0), now_ms=2.0)
+    pool.release(filled(pool, names, 1.0), now_ms=2.0, use=PageUse())
     assert pool.allocate(1, now_ms=3.0) is not None
     assert pool.count_prefix(ROOT, names) == 3
     assert pool.allocate(2, now_ms=4.0) is not None
@@ -83,3 +85,55 @@ def test_pages_that_lost_their_name_are_found_by_nobody_and_become_free() -> Non
     assert pool.use() == PoolUse(free=2, held=1, cached=0)
     pool.release(pages[:1], now_ms=2.0)
     assert pool.use() == PoolUse(free=3, held=0, cached=0)
+
+
+class _Listening(Lru):
+    """LRU that notes what it is told of requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Prompt] = []
+
+    def request(self, prompt: Prompt) -> None:
+        self.heard.append(prompt)
+        super().request(prompt)
+
+
+def test_only_the_end_of_a_request_is_evidence() -> None:
+    policy = _Listening()
+    pool = PagePool(4, block_bytes=4096, policy=policy)
+    pages = filled(pool, named(3), 0.0)
+    pool.share(pages[1:])
+    pool.release(pages[1:], now_ms=1.0)  # a copy to the store is done
+    assert policy.heard == []
+    pool.release(pages, now_ms=2.0, use=PageUse("tool", "team", 0.25))
+    (told,) = policy.heard
+    assert (told.kind, told.share_domain, told.depth_cost) == ("tool", "team", 0.25)
+    assert (len(told.keys), told.now_ms, told.block_bytes) == (3, 2.0, 4096)
+
+
+def test_a_hint_decides_which_page_goes() -> None:
+    """Requests of kind `tool` come back after ten seconds, those of kind `batch` never do."""
+    pool, now_ms = PagePool(2, block_bytes=4096, policy=ValueDensity()), 0.0
+
+    def serve(name: BlockName, now_ms: float, kind: str) -> None:
+        pages = pool.match(ROOT, [name])
+        if not pages:
+            pages = pool.allocate(1, now_ms=now_ms) or []
+            pool.publish(pages[0], PageKey(ROOT, name), position=0, now_ms=now_ms)
+        pool.release(pages, now_ms=now_ms, use=PageUse(kind))
+
+    for number in range(100):
+        tool, batch = (BlockName(bytes([number + 1, k]) * 16) for k in range(2))
+        now_ms += 20_000
+        serve(batch, now_ms, "batch")
+        serve(tool, now_ms, "tool")
+        serve(tool, now_ms + 10_000, "tool")
+    now_ms += 20_000
+    tool, batch, other = (BlockName(bytes([200, k]) * 16) for k in range(3))
+    serve(tool, now_ms, "tool")
+    serve(batch, now_ms + 1_000, "batch")
+    serve(other, now_ms + 2_000, "batch")
+    assert pool.count_prefix(ROOT, [tool]) == 1, "though it is the oldest"
+    assert pool.count_prefix(ROOT, [batch]) == 0
+    pool.check()

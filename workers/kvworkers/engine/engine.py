@@ -351,7 +351,8 @@ class Engine:
         self._prefix.settle_prompt(run)
         if active.error is None:
             self._prefix.store_rest(run)
-        self._scheduler.finish(run, now_ms=self._now_ms())
+        depth_cost = self.rates.rates().depth_cost
+        self._scheduler.finish(run, now_ms=self._now_ms(), depth_cost=depth_cost)
         self._reporter.finished(run, failed=active.error is not None, now_ms=self._now_ms())
         if not self._actives:
             self._idle.set()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS
 from kvworkers.engine.sequence import Sequence, SequenceState
-from kvworkers.pages.pool import PageKey, PagePool
+from kvworkers.pages.pool import PageKey, PagePool, PageUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +184,12 @@ class Scheduler:
         self._pool.unname(sequence.pages[: sequence.published])
         sequence.computed = sequence.published = 0
 
-    def finish(self, sequence: Sequence, *, now_ms: float) -> None:
-        """Give everything back. The caller knows that nobody writes its pages any more."""
+    def finish(self, sequence: Sequence, *, now_ms: float, depth_cost: float = 0.0) -> None:
+        """Give everything back. The caller knows that nobody writes its pages any more.
+
+        `depth_cost` as measured (`Rates`): evidence for the policy of the pages, with the request's
+        own. The root stands for the share domain: it is one domain's, and workers know no other.
+        """
         assert not sequence.in_step and not sequence.loading
         if sequence.state is SequenceState.FINISHED:
             return
@@ -194,7 +198,8 @@ class Scheduler:
         else:
             self._running.remove(sequence)
         self._forget_computing(sequence, 0)
-        self._pool.release(sequence.pages, now_ms=now_ms)
+        use = PageUse(sequence.request.kind, sequence.root.hex(), depth_cost)
+        self._pool.release(sequence.pages, now_ms=now_ms, use=use)
         sequence.pages = []
         sequence.state = SequenceState.FINISHED
 

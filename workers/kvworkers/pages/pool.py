@@ -30,6 +30,14 @@ class PageKey(NamedTuple):
     name: BlockName
 
 
+class PageUse(NamedTuple):
+    """What a request that ends tells the policy; `kvstore.directory.policy.Prompt` says of each."""
+
+    kind: str = ""
+    share_domain: str = ""
+    depth_cost: float = 0.0
+
+
 class PageChange(NamedTuple):
     """One change of what the pool can give: for publishers of events."""
 
@@ -183,21 +191,14 @@ class PagePool:
             if key is not None:
                 self._forget_name(page, key)
 
-    def release(self, pages: Sequence[int], *, now_ms: float) -> None:
+    def release(self, pages: Sequence[int], *, now_ms: float, use: PageUse | None = None) -> None:
         """Give back one hold on each page, given in prefix order.
 
-        The named pages from the start on are what a request has used: evidence for the policy.
+        `use` where a request ends that has used them: its named pages from the start on are
+        evidence for the policy. Who only copied from them, or got too few, has used nothing.
         """
-        named = list(takewhile(lambda key: key is not None, map(self._keys.__getitem__, pages)))
-        if named:
-            self._policy.request(
-                Prompt(
-                    keys=array("Q", [block_key(key.root, key.name) for key in named if key]),
-                    now_ms=now_ms,
-                    first_block=self._positions[pages[0]],
-                    block_bytes=self.block_bytes,
-                )
-            )
+        if use is not None:
+            self._tell(pages, use, now_ms)
         for page in reversed(pages):
             assert self._references[page] > 0, f"page {page} is not held"
             self._references[page] -= 1
@@ -207,6 +208,21 @@ class PagePool:
                     self._free.append(page)
                 else:
                     self._cached += 1
+
+    def _tell(self, pages: Sequence[int], use: PageUse, now_ms: float) -> None:
+        named = list(takewhile(lambda key: key is not None, map(self._keys.__getitem__, pages)))
+        if named:
+            self._policy.request(
+                Prompt(
+                    keys=array("Q", [block_key(key.root, key.name) for key in named if key]),
+                    now_ms=now_ms,
+                    first_block=self._positions[pages[0]],
+                    block_bytes=self.block_bytes,
+                    share_domain=use.share_domain,
+                    kind=use.kind,
+                    depth_cost=use.depth_cost,
+                )
+            )
 
     def holds(self, key: PageKey) -> bool:
         """Say whether a page with this name is here."""
