@@ -40,6 +40,10 @@ PROMPTS: Final = 12
 """Different prompts of one run, so that no probe finds the last one's entries in the CPU's cache
 because of the benchmark alone."""
 
+ROUNDS: Final = 10
+"""Over all prompts in each turn, where a turn is short: the first one after other work finds its
+data in no cache and takes half as long again, and a busy router decides on end."""
+
 SHARED_TOKENS: Final = 8_192
 HELD_TOKENS: Final = TOKENS * 2 // 3 // BLOCK_TOKENS * BLOCK_TOKENS
 TURN_TOKENS: Final = 1_024
@@ -160,8 +164,8 @@ def hashing(cluster: Cluster) -> Work:
     return per_prompt(run)
 
 
-async def bench_decisions(bench: Bench, cluster: Cluster, peer: SelectPeer | None) -> None:
-    """Decide for prompts that come named, that were never seen, and that are a next turn."""
+async def bench_named(bench: Bench, cluster: Cluster) -> None:
+    """Decide for prompts that come named."""
 
     def named() -> None:
         for prompt in cluster.prompts:
@@ -170,6 +174,17 @@ async def bench_decisions(bench: Bench, cluster: Cluster, peer: SelectPeer | Non
     def booked() -> None:
         for prompt in cluster.prompts:
             cluster.decide_and_book(prompt)
+
+    limit = hashing(cluster)
+    for case, run in {
+        "decide from names": named,
+        "decide, book and complete from names": booked,
+    }.items():
+        await bench.against(case, per_prompt(run), limit, limit_name=SHA, repeat=ROUNDS)
+
+
+async def bench_decisions(bench: Bench, cluster: Cluster, peer: SelectPeer | None) -> None:
+    """Decide for prompts that were never seen, and that are a next turn."""
 
     def unseen() -> None:
         for tokens in cluster.tokens:
@@ -193,12 +208,10 @@ async def bench_decisions(bench: Bench, cluster: Cluster, peer: SelectPeer | Non
 
     limit = hashing(cluster)
     for case, run in {
-        "decide from names": named,
-        "decide, book and complete from names": booked,
         "decide from tokens, never seen": unseen,
         "decide from tokens, next turn": turn,
     }.items():
-        theirs = select if peer is not None and "from tokens" in case else None
+        theirs = select if peer is not None else None
         await bench.against(
             case, per_prompt(run), limit, limit_name=SHA, peer=theirs, peer_name=NAME
         )
@@ -236,7 +249,7 @@ async def bench_match(bench: Bench, cluster: Cluster, peer: RadixPeer | None) ->
         find = per_prompt(theirs) if peer is not None and "16" in case else None
         await bench.against(
             case, per_prompt(run), probes, limit_name="16 matches of one block",
-            peer=find, peer_name=NAME,
+            peer=find, peer_name=NAME, repeat=ROUNDS,
         )  # fmt: skip
 
 
@@ -360,6 +373,7 @@ def router(pattern: str, quick: bool, blocks: int, start_blocks: int, as_json: b
 
 async def _measure(bench: Bench, blocks: int) -> None:
     cluster = Cluster(blocks)
+    await bench_named(bench, cluster)
     dynamo = load_dynamo()
     if dynamo is None:
         click.echo("  ai-dynamo-runtime is not installed: no column for the peer", err=True)

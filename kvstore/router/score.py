@@ -224,6 +224,7 @@ def _load_s(sources: Sequence[Source], first: int, last: int, pace: Pace) -> flo
 def plan_sources(candidate: Candidate, prompt_tokens: int, queue_s: float) -> Plan:
     """Choose the tiers to load from and the split that answer soonest."""
     own, pace = candidate.own_tokens, candidate.pace
+    assert 0 <= own <= prompt_tokens, (candidate, prompt_tokens)
     compute_s = pace.between(own, prompt_tokens)
     best = Plan(queue_s + compute_s, own, own, 0.0, compute_s)
     for source in candidate.sources:
@@ -347,9 +348,10 @@ def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 
     most = max([candidate.own_tokens for candidate in candidates], default=0)
     rows: list[_Row] = []
     for index, one in enumerate(candidates):
-        assert 0 <= one.own_tokens <= one.known_tokens <= prompt_tokens, (one, prompt_tokens)
         queue_s, plan, others_s = _price(one, prompt_tokens, most, hot_tokens)
-        order = (plan.ttft_s + others_s, one.kv_used, one.running, one.name)
-        rows.append((*order, index, one, queue_s, plan, others_s))
+        cost_s = plan.ttft_s + others_s
+        rows.append(
+            (cost_s, one.kv_used, one.running, one.name, index, one, queue_s, plan, others_s)
+        )
     rows.sort()
     return Ranking(rows)

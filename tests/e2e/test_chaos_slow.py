@@ -7,6 +7,7 @@ requests come from the `openai` client. Nothing may hang, fail or say a wrong to
 import asyncio
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -26,8 +27,9 @@ from tests.cluster_process import KVSTORE, MARK, command_line, eventually, marke
 from tests.exactness import Exactness, Reference
 from tests.prometheus_queries import check_every_query, watching, work
 from tests.raylets import Raylets, raylets
+from tests.redis_process import RedisProcess, needs_redis, redis_process
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900), needs_redis]
 
 STREAMS: Final = 200
 """At once, and as many again as it takes until every loss is made good."""
@@ -48,6 +50,7 @@ CONFIG = """
 name: {name}
 ray: {{address: "{address}"}}
 drain_ms: 240000
+events_redis: "{redis}"
 workers: {{count: 3, pool: 128MiB, threads: 1}}
 nodes: {{arena: 128MiB, nvme: "{nvme}", nvme_bytes: 1GiB}}
 frontends: {{count: 2, http: "127.0.0.1:{http}", grpc: "127.0.0.1:{grpc}"}}
@@ -61,6 +64,7 @@ class Deployed:
     name: str
     mark: str
     ray: Raylets
+    redis: RedisProcess
     facts: dict[str, Any] = field(default_factory=dict)
 
     def run(self, *words: str) -> str:
@@ -96,6 +100,12 @@ class Deployed:
             and bool(self.status()["ready"])
         )
 
+    def watched_instead(self) -> float:
+        """Return how many members the first frontend follows directly for want of Redis."""
+        text = httpx.get(f"http://127.0.0.1:{HTTP}/metrics", timeout=10).text
+        (line,) = re.findall(r"^kvstore_event_source_watched_instead (\S+)$", text, re.MULTILINE)
+        return float(line)
+
     def pids(self, words: str) -> list[int]:
         return [pid for pid in marked_processes(self.mark) if words in command_line(pid)]
 
@@ -105,16 +115,19 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     mark, name = secrets.token_hex(8), f"test-{secrets.token_hex(4)}"
     directory = tmp_path_factory.mktemp("chaos")
     file, disk = directory / "cluster.yaml", directory / "nvme"
-    with raylets(3, mark={MARK: mark}) as ray:
+    with redis_process() as redis, raylets(3, mark={MARK: mark}) as ray:
         file.write_text(
-            CONFIG.format(name=name, address=ray.address, http=HTTP, grpc=HTTP + 10, nvme=disk)
-        )
+            CONFIG.format(
+                name=name, address=ray.address, http=HTTP, grpc=HTTP + 10, nvme=disk,
+                redis=redis.url,
+            )
+        )  # fmt: skip
         up = subprocess.run(
             [*KVSTORE, "up", "--detach", "--json", "--config", str(file)], env=ray.environment,
             capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert up.returncode == 0, up.stderr
-        made = Deployed(name, mark, ray, json.loads(up.stdout))
+        made = Deployed(name, mark, ray, redis, json.loads(up.stdout))
         try:
             yield made
         finally:
@@ -255,6 +268,18 @@ async def test_two_hundred_streams_survive_every_loss(
             pids = deployed.pids(words)
             await loses(what, pids[0], deployed.respawned(words, pids[0], len(pids)))
         broken, begun = streams.broken, time.monotonic()
+        deployed.redis.kill()
+        await asyncio.to_thread(
+            eventually, lambda: deployed.watched_instead() > 0, seconds=60,
+            what="members are watched without Redis",
+        )  # fmt: skip
+        deployed.redis.start()
+        await asyncio.to_thread(
+            eventually, lambda: deployed.watched_instead() == 0, seconds=60, what="Redis is used",
+        )  # fmt: skip
+        recovery["Redis, gone and back"] = round(time.monotonic() - begun, 1)
+        assert streams.broken == broken, f"no stream stands on Redis; {recovery}"
+        begun = time.monotonic()
         await asyncio.to_thread(deployed.run, "restart", "frontend-0")
         recovery["a frontend restarted by order"] = round(time.monotonic() - begun, 1)
         assert streams.broken == broken, f"its streams ended whole; {recovery}"
