@@ -15,14 +15,13 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
-from typing import Any, Final
-
-import msgspec.msgpack
-import zmq
-import zmq.asyncio
+from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.core.errors import Unreachable
 from kvstore.core.limits import BLOCK_TOKENS
+
+if TYPE_CHECKING:
+    import zmq.asyncio
 
 NAME: Final = "Dynamo (ai-dynamo-runtime)"
 MODEL: Final = "bench"
@@ -71,6 +70,8 @@ def _name(parent: int, block: object) -> int:
 
 def batches(holdings: Holdings) -> Iterator[bytes]:
     """Yield what a worker holds as vLLM writes it, `EVENT_BLOCKS` blocks a batch."""
+    import msgspec.msgpack  # an extra of the store, as ZeroMQ is
+
     each = BLOCK_TOKENS * 4
     for tokens in _chains(holdings):
         blocks = [tokens[start : start + each] for start in range(0, len(tokens), each)]
@@ -139,6 +140,8 @@ class SelectPeer:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "SelectPeer":
+        import zmq.asyncio
+
         self._service = self._core.SelectionService()
         self._stack.push_async_callback(self._service.shutdown_async)
         context = self._stack.enter_context(zmq.asyncio.Context())
@@ -157,6 +160,8 @@ class SelectPeer:
 
     async def _feed(self, context: "zmq.asyncio.Context", number: int, holdings: Holdings) -> None:
         """Register a worker and send what it holds, as vLLM writes it."""
+        import zmq
+
         socket = self._stack.enter_context(context.socket(zmq.XPUB))
         socket.set(zmq.SNDHWM, 0)
         socket.set(zmq.LINGER, 0)
