@@ -268,15 +268,7 @@ async def test_two_hundred_streams_survive_every_loss(
             pids = deployed.pids(words)
             await loses(what, pids[0], deployed.respawned(words, pids[0], len(pids)))
         broken, begun = streams.broken, time.monotonic()
-        deployed.redis.kill()
-        await asyncio.to_thread(
-            eventually, lambda: deployed.watched_instead() > 0, seconds=60,
-            what="members are watched without Redis",
-        )  # fmt: skip
-        deployed.redis.start()
-        await asyncio.to_thread(
-            eventually, lambda: deployed.watched_instead() == 0, seconds=60, what="Redis is used",
-        )  # fmt: skip
+        await lose_redis(deployed)
         recovery["Redis, gone and back"] = round(time.monotonic() - begun, 1)
         assert streams.broken == broken, f"no stream stands on Redis; {recovery}"
         begun = time.monotonic()
@@ -297,6 +289,19 @@ async def test_two_hundred_streams_survive_every_loss(
     assert len(streams.said) >= STREAMS
     assert streams.broken <= STREAMS, "only streams of the killed frontend break"
     compare(streams, reference, exactness)
+
+
+async def lose_redis(deployed: Deployed) -> None:
+    """Kill it, see members watched instead, start it empty, and see it used again."""
+    deployed.redis.kill()
+    await asyncio.to_thread(
+        eventually, lambda: deployed.watched_instead() > 0, seconds=60,
+        what="members are watched without Redis",
+    )  # fmt: skip
+    deployed.redis.start()
+    await asyncio.to_thread(
+        eventually, lambda: deployed.watched_instead() == 0, seconds=60, what="Redis is used",
+    )  # fmt: skip
 
 
 def compare(streams: Streams, reference: Reference, exactness: Exactness) -> None:
