@@ -104,7 +104,7 @@ async def first_token_ms(
 
 async def stored(stage: Stage, prompt: bytes) -> None:
     """Wait until the node holds every full block of the prompt."""
-    names = list(chain(stage.root, prompt))
+    names = chain(stage.root, prompt)
     async with asyncio.timeout(STORED_DEADLINE_S):
         while True:
             if (await stage.client.lookup(names, deadline_ms=5_000)).prefix == len(names):

@@ -42,7 +42,7 @@ def prompt_to_place(
         names, tokens = list[BlockName](), 1
     elif reading.salt and reading.count >= BLOCK_TOKENS:
         salt = [ExtraKey(0, reading.salt.encode())]
-        names, tokens = list(chain(root, reading.tokens, extra_keys=salt)), reading.count
+        names, tokens = chain(root, reading.tokens, extra_keys=salt), reading.count
     else:
         names, tokens = router.names(root, reading.tokens), reading.count
     return Prompt(

@@ -157,7 +157,7 @@ def bench_restart(bench: Bench, node: RunningNode) -> None:
     with Client.connect(
         node.run_dir, namespace=model, payload_bytes=1 << 20, shares=8, config=config
     ) as client:
-        names = list(chain(client.root, pack_tokens(range(64 * 16))))
+        names = chain(client.root, pack_tokens(range(64 * 16)))
         client.put(names, [bytes([n]) * (1 << 20) for n in range(64)])
         ends = time.monotonic() + _PATIENCE_S
         while client.stats().slots["committed"]:

@@ -44,7 +44,7 @@ async def bench_calls(bench: Bench, run_dir: Path, echo: str) -> None:
         run_dir, namespace=_model("calls"), payload_bytes=4096, shares=1, config=_CONFIG
     )
     async with client, open_channel(echo) as channel:
-        names = list(chain(client.root, pack_tokens(range(2048 * 16))))
+        names = chain(client.root, pack_tokens(range(2048 * 16)))
         await client.put(names, [bytes(4096)] * len(names))
         call: Any = channel.unary_unary("/echo/Echo")  # type: ignore[call-arg]
         for count in (1, 2048):
@@ -77,7 +77,7 @@ async def _bench_settle(bench: Bench, client: AsyncClient, call: Any, count: int
     prepared: list[list[Any]] = []
     for _ in range((bench.pairs + 1) * repeat):
         tokens = np.full(count * 16, next(prompts), np.uint32).tobytes()
-        fresh = list(chain(client.root, tokens))
+        fresh = chain(client.root, tokens)
         acquired = await client.acquire(fresh, reserve=count)
         prepared.append([item.slot for item in acquired.reserved])
         assert len(prepared[-1]) == count, "the arena is too small for this case"
@@ -120,7 +120,7 @@ async def _bench_reads(bench: Bench, run_dir: Path, mib: int) -> None:
     async with await AsyncClient.connect(
         run_dir, namespace=_model(f"get {mib}"), payload_bytes=size, shares=8, config=_CONFIG
     ) as client:
-        names = list(chain(client.root, pack_tokens(range(batch * 16))))
+        names = chain(client.root, pack_tokens(range(batch * 16)))
         await client.put(names, [block.data for block in private])
 
         async def in_place() -> None:
@@ -166,7 +166,7 @@ async def _bench_put(bench: Bench, run_dir: Path) -> None:
 
         async def put() -> None:
             tokens = np.full(batch * 16, next(prompts), np.uint32).tobytes()
-            fresh: list[BlockName] = list(chain(client.root, tokens))
+            fresh: list[BlockName] = chain(client.root, tokens)
             assert None not in await client.put(fresh, private)
             async with asyncio.timeout(_PATIENCE_S):
                 while (await client.stats()).slots["committed"]:

@@ -156,7 +156,7 @@ def _model(label: str) -> Namespace:
 
 
 def _names(root: Root, prompt: int, count: int) -> list[BlockName]:
-    return list(chain(root, np.full(count * 16, prompt, np.uint32).tobytes()))
+    return chain(root, np.full(count * 16, prompt, np.uint32).tobytes())
 
 
 def _drink(port: int, buffers: list[memoryview]) -> None:

@@ -26,3 +26,7 @@ class AdapterMetrics:
             "kvstore_adapter_refused_tasks", "Tasks that failed at once because too many wait",
             ["engine"], registry=registry,
         )  # fmt: skip
+        self.failures = Counter(
+            "kvstore_adapter_failures", "Calls that failed for a reason nobody foresaw; the log has"
+            " it", ["engine", "call"], registry=registry,
+        )  # fmt: skip

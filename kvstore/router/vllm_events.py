@@ -123,7 +123,7 @@ class VllmIndex:
         parts = _Event(hashes, tokens, size, parent, adapter, extra)
         digests, salts = self._agreed(parts)
         before: Root | BlockName = parent.names[-1] if parent is not None else root
-        names = list(chain(before, packed[: len(digests) * size * 4], extra_keys=salts))
+        names = chain(before, packed[: len(digests) * size * 4], extra_keys=salts)
         per = size // BLOCK_TOKENS
         return [
             Block(root, tuple(names[at * per : (at + 1) * per]), digest)

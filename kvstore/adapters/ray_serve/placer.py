@@ -138,7 +138,7 @@ class ReplicaPlacer:
     def _keep(self, request: str, prompt: Prompt, decision: Decision) -> None:
         self._placed[request] = _Placed(prompt, decision)
         if len(self._placed) > MAX_PLACED:
-            self._placed.popitem(last=False)
+            self._free(next(iter(self._placed)))
         soon_s = min(decision.predicted_ttft_ms / 1_000, 60.0)
         loop = asyncio.get_running_loop()
         loop.call_later(soon_s, self._router.first_token, decision.booking, None)

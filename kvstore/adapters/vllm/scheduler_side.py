@@ -184,7 +184,7 @@ class SchedulerSide:
         """Name the prompt's blocks and look them up; runs on the link's loop."""
         client = self._link.client
         assert client is not None
-        names = list(chain(client.root, pack_tokens(tokens), extra_keys=extras))
+        names = chain(client.root, pack_tokens(tokens), extra_keys=extras)
         most = (len(tokens) - 1) // self._block_tokens * self._ratio
         wanted = names[: min(most, MAX_NAMES_PER_CALL)]
         if not wanted:

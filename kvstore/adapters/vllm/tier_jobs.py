@@ -129,6 +129,8 @@ class TierJobs:
         held = [False] * len(asked)
         try:
             held = self._blocks.held([tier_name(key) for _, key in asked])
+        except Exception:  # task boundary: nobody looks at what this thread raises
+            _failed("lookup", len(asked))
         finally:  # a key without a verdict would be asked for ever
             with self._lock:
                 self._questions -= 1
@@ -150,7 +152,7 @@ class TierJobs:
         try:
             done = work()
         except Exception:  # task boundary: vLLM waits for the result
-            _LOG.exception("a job of %d chunks failed", len(keys))
+            _failed("copy", len(keys))
         whole = tuple(key for key, here in zip(keys, done, strict=True) if here)
         moved = len(whole) * self._blocks.payload_bytes
         seconds = time.perf_counter() - started
@@ -158,3 +160,10 @@ class TierJobs:
             self._done.append(Done(job, whole, all(done), seconds, moved))
             self._running -= 1
             self._lock.notify_all()
+
+
+def _failed(call: str, chunks: int) -> None:
+    """Log and count the exception at hand: it ends here."""
+    _LOG.exception("a %s of %d chunks failed", call, chunks)
+    metrics = adapter_metrics()
+    metrics.failures.labels("vllm-tier", call).inc()

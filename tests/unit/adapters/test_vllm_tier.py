@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from kvstore.adapters.opaque import OpaqueBlocks, Piece
 from kvstore.adapters.vllm import tier_jobs as module
@@ -210,6 +211,20 @@ def test_a_bug_ends_a_job_all_the_same(tier: TierJobs, monkeypatch: pytest.Monke
     tier.store(3, keys("bug", 1), Rows(1).chunks(0))
     (done,) = ended(tier)
     assert (done.job, done.whole, done.keys) == (3, False, ())
+    labels = {"engine": "vllm-tier", "call": "copy"}
+    assert REGISTRY.get_sample_value("kvstore_adapter_failures_total", labels) == 1
+
+
+def test_a_bug_in_a_lookup_is_a_miss_and_counted(
+    tier: TierJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: Any, names: Any) -> list[bool]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(OpaqueBlocks, "held", broken)
+    assert known(tier, "bug", keys("bug", 2)) == [False, False]
+    labels = {"engine": "vllm-tier", "call": "lookup"}
+    assert REGISTRY.get_sample_value("kvstore_adapter_failures_total", labels) == 1
 
 
 def test_whatever_vllms_keys_omit_is_in_the_namespace() -> None:

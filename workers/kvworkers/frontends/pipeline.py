@@ -233,7 +233,7 @@ class Pipeline:
         salt, names = running.request.cache_salt, list[BlockName]()
         # What reads no cache hits nowhere: without names it is priced as all uncached.
         if not running.request.no_read and salt:
-            names = list(chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)]))
+            names = chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)])
         elif not running.request.no_read:
             names = self._router.names(running.offer.root, packed)
         tokens, keeps = len(packed) // 4, not running.request.no_store
