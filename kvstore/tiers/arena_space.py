@@ -7,6 +7,7 @@ nothing fragments inside a class. Chunks come from a first-fit extent allocator 
 neighbours; a chunk whose slots are all free can be dissolved and its bytes change class.
 """
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class Chunk:
 
     extent: Extent
     block_bytes: int
-    slots: list[int]
+    slots: "array[int]"
     """Slot `slots[i]` lies at `extent.start + i * block_bytes`."""
     free: list[int] = field(default_factory=list)
 
@@ -123,7 +124,10 @@ class ArenaSpace:
         self._ids = list(range(max_slots - 1, -1, -1))
         self._chunks: dict[int, list[Chunk]] = {}
         self._open: dict[int, dict[int, Chunk]] = {}
-        self._chunk_of: list[Chunk | None] = [None] * max_slots
+        self._at: dict[int, Chunk] = {}
+        """Chunks by the granule where they start, plus one."""
+        self._chunk_of = array("I", bytes(4 * max_slots))
+        """By slot: its chunk's key in `_at`; 0 where it is in none."""
 
     def take(self, block_bytes: int) -> int | None:
         """Return a free slot of the class, or None when its chunks are full: then `grow`."""
@@ -138,7 +142,7 @@ class ArenaSpace:
 
     def give(self, slot: int) -> None:
         """Take a slot back from its block."""
-        chunk = self._chunk_of[slot]
+        chunk = self._at.get(self._chunk_of[slot])
         assert chunk is not None, f"slot {slot} is in no chunk"
         assert len(chunk.free) < len(chunk.slots), f"slot {slot} freed twice"
         chunk.free.append(slot)
@@ -165,7 +169,8 @@ class ArenaSpace:
         self._chunks[chunk.block_bytes].remove(chunk)
         self._open[chunk.block_bytes].pop(chunk.extent.start, None)
         for slot in chunk.slots:
-            self._chunk_of[slot] = None
+            self._chunk_of[slot] = 0
+        del self._at[_key(chunk.extent)]
         self._ids[:0] = chunk.slots
         self._extents.give_back(chunk.extent)
 
@@ -186,7 +191,7 @@ class ArenaSpace:
 
     def forget_ids(self) -> None:
         """Take the ids of restored chunks out of the free ones."""
-        self._ids = [slot for slot in self._ids if self._chunk_of[slot] is None]
+        self._ids = [slot for slot in self._ids if not self._chunk_of[slot]]
 
     def victim_chunk(
         self, block_bytes: int, may_evict: Callable[[int], bool]
@@ -249,9 +254,15 @@ class ArenaSpace:
         return min(candidates, key=lambda length: (length % block_bytes) / length)
 
     def _add(self, extent: Extent, block_bytes: int, slots: list[int]) -> Chunk:
-        chunk = Chunk(extent, block_bytes, slots, free=slots[::-1])
+        chunk = Chunk(extent, block_bytes, array("I", slots), free=slots[::-1])
         self._chunks.setdefault(block_bytes, []).append(chunk)
         self._open.setdefault(block_bytes, {})[extent.start] = chunk
+        key = _key(extent)
+        self._at[key] = chunk
         for slot in slots:
-            self._chunk_of[slot] = chunk
+            self._chunk_of[slot] = key
         return chunk
+
+
+def _key(extent: Extent) -> int:
+    return extent.start // GRANULE_BYTES + 1

@@ -69,6 +69,8 @@ def test_a_dissolved_chunk_changes_class() -> None:
     fresh = space.grow(8 * GRANULE_BYTES)
     assert fresh is not None
     assert fresh.extent == chunk.extent
+    with pytest.raises(AssertionError, match="is in no chunk"):
+        space.give(used[0])  # not the new chunk's, though that lies where its own did
     assert space.below_fair_share(8 * GRANULE_BYTES)
     assert not space.below_fair_share(GRANULE_BYTES)
     assert space.victim_chunk(GRANULE_BYTES, lambda slot: False) == (fresh, [])
