@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,6 @@ def test_a_directory_taken_away_costs_nobody_a_wrong_byte(
     until(lambda: blocks(client) == 8, "not written")
     shutil.rmtree(tmp_path / "shared")
     for prompt in range(2, 7):  # drive the first prompt out of memory
-        until(lambda: stored(client, prompt, 16), "not stored")
+        until(partial(stored, client, prompt, 16), "not stored")
     assert client.get(names) == []
     until(lambda: any((tmp_path / "shared").rglob("*.block")), "the tree was not made again")
