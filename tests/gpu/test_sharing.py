@@ -4,7 +4,7 @@ import pytest
 import torch
 from kvkernels.bench.cells import Cell, attend, expected, make, plan_of
 from kvkernels.bench.command import TOLERANCE, relative_error
-from kvkernels.triton import launch
+from kvkernels.triton import works
 from kvkernels.triton.device import DevicePlan
 
 from kvstore.core.layout import Codec
@@ -25,7 +25,7 @@ def test_shared_pages_are_read_once(
     monkeypatch: pytest.MonkeyPatch,
     codec: Codec, batch: int, heads: int, group: int, dim: int, new: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(launch, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(works, "_LEAST_SAVED", 1)
     torch.manual_seed(1)
     cell = Cell("shared", batch, 2_100, heads, group, dim, new, codec=codec, shared=2_000)
     made = make(cell, "cuda")

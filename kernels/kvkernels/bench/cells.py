@@ -19,6 +19,8 @@ LAYERS: Final = 4
 
 
 _CAUSAL: Final = Rules()
+_CHECKED_TOKENS: Final = 256
+"""New tokens whose scores are written out at once: in float64 they are large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,20 @@ class Cell:
         return tokens * self.heads * self.layout.cell_bytes // BLOCK_TOKENS
 
     @property
+    def products(self) -> int:
+        """Return floating-point operations of one launch: what new tokens see, no more."""
+        pairs = self.batch * (self.new * self.context - self.new * (self.new - 1) // 2)
+        return 4 * self.dim * self.heads * self.group * pairs
+
+    @property
     def layout(self) -> BlockLayout:
         """The layout of the cell's pages."""
         return BlockLayout(layers=LAYERS, kv_heads=self.heads, head_dim=self.dim, codec=self.codec)
+
+
+def _append_us(new: int, cached: int, tflops: int) -> float:
+    """Return the microseconds of a peer whose rate was recorded."""
+    return Cell("", 1, new + cached, new=new).products / tflops / 1e6
 
 
 GATE: Final = (
@@ -86,6 +99,25 @@ GATE: Final = (
             (64, 8_192, 512, 340.8),
             (256, 8_192, 512, 1_350.9),
             (64, 32_768, 512, 1_272.2),
+        )
+    ),
+    *(
+        Cell(
+            f"append {new} over {cached}",
+            1,
+            new + cached,
+            new=new,
+            peer_us=None if tflops is None else _append_us(new, cached, tflops),
+            peer="FlashAttention-3",
+        )
+        for new, cached, tflops in (
+            (64, 8_192, None),
+            (512, 8_192, 597),
+            (2_048, 8_192, 626),
+            (8_192, 8_192, 634),
+            (256, 32_768, None),
+            (512, 32_768, 597),
+            (8_192, 0, 627),
         )
     ),
     Cell("decode fp8 b64 shared 8192 own 512", 64, 8_704, shared=8_192, codec=Codec.FP8),
@@ -194,15 +226,17 @@ def expected(cell: Cell, batch: Batch, layer: int, sequences: Sequence[int]) -> 
             chosen[:, :, at].permute(1, 0, 2, 3).reshape(cell.heads, -1, cell.dim)
             for at in (0, 1)
         )  # fmt: skip
-        query = batch.query[row * cell.new : (row + 1) * cell.new].double()
-        query = query.reshape(cell.new, cell.heads, cell.group, cell.dim)
-        scores = torch.einsum("thgd,hcd->hgtc", query, key[:, : cell.context]) * scale
-        if cell.rules.softcap is not None:
-            scores = cell.rules.softcap * torch.tanh(scores / cell.rules.softcap)
-        hidden = ~_visible(cell, scores.device)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-        answer = torch.einsum("hgtc,hcd->thgd", weights, value[:, : cell.context])
-        out.append(answer.reshape(cell.new, -1, cell.dim))
+        for start in range(0, cell.new, _CHECKED_TOKENS):
+            tokens = range(start, min(start + _CHECKED_TOKENS, cell.new))
+            query = batch.query[row * cell.new + start : row * cell.new + tokens.stop].double()
+            query = query.reshape(len(tokens), cell.heads, cell.group, cell.dim)
+            scores = torch.einsum("thgd,hcd->hgtc", query, key[:, : cell.context]) * scale
+            if cell.rules.softcap is not None:
+                scores = cell.rules.softcap * torch.tanh(scores / cell.rules.softcap)
+            hidden = ~_visible(cell, tokens, scores.device)
+            weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+            answer = torch.einsum("hgtc,hcd->thgd", weights, value[:, : cell.context])
+            out.append(answer.reshape(len(tokens), -1, cell.dim))
     return torch.cat(out)
 
 
@@ -214,9 +248,10 @@ def _elements(pages: Tensor | QuantisedPages, layer: int, table: Tensor) -> Tens
     return decode_rows(codes, words, pages.codec).double()
 
 
-def _visible(cell: Cell, device: torch.device) -> Tensor:
-    """Return which tokens each new one sees: bool [new, context]."""
-    seen = torch.arange(cell.context - cell.new, cell.context, device=device)[:, None]
+def _visible(cell: Cell, tokens: range, device: torch.device) -> Tensor:
+    """Return which tokens each of some new ones sees: bool [tokens, context]."""
+    first = cell.context - cell.new
+    seen = torch.arange(first + tokens.start, first + tokens.stop, device=device)[:, None]
     spot = torch.arange(cell.context, device=device)[None]
     visible = spot <= seen
     if cell.rules.window is not None:

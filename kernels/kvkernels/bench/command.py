@@ -17,6 +17,10 @@ TOLERANCE: Final = 5e-3
 """Relative error (norms) of bf16 outputs; rounding them alone makes 1.7e-3 of it."""
 PEER_LIMIT_GB_S: Final = 3_126.0
 """Measured read limit of the H100 on which the peers' times were taken."""
+PEER_LIMIT_TFLOP_S: Final = 700.0
+"""What a large matrix product reached there."""
+_BY_PRODUCTS: Final = 32
+"""New tokens from which a case is bound by arithmetic, and counted in TFLOP/s."""
 _CHECKED: Final = 2
 
 
@@ -27,8 +31,9 @@ _CHECKED: Final = 2
 def kernels(pattern: str, quick: bool, as_json: bool) -> int:
     """Check each kernel against plain attention in float64, then time it.
 
-    The value is GB/s of cells read, the limit what this GPU reads at all, measured in this run.
-    Peers are recorded times on an H100, scaled by the two read limits. Exit status 1 when a
+    The value is GB/s of cells read, the limit what this GPU reads at all, measured in this run; of
+    appends TFLOP/s, and what a large matrix product reaches. Peers are recorded times on an H100,
+    scaled by the limits of the two runs. Exit status 1 when a
     result was wrong.
     """
     if not torch.cuda.is_available():
@@ -59,11 +64,12 @@ def _attention(cells: Sequence[Cell]) -> list[tuple[str, Run]]:
     """Return what measures each cell, with this GPU's read limit."""
     if not cells:
         return []
-    from kvkernels.bench.timing import read_limit
+    from kvkernels.bench.timing import product_limit, read_limit
 
-    limit = read_limit()
-    click.echo(f"{torch.cuda.get_device_name()}: reads {limit:,.0f} GB/s", err=True)
-    return [(cell.name, partial(measure, cell, limit)) for cell in cells]
+    limits = read_limit(), product_limit()
+    say = f"{torch.cuda.get_device_name()}: reads {limits[0]:,.0f} GB/s, {limits[1]:,.0f} TFLOP/s"
+    click.echo(say, err=True)
+    return [(cell.name, partial(measure, cell, *limits)) for cell in cells]
 
 
 def _moves(cells: Sequence[moving.Move]) -> list[tuple[str, Run]]:
@@ -77,8 +83,11 @@ def _moves(cells: Sequence[moving.Move]) -> list[tuple[str, Run]]:
     return [(cell.name, partial(moving.measure, cell, both, copies[cell.store])) for cell in cells]
 
 
-def measure(cell: Cell, limit: float) -> dict[str, Any]:
-    """Return the row of one cell; raises `Corrupt` when the kernel is wrong."""
+def measure(cell: Cell, read: float, product: float) -> dict[str, Any]:
+    """Return the row of one cell; raises `Corrupt` when the kernel is wrong.
+
+    `read` and `product` are this GPU's limits, GB/s and TFLOP/s.
+    """
     from kvkernels.bench.timing import REPLAYS, microseconds
 
     batch = make(cell, "cuda")
@@ -89,18 +98,20 @@ def measure(cell: Cell, limit: float) -> dict[str, Any]:
 
     check(cell, batch, launch(1))
     taken = microseconds(launch)
-    value = cell.read_bytes / taken / 1e3
-    peer = None if cell.peer_us is None else cell.peer_us * PEER_LIMIT_GB_S / limit
+    by_products = cell.new >= _BY_PRODUCTS
+    limit, theirs = (product, PEER_LIMIT_TFLOP_S) if by_products else (read, PEER_LIMIT_GB_S)
+    done = cell.products / 1e3 if by_products else cell.read_bytes
+    peer = None if cell.peer_us is None else cell.peer_us * theirs / limit
     return {
         "bench": "kernels",
         "case": cell.name,
-        "value": round(value, 1),
-        "unit": "GB/s",
+        "value": round(done / taken / 1e3, 1),
+        "unit": "TFLOP/s" if by_products else "GB/s",
         "limit": round(limit, 1),
-        "limit_name": "read limit of this run",
-        "ratio_to_limit": round(value / limit, 3),
-        "peer": None if peer is None else round(cell.read_bytes / peer / 1e3, 1),
-        "peer_name": f"{cell.peer}, recorded, scaled" if cell.peer else None,
+        "limit_name": f"{'matrix product' if by_products else 'read limit'} of this run",
+        "ratio_to_limit": round(done / taken / 1e3 / limit, 3),
+        "peer": None if peer is None else round(done / peer / 1e3, 1),
+        "peer_name": None if peer is None else f"{cell.peer}, recorded, scaled",
         "ratio_to_peer": None if peer is None else round(peer / taken, 3),
         "runs": REPLAYS,
         "microseconds": round(taken, 1),
@@ -126,6 +137,6 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 def _line(row: dict[str, Any]) -> str:
     peer = "" if row["peer"] is None else f"  {row['ratio_to_peer']:.2f} of {row['peer_name']}"
     return (
-        f"{row['case']:32} {row['microseconds']:9.1f} us {row['value']:8.1f} GB/s"
+        f"{row['case']:32} {row['microseconds']:9.1f} us {row['value']:8.1f} {row['unit']:7}"
         f"  {row['ratio_to_limit']:.2f} of the limit{peer}"
     )

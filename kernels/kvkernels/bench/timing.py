@@ -47,6 +47,13 @@ def read_limit() -> float:
     return _READ_BYTES / taken / 1e3
 
 
+def product_limit() -> float:
+    """Return the TFLOP/s of a large bf16 matrix product on this GPU."""
+    one, two = (torch.randn(8_192, 8_192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    taken = microseconds(lambda _: one @ two, launches=5)
+    return float(2 * one.shape[0] ** 3 / taken / 1e6)
+
+
 # The decorator carries no types, and a kernel's annotations are its own signature.
 @triton.jit  # type: ignore[untyped-decorator]
 def _read(source, total, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]

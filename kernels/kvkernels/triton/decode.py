@@ -24,6 +24,9 @@ MERGE_ROWS = tl.constexpr(4)
 """Partial results that the merge reads at once: 16 x 4 x 128 floats are 64 registers of a thread.
 Rows together, because each read of the L2 is waited for."""
 
+TALL_ROWS = tl.constexpr(16)
+"""Units of more rows have few items: they are merged one after another, all rows at once."""
+
 
 # One parameter a line would bury the kernels under their signatures.
 # fmt: off
@@ -63,6 +66,35 @@ def _merge(
     at = _tokens(members, token + rows // GROUP, used, TO) * (HEADS * GROUP)
     at = at + head * GROUP + rows % GROUP
     _give(out, state, masses, at, dims, top, total, acc, used, TO)
+
+
+@triton.jit
+def _merge_tall(
+    out, partial, stats, state, masses, first, splits, head, token, used_rows,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """Do what `_merge` does for all rows of a unit of many, one item after another."""
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, DIM)
+    used = rows < used_rows
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+    for index in range(0, splits):
+        place = ((first + index) * HEADS + head).to(tl.int64) * BLOCK_M + rows
+        high = tl.load(stats + place * 2, mask=used, other=float("-inf"), cache_modifier=".cg")
+        mass = tl.load(stats + place * 2 + 1, mask=used, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            partial + place[:, None] * DIM + dims[None, :],
+            mask=used[:, None], other=0.0, cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, high)
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        keep, weight = tl.exp2(top - safe), tl.exp2(high - safe)
+        acc = acc * keep[:, None] + part * weight[:, None]
+        total = total * keep + mass * weight
+        top = new_top
+    at = (token + rows // GROUP).to(tl.int64) * (HEADS * GROUP) + head * GROUP + rows % GROUP
+    _give(out, state, masses, at, dims, top, total, acc, used, False)
 
 
 @triton.jit
@@ -141,15 +173,13 @@ def _row_tile(at, inside, FULL: tl.constexpr):
 
 @triton.jit
 def _scan(
-    q, keys, table, begin, end, skip, seen, context, page_stride, value_offset, scale, softcap,
+    q, top, total, acc, keys, table, begin, end, skip, seen, context, page_stride, value_offset,
+    scale, softcap,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr, FULL: tl.constexpr,
 ):
     """Read tiles [begin, end); return running maximum, sum and unnormalised output per row."""
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, DIM), tl.float32)
     spot = _spots(begin, skip, BLOCK_N, WINDOW, SINKS)
     page = tl.load(table + spot // PAGE, mask=spot < context, other=0)
     for tile in range(begin, end):
@@ -228,13 +258,28 @@ def _scan_any(
     q, place, table, begin, end, skip, seen, context, page_stride, value_offset, scale, softcap,
     DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, SINKS: tl.constexpr, SOFTCAP: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr, CODEC: tl.constexpr, FULL: tl.constexpr,
+    PRECISION: tl.constexpr, CODEC: tl.constexpr, FULL: tl.constexpr, APPEND: tl.constexpr,
 ):
-    """Read raw or quantised tiles, as CODEC says."""
+    """Read raw or quantised tiles, as CODEC says; all rows see the tokens of all tiles if FULL.
+
+    APPEND: tiles that the first row sees whole are read first, without a look at what is hidden.
+    """
     dims = tl.arange(0, DIM)
     if CODEC == 0:
+        keys = place + dims[None, :]
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, DIM), tl.float32)
+        if APPEND:
+            whole = tl.maximum(begin, tl.minimum(end, (tl.min(seen, 0) + 1) // BLOCK_N))
+            top, total, acc = _scan(
+                q, top, total, acc, keys, table, begin, whole, skip, seen, context,
+                page_stride, value_offset, scale, softcap,
+                DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, True,
+            )
+            begin = whole
         return _scan(
-            q, place + dims[None, :], table, begin, end, skip, seen, context,
+            q, top, total, acc, keys, table, begin, end, skip, seen, context,
             page_stride, value_offset, scale, softcap,
             DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT, PRECISION, FULL,
         )
@@ -267,11 +312,17 @@ def _leave(
         arrived = tl.atomic_add(counter, 1, sem="acq_rel")
         if arrived == splits - 1:
             tl.store(counter, 0)
-            for base_row in range(0, count * GROUP, MERGE_ROWS):
-                _merge(
-                    out, partial, stats, members, state, masses, first, splits, head, token,
-                    base_row, count * GROUP, HEADS, GROUP, DIM, BLOCK_M, TO,
+            if BLOCK_M > TALL_ROWS:
+                _merge_tall(
+                    out, partial, stats, state, masses, first, splits, head, token, count * GROUP,
+                    HEADS, GROUP, DIM, BLOCK_M,
                 )
+            else:
+                for base_row in range(0, count * GROUP, MERGE_ROWS):
+                    _merge(
+                        out, partial, stats, members, state, masses, first, splits, head, token,
+                        base_row, count * GROUP, HEADS, GROUP, DIM, BLOCK_M, TO,
+                    )
 
 
 @triton.jit
@@ -333,7 +384,7 @@ def attend_pages(
     top, total, acc = _scan_any(
         q, place, tables + start, begin, end, skip, seen, position + count, page_stride,
         value_offset, scale, softcap, DIM, BLOCK_M, BLOCK_N, PAGE, WINDOW, SINKS, SOFTCAP, DOT,
-        PRECISION, CODEC, TO,
+        PRECISION, CODEC, TO, BLOCK_M > 16 and WINDOW == 0 and not TO,
     )
     target = at * (HEADS * GROUP) + query_heads
     if FROM:  # noqa: SIM102 - a branch for what is constant, another for what is not

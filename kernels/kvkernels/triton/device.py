@@ -8,8 +8,9 @@ from torch import Tensor
 from kvkernels.movement import Movement
 from kvkernels.plans import AttentionPlan, Rules
 from kvkernels.quantised import QuantisedPages
-from kvkernels.triton.launch import Shape, Work, attend, make_works, write_quantised
+from kvkernels.triton.launch import attend, write_quantised
 from kvkernels.triton.moving import move
+from kvkernels.triton.works import Shape, Work, make_works
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from kvkernels.plans import Rules
-from kvkernels.triton import work as cutting
 from kvkernels.triton.device import DevicePlan
-from kvkernels.triton.launch import _APPEND_ROWS, Shape, Work, _processors, _programs
+from kvkernels.triton.works import Shape, Work, cut_into, unit_tokens
 from kvstore.core.limits import BLOCK_TOKENS
 
 
@@ -59,8 +58,9 @@ class ReplayedAppend(DevicePlan):
         """As `ReplayedDecode.cut`."""
         context, new = self.contexts[0], self.contexts[1]
         for (shape, rules), works in self.works.items():
-            each = min(self.query_tokens, max(1, _APPEND_ROWS // shape.group))
+            each = unit_tokens(self.query_tokens, shape)
             at = torch.arange(0, self.query_tokens, each, dtype=torch.int32, device=shape.device)
+            at = at.flip(0)
             count = (new - at).clamp(0, each)
             units = torch.stack([torch.zeros_like(at), at, count, context - new + at], dim=1)
             _cut_again(units, at.shape[0], shape, rules, works)
@@ -70,7 +70,4 @@ def _cut_again(
     units: Tensor, count: int, shape: Shape, rules: Rules, works: tuple[Work, ...]
 ) -> None:
     (work,) = works  # Tables that change between replays are never cut by what they share.
-    programs = _programs(count * shape.heads, shape.dim, _processors(shape.device))
-    cutting.cut(
-        units, work.items, programs=programs, heads=shape.heads, rules=rules, tile=work.tile
-    )
+    cut_into(units, count, work.items, shape, rules, rows=work.rows, tile=work.tile)

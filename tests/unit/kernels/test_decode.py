@@ -9,7 +9,7 @@ import pytest
 import torch
 from kvkernels import ops, reference
 from kvkernels.plans import Rules
-from kvkernels.triton import device, launch, work
+from kvkernels.triton import device, work, works
 from kvkernels.triton.decode import MERGE_SPLITS
 
 from kvstore.core.errors import BadInput, Unsupported
@@ -128,7 +128,7 @@ def test_a_second_launch_of_one_plan_finds_its_counters_at_zero() -> None:
 
 
 def test_more_items_than_the_merge_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_processors", lambda _: 40)
+    monkeypatch.setattr(works, "_processors", lambda _: 40)
     given = step([(2599, 1)], heads=1)
     given.query.mul_(4)  # maxima that differ between items, so a wrong rescaling shows
     ours, wanted, plan = both(given, Rules())
@@ -153,6 +153,54 @@ def test_items_cover_every_tile_of_every_unit_once(contexts: list[int], rules: R
         assert all(0 < item[5] - item[4] <= work.LONGEST for item in mine)
         assert {item[6] for item in mine} == {used.index(mine[0])}
     assert set(items[len(used) :, 2].tolist()) <= {0}
+
+
+@pytest.mark.parametrize("room", [10_000, 0], ids=["room", "no room"])
+@pytest.mark.parametrize(
+    ("spans", "rules"),
+    [
+        ([(64, 8_192)], Rules()),
+        ([(640, 8_192), (1, 40), (33, 0)], Rules()),
+        ([(2_048, 30_000)], Rules(window=500, sinks=4)),
+        ([(4_096, 0)], Rules()),
+    ],
+    ids=str,
+)
+def test_items_of_appends_cover_every_tile_once_and_end_together(
+    spans: list[tuple[int, int]], rules: Rules, room: int
+) -> None:
+    rows = [
+        (0, at, min(32, new - at), held + at) for new, held in spans for at in range(0, new, 32)
+    ]
+    units = torch.tensor([*rows, (0, 0, 0, 0)]).int()
+    programs, heads = 132, 8
+    most = work.capacity(len(units), programs, heads, most_tiles=1, append=True)
+    items = torch.full((most if room else len(rows), work.FIELDS), -9, dtype=torch.int32)
+    work.cut(units, items, programs=programs, heads=heads, rules=rules, append=True)
+    used = items[items[:, 2] > 0].tolist()
+    tiles = work.tiles_seen(units, rules).tolist()
+    for row, wanted in zip(rows, tiles, strict=False):
+        mine = [item for item in used if tuple(item[1:4]) == row[1:4]]
+        assert {item[7] for item in mine} == {len(mine)}
+        assert {item[6] for item in mine} == {used.index(mine[0])}
+        covered = [tile for item in mine for tile in range(item[4], item[5])]
+        assert covered == list(range(wanted))
+    assert len(used) <= len(items) and set(items[len(used) :, 2].tolist()) <= {0}
+    if room:
+        ends = [0] * programs
+        for item in used * heads:
+            ends[ends.index(min(ends))] += item[5] - item[4]
+        ideal = sum(tiles) * heads / programs
+        assert max(ends) <= 1.3 * ideal + 12, "some processors stand idle"
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_cutting_never_looks_at_a_value(*, append: bool) -> None:
+    units = torch.empty(7, 4, dtype=torch.int32, device="meta")
+    items = torch.empty(40, work.FIELDS, dtype=torch.int32, device="meta")
+    rules = Rules(window=100, sinks=4)
+    work.cut(units, items, programs=132, heads=8, rules=rules, append=append)
+    assert items.shape == (40, work.FIELDS), "a look would have raised: there are no values"
 
 
 def test_bad_steps_and_rules_are_named() -> None:

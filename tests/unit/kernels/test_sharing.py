@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvkernels import ops
 from kvkernels.plans import Rules
 from kvkernels.quantised import QuantisedPages
-from kvkernels.triton import device, launch
+from kvkernels.triton import device, works
 from kvkernels.triton.sharing import MOST_LEVELS, find_groups
 
 from kvstore.core.layout import BlockLayout, Codec
@@ -117,7 +117,7 @@ def attended(
 def test_answers_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, seed: int, codec: Codec, group: int, softcap: float | None
 ) -> None:
-    monkeypatch.setattr(launch, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(works, "_LEAST_SAVED", 1)
     tables = tables_of(seed, 7, 24)
     news = [1 + (row * 7 + seed) % 3 for row in range(7)]
     ours, wanted, plan = attended(tables, news, codec, group, softcap)
@@ -128,8 +128,8 @@ def test_answers_are_those_of_the_reference(
 
 @pytest.mark.slow
 def test_more_rows_than_a_tile_and_many_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_LEAST_SAVED", 1)
-    monkeypatch.setattr(launch, "_processors", lambda _: 24)
+    monkeypatch.setattr(works, "_LEAST_SAVED", 1)
+    monkeypatch.setattr(works, "_processors", lambda _: 24)
     tables = [[*range(16), 100 + row] for row in range(36)]
     ours, wanted, plan = attended(tables, [1] * 36, Codec.RAW32, 4, None)
     prefix, rest = next(iter(plan.works.values()))
