@@ -9,6 +9,12 @@ from typing import Any
 
 import triton
 from kvkernels.triton.decode import attend_pages
+from kvkernels.triton.fused import (
+    add_and_norm,
+    best_of_parts,
+    gate_and_multiply,
+    rotate_and_write,
+)
 from kvkernels.triton.movement import copy_runs, decode_cells, encode_cells
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -71,6 +77,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "FROM": True,
         "TO": True,
     },
+    "append": {
+        "HEADS": 8,
+        "GROUP": 4,
+        "DIM": 128,
+        "WINDOW": 0,
+        "SINKS": 0,
+        "SOFTCAP": False,
+        "BLOCK_M": 128,
+    },
     "window": {"HEADS": 8, "GROUP": 3, "DIM": 64, "WINDOW": 4096, "SINKS": 4, "SOFTCAP": True},
 }
 
@@ -123,6 +138,46 @@ def compile_movement(capability: int, name: str) -> int:
     return len(triton.compile(made, target=target_gpu, options={"num_warps": 16}).asm["cubin"])
 
 
+ROWS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
+    "norm": (add_and_norm, {}, {"ADD": True, "BLOCK": 4096}),
+    "rotation": (
+        rotate_and_write,
+        {"slots": "*i64"},
+        {
+            "QUERY_HEADS": 32, "KV_HEADS": 8, "HALF": 64, "PAGE": 16, "HEADS": 8, "NORM": True,
+        },
+    ),
+    "activation": (gate_and_multiply, {}, {"BLOCK": 1024}),
+    "choice": (
+        best_of_parts,
+        {"logits": "*fp32", "tops": "*fp32", "places": "*i32", "finite": "*i32"},
+        {"BLOCK": 4096},
+    ),
+}  # fmt: skip
+_INTEGERS = (
+    *("width", "vocab", "parts", "token_stride", "page_stride", "head_stride", "value_offset"),
+)
+
+
+def compile_rows(capability: int, name: str) -> int:
+    """Return the bytes of the binary of a small kernel; raises what the compiler raises."""
+    kernel, kinds, constants = ROWS[name]
+    numbers = {**dict.fromkeys(_INTEGERS, "i32"), "epsilon": "fp32"}
+    names = kernel.arg_names
+    signature = {
+        each: "constexpr" if each in constants else {**numbers, **kinds}.get(each, "*bf16")
+        for each in names
+    }
+    made = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(each),): value for each, value in constants.items()},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    return len(triton.compile(made, target=target, options=options).asm["cubin"])
+
+
 def main() -> None:
     """Compile each shape for each generation."""
     for capability in map(int, sys.argv[1:]):
@@ -131,6 +186,8 @@ def main() -> None:
                 continue  # no conversion from fp8 there
             size = compile_for(capability, shape)
             sys.stdout.write(f"sm_{capability} {name} {size}\n")
+        for name in ROWS:
+            sys.stdout.write(f"sm_{capability} {name} {compile_rows(capability, name)}\n")
         for name in MOVEMENTS:
             if "fp8" not in name or capability >= 89:
                 size = compile_movement(capability, name)

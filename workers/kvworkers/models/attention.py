@@ -38,6 +38,13 @@ class RunningStep:
 _running: ContextVar[RunningStep] = ContextVar("kvstore_running_step")
 
 
+def plan_step(step: StepInputs, pages: Tensor) -> AttentionPlan:
+    """Return what the layers of a step share on the device of `pages`."""
+    return ops.plan_attention(
+        step.block_tables, step.context_lengths, step.query_starts, device_type=pages.device.type
+    )
+
+
 @contextmanager
 def running(step: StepInputs, pages: Tensor, plan: AttentionPlan | None = None) -> Iterator[None]:
     """Make `step` the one that attention calls in this context belong to.
@@ -45,12 +52,7 @@ def running(step: StepInputs, pages: Tensor, plan: AttentionPlan | None = None) 
     `plan` is the step's where the caller has one that outlives it (a captured graph's).
     """
     if plan is None:
-        plan = ops.plan_attention(
-            step.block_tables,
-            step.context_lengths,
-            step.query_starts,
-            device_type=pages.device.type,
-        )
+        plan = plan_step(step, pages)
     token = _running.set(RunningStep(step, pages, plan))
     try:
         yield

@@ -14,7 +14,7 @@ from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
 from torch import Tensor
 
 from kvstore.core.limits import BLOCK_TOKENS
-from kvworkers.models.step import StepInputs
+from kvworkers.models.step import StepInputs, on_device
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 APPENDS: Final = (16, 64, 128, 256, 512)
@@ -66,7 +66,7 @@ class StepGraphs:
                 return
 
     def forward(self, step: StepInputs) -> Tensor:
-        """Replay; returns logits fp32 [rows, vocab], valid until the next call.
+        """Queue a replay; returns logits fp32 [rows, vocab], valid until the next call.
 
         `step` lies on the host; row i of the result is sequence i.
         """
@@ -74,23 +74,24 @@ class StepGraphs:
         tokens = step.tokens.shape[0]
         captured = self._of(tokens == rows, tokens, width)
         into, plan = captured.step, captured.plan
-        numbers = torch.zeros(4, into.tokens.shape[0], dtype=torch.int64).pin_memory()
-        numbers[0, :tokens] = step.tokens
-        numbers[1, :tokens] = step.positions
-        numbers[2] = self._scratch
-        numbers[2, :tokens] = step.slots
+        size, longest = into.tokens.shape[0], plan.contexts.shape[0]
+        numbers = torch.empty(3, max(size, longest), dtype=torch.int64, pin_memory=True)
+        numbers[0, :tokens], numbers[0, tokens:] = step.positions, 0
+        numbers[1, :tokens], numbers[1, tokens:] = step.slots, self._scratch
+        numbers[2] = 0
         if isinstance(plan, ReplayedDecode):
-            numbers[3, :rows] = step.context_lengths
+            numbers[2, :rows] = step.context_lengths
         else:
-            numbers[3, 0], numbers[3, 1] = int(step.context_lengths[0]), tokens
+            numbers[2, 0], numbers[2, 1] = int(step.context_lengths[0]), tokens
             into.sample_rows.fill_(tokens - 1)
-        there = numbers.to(self._pages.device, non_blocking=True)
-        into.tokens.copy_(there[0])
-        into.positions.copy_(there[1])
-        into.slots.copy_(there[2])
-        plan.contexts.copy_(there[3, : plan.contexts.shape[0]])
-        tables = step.block_tables.pin_memory().to(self._pages.device, non_blocking=True)
-        plan.tables[:rows, :width].copy_(tables)
+        device = self._pages.device
+        there = numbers.to(device, non_blocking=True)
+        into.positions.copy_(there[0, :size])
+        into.slots.copy_(there[1, :size])
+        plan.contexts.copy_(there[2, :longest])
+        new = on_device(step.tokens, device)
+        into.tokens[:tokens].copy_(new if step.carried is None else step.carried.into(new))
+        plan.tables[:rows, :width].copy_(on_device(step.block_tables, device))
         captured.graph.replay()
         return captured.logits[:rows]
 

@@ -18,6 +18,7 @@ from kvworkers.models.spec import ModelSpec, read_spec
 from kvworkers.models.step import StepInputs
 
 if TYPE_CHECKING:
+    from kvworkers.models.fused import FusedDecoder
     from kvworkers.models.graphs import StepGraphs
 
 
@@ -31,6 +32,8 @@ class LoadedModel:
     """The transformers model, attention set to `kvstore_paged`."""
     graphs: "StepGraphs | None" = None
     """Captured steps over one pool; None until `capture`, and always on a CPU."""
+    fused: "FusedDecoder | None" = None
+    """Computes the module in fewer launches; None on a CPU, and where it does not know the kind."""
 
     def new_pool(self, pages: int) -> Tensor:
         """Return a zeroed page pool, uint8 [pages, block_bytes], on the model's device."""
@@ -74,8 +77,20 @@ class LoadedModel:
             self.graphs = StepGraphs(self._compute, pages)
             self.graphs.prepare(batch, max_pages=max_pages)
 
+    def fuse(self) -> None:
+        """Merge weights for `fused` on a GPU. On a CPU transformers' own order of sums stays."""
+        if self.device.type != "cuda":
+            return
+        from kvworkers.models.fused import FusedDecoder, fuses
+
+        if fuses(self.module):
+            self.fused = FusedDecoder(self.module)
+
     def _compute(self, step: StepInputs, pages: Tensor, plan: AttentionPlan | None) -> Tensor:
         """Run the module over a step that lies on the device."""
+        if self.fused is not None:
+            plan = plan or attention.plan_step(step, pages)
+            return self.fused(step, pages, plan).float()
         with attention.running(step, pages, plan):
             output = self.module(
                 input_ids=step.tokens.unsqueeze(0),
@@ -128,7 +143,9 @@ def load_model(
         attention.register()
         module = _load_weights(spec)
     module.requires_grad_(False)
-    return LoadedModel(spec, torch.device(device), module.to(device).eval())
+    model = LoadedModel(spec, torch.device(device), module.to(device).eval())
+    model.fuse()
+    return model
 
 
 def _load_weights(spec: ModelSpec) -> Any:

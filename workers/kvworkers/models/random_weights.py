@@ -77,7 +77,9 @@ def random_model(
         )
     module.requires_grad_(False)
     spec = _spec(name, config, dtype, seed)
-    return LoadedModel(spec, torch.device(device), module.eval())
+    model = LoadedModel(spec, torch.device(device), module.eval())
+    model.fuse()
+    return model
 
 
 def _spec(name: str, config: Any, dtype: str, seed: int) -> ModelSpec:

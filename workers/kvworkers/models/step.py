@@ -2,11 +2,38 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """Tokens that a step takes from the one before it, which the host has not seen yet."""
+
+    chosen: Tensor
+    """int64 [rows of the step before]: what was chosen, where the model computes."""
+    sources: Tensor
+    """int64 [T] on the host: the row for each token; -1 where `tokens` has it."""
+
+    def into(self, tokens: Tensor) -> Tensor:
+        """Return `tokens`, on the device, with those that are carried in their places."""
+        sources = on_device(self.sources, tokens.device)
+        return torch.where(sources >= 0, self.chosen[sources.clamp(min=0)], tokens)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on `device` without waiting for what is queued there.
+
+    A copy from memory that is not pinned may wait for the whole stream.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +58,8 @@ class StepInputs:
     """int32 [S' + 1]: where each sequence's tokens start, and T."""
     sample_rows: Tensor
     """int64 [S]: rows of the batch whose logits are wanted; may be empty."""
+    carried: Carried | None = None
+    """Where some of `tokens` come from the step before; any number stands in their places."""
 
     def on(self, device: torch.device) -> "StepInputs":
         """Return the step with what kernels read on `device`.
@@ -39,14 +68,16 @@ class StepInputs:
         a GPU for them would wait for it.
         """
         if device.type == "cpu":
-            return self
+            carried = self.carried
+            return self if carried is None else replace(self, tokens=carried.into(self.tokens))
+        tokens = on_device(self.tokens, device)
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
-            slots=self.slots.to(device, non_blocking=True),
-            block_tables=self.block_tables.to(device, non_blocking=True),
-            sample_rows=self.sample_rows.to(device, non_blocking=True),
+            tokens=tokens if self.carried is None else self.carried.into(tokens),
+            positions=on_device(self.positions, device),
+            slots=on_device(self.slots, device),
+            block_tables=on_device(self.block_tables, device),
+            sample_rows=on_device(self.sample_rows, device),
         )
 
     def check(self, *, pages: int, vocab_size: int, max_model_tokens: int) -> None:
@@ -62,20 +93,19 @@ class StepInputs:
                 f"{total}, {self.positions.shape[0]}, {self.slots.shape[0]}"
             )
         for name, tensor, end in (
-            ("tokens", self.tokens, vocab_size),
-            ("positions", self.positions, max_model_tokens),
-            ("slots", self.slots, pages * BLOCK_TOKENS),
-            ("sample_rows", self.sample_rows, total),
+            ("tokens", self.tokens.numpy(), vocab_size),
+            ("positions", self.positions.numpy(), max_model_tokens),
+            ("slots", self.slots.numpy(), pages * BLOCK_TOKENS),
+            ("sample_rows", self.sample_rows.numpy(), total),
             ("block_tables", self._used_pages(), pages),
         ):
-            if tensor.numel() and not (0 <= int(tensor.min()) and int(tensor.max()) < end):
+            if tensor.size and not (0 <= (low := int(tensor.min())) and int(tensor.max()) < end):
                 raise BadInput(
-                    f"step {name} reach from {int(tensor.min())} to {int(tensor.max())}; "
-                    f"[0, {end}) allowed"
+                    f"step {name} reach from {low} to {int(tensor.max())}; [0, {end}) allowed"
                 )
 
-    def _used_pages(self) -> Tensor:
+    def _used_pages(self) -> NDArray[np.int32]:
         """Return the table entries that the context lengths reach, flattened."""
-        count = self.block_tables.shape[1]
-        used = torch.arange(count, device=self.block_tables.device) * BLOCK_TOKENS
-        return self.block_tables[used[None, :] < self.context_lengths[:, None]]
+        tables: NDArray[np.int32] = self.block_tables.numpy()
+        used = np.arange(tables.shape[1]) * BLOCK_TOKENS
+        return tables[used[None, :] < self.context_lengths.numpy()[:, None]]
