@@ -70,6 +70,15 @@ def loaded() -> LoadedModel:
     return load_model(tiny_model(), threads=1)
 
 
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"], autouse=True)
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run everything with steps in turn, as on a CPU, and begun ahead, as on a GPU."""
+    monkeypatch.setattr("tests.unit.workers.test_engine.OVERLAP", request.param)
+
+
+OVERLAP = False
+
+
 @asynccontextmanager
 async def rig(
     loaded: LoadedModel, *, pages: int = 64, policy: Policy | None = None, **bounds: int
@@ -88,6 +97,7 @@ async def rig(
         Reporter(publisher, WorkerMetrics(registry)),
         root=lambda: Root(b"r" * 32),
         store=lambda: None,
+        overlap=OVERLAP,
     )
     engine.start()
     try:
@@ -211,8 +221,9 @@ async def test_a_deadline_ends_a_request_running_or_waiting(loaded: LoadedModel)
         )
         for end in ends:
             assert isinstance(end, Unreachable) and "deadline passed" in str(end)
-        assert it.metric("kvstore_worker_requests_total", outcome="failed") == 2
+        # The step that was running ends first.
         assert await run(it.engine, ask([9], max_tokens=1))
+        assert it.metric("kvstore_worker_requests_total", outcome="failed") == 2
 
 
 async def test_a_failing_step_fails_its_requests_and_no_others(loaded: LoadedModel) -> None:

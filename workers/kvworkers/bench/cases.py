@@ -28,6 +28,7 @@ class Cases:
         self._scale = scale
         self._seed = 1_000
         self._load_ms: list[float] = []
+        self._ttft_ms: list[float] = []
 
     async def run(self) -> None:
         """Run every case that is wanted, cheapest first."""
@@ -88,7 +89,7 @@ class Cases:
         await self._rig.ask([*prefix, 1], no_store=False)
         for count, name in names.items():
             if self._wants(name):
-                await self._row_of(name, self._hit(prefix, count, "hbm"))
+                await self._row_of(name, self._step_of(self._hit(prefix, count, "hbm")))
 
     async def _long_prefix(self) -> None:
         cases = ("32k + 256 hbm", "32k + 256 arena", "32k + 256 recompute")
@@ -128,18 +129,34 @@ class Cases:
 
         return once
 
+    def _step_of(self, once: Callable[[], Awaitable[float]]) -> Callable[[], Awaitable[float]]:
+        """Return what times the one step of a request, from its planning to the chosen token."""
+
+        async def step() -> float:
+            name = "kvstore_worker_step_seconds"
+            before = [self._rig.metric(f"{name}_{part}") for part in ("sum", "count")]
+            self._ttft_ms.append(await once())
+            after = [self._rig.metric(f"{name}_{part}") for part in ("sum", "count")]
+            seconds, steps = (b - a for a, b in zip(before, after, strict=True))
+            if steps != 1:
+                raise Corrupt(f"a request of one step took {steps:.0f}")
+            return seconds * 1e3
+
+        return step
+
     async def _row_of(
         self, case: str, once: Callable[[], Awaitable[float]], against: float | None = None
     ) -> None:
         if not self._wants(case):
             return
-        self._load_ms = []
+        self._load_ms, self._ttft_ms = [], []
         times = await self._times(once, self._runs)
         middle = statistics.median(times)
         self._emit(
             case, middle, "ms", peer=against,
             peer_name="own recompute" if against else None, runs=len(times),
             load_ms=statistics.median(self._load_ms),
+            ttft_ms=statistics.median(self._ttft_ms) if self._ttft_ms else None,
         )  # fmt: skip
 
     async def _times(self, once: Callable[[], Awaitable[float]], runs: int) -> list[float]:

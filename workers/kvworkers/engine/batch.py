@@ -1,51 +1,61 @@
 """Turns a planned step into the flat ragged tensors that a model computes. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvstore.core.limits import BLOCK_TOKENS
 from kvworkers.engine.scheduler import Work
-from kvworkers.models.step import StepInputs
+from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.models.step import Carried, StepInputs
 
 
-def build_step(works: Sequence[Work]) -> StepInputs:
+def build_step(
+    works: Sequence[Work], before: Mapping[Run, int] | None = None, chosen: Tensor | None = None
+) -> StepInputs:
     """Return the inputs of one step; work i is sequence i of the batch.
 
-    Row j of the logits belongs to the j-th work with `samples`.
+    Row j of the logits belongs to the j-th work with `samples`. `chosen` int64 [rows] holds what
+    the step before chose where the host has not seen it, `before` each sequence's row of it.
     """
     assert works
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
-    sample_rows: list[int] = []
-    width = max(_pages_used(work) for work in works)
-    tables = np.zeros((len(works), width), dtype=np.int32)
-    for row, work in enumerate(works):
-        pages, end = work.sequence.pages, work.start + work.count
-        tokens.extend(work.sequence.tokens[work.start : end])
-        positions.extend(range(work.start, end))
-        slots.extend(
-            pages[at // BLOCK_TOKENS] * BLOCK_TOKENS + at % BLOCK_TOKENS
-            for at in range(work.start, end)
-        )
-        used = _pages_used(work)
+    counts = np.array([work.count for work in works])
+    ends = np.cumsum(counts)
+    total = int(ends[-1])
+    tokens, positions, slots = (np.empty(total, dtype=np.int64) for _ in range(3))
+    sources = np.full(total, -1, dtype=np.int64)
+    contexts = np.array([work.start + work.count for work in works], dtype=np.int32)
+    tables = np.zeros((len(works), -(-int(contexts.max()) // BLOCK_TOKENS)), dtype=np.int32)
+    for row, (work, end) in enumerate(zip(works, ends.tolist(), strict=True)):
+        sequence, start, stop = work.sequence, work.start, work.start + work.count
+        first = end - work.count
+        pages = sequence.page_table()
+        used = -(-stop // BLOCK_TOKENS)
         tables[row, :used] = pages[:used]
-        starts.append(len(tokens))
-        if work.samples:
-            sample_rows.append(len(tokens) - 1)
+        if work.count == 1:
+            positions[first] = start
+            slots[first] = pages[start // BLOCK_TOKENS] * BLOCK_TOKENS + start % BLOCK_TOKENS
+        else:
+            places = positions[first:end] = np.arange(start, stop)
+            slots[first:end] = pages[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS
+        if start == len(sequence.tokens):
+            assert before is not None
+            tokens[first], sources[first] = 0, before[sequence]
+        else:
+            tokens[first:end] = sequence.tokens[start:stop]
+    samples = np.array([work.samples for work in works])
+    carried = (sources >= 0).any()
     return StepInputs(
-        tokens=torch.tensor(tokens, dtype=torch.int64),
-        positions=torch.tensor(positions, dtype=torch.int64),
-        slots=torch.tensor(slots, dtype=torch.int64),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
         block_tables=torch.from_numpy(tables),
-        context_lengths=torch.tensor([w.start + w.count for w in works], dtype=torch.int32),
-        query_starts=torch.tensor(starts, dtype=torch.int32),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
+        context_lengths=torch.from_numpy(contexts),
+        query_starts=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
+        sample_rows=torch.from_numpy((ends - 1)[samples]),
+        carried=Carried(chosen, torch.from_numpy(sources))
+        if carried and chosen is not None
+        else None,
     )
-
-
-def _pages_used(work: Work) -> int:
-    return -(-(work.start + work.count) // BLOCK_TOKENS)

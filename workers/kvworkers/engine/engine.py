@@ -1,11 +1,12 @@
 """The engine: a loop of admit, plan, compute, apply; and what callers see of it.
 
-    event loop:     submit ─▶ admit ─▶ load (task) ─▶ plan ──────▶ apply ─▶ tokens to streams
-                                                        │            ▲
-    compute thread:                                     └─ forward, ─┘
-                                                           sample
+    event loop:     submit ─▶ admit ─▶ load (task) ─▶ plan ─────────▶ apply ─▶ tokens to streams
+                                                        │               ▲
+    compute thread:                                     └─ begin n + 1, ┘
+                                                           wait for n
 
 All state belongs to the event loop; the compute thread gets a finished plan and gives back tokens.
+Where the device computes by itself, a step is begun before the one before it is waited for.
 A sequence's pages are given back only when neither a step nor a copy can be writing them.
 """
 
@@ -13,26 +14,26 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from kvstore.core.errors import BadInput, KvStoreError, Refused, Unreachable
 from kvstore.core.names import Root
 from kvstore.directory.events import Loaded
-from kvworkers.engine.batch import build_step
 from kvworkers.engine.cache import StoreLink
 from kvworkers.engine.output import FirstTokens, Output, OutputStream
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import RateFit
-from kvworkers.engine.report import Reporter
-from kvworkers.engine.sampling import Sampled, Sampler, sample_rows
+from kvworkers.engine.report import Reporter, load_of, measure
+from kvworkers.engine.sampling import Sampled, Sampler
 from kvworkers.engine.scheduler import Scheduler, Work
 from kvworkers.engine.sequence import FinishReason, Request
 from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.engine.steps import Launched, StepRunner
 from kvworkers.models.loading import LoadedModel
 from kvworkers.pages.pool import PagePool
 
@@ -53,6 +54,18 @@ class _Active:
     error: KvStoreError | None = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Flight:
+    """A step that was begun."""
+
+    works: Sequence[Work]
+    actives: Sequence[_Active]
+    launched: Launched
+    started_ms: float
+    ahead: bool
+    """Whether the next one may be begun before this one is waited for."""
+
+
 class Engine:
     """Serves requests of one model on one device. Made and used on one event loop."""
 
@@ -66,16 +79,18 @@ class Engine:
         *,
         root: Callable[[], Root],
         store: Callable[[], StoreLink | None],
+        overlap: bool | None = None,
     ) -> None:
         """`pages` is `model.page_view` of the pool's tensor.
 
-        `root` and `store` are asked per request: a cache node may come and go.
+        `root` and `store` are asked per request: a cache node may come and go. `overlap` as
+        `StepRunner` takes it.
         """
         self.broken = asyncio.Event()
         """Set when steps fail one after another: the process should end and be replaced."""
         self.rates = RateFit()
         self._model = model
-        self._pages = pages
+        self._runner = StepRunner(model, pages, overlap=overlap)
         self._pool = pool
         self._scheduler = scheduler
         self._reporter = reporter
@@ -89,7 +104,7 @@ class Engine:
         self._idle = asyncio.Event()
         self._draining = False
         self._failing_steps = 0
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._ended_ms = 0.0
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[None] | None = None
 
@@ -118,26 +133,17 @@ class Engine:
             await asyncio.gather(self._task, return_exceptions=True)
         loads = [a.load_task for a in self._actives.values() if a.load_task is not None]
         await asyncio.gather(*loads, return_exceptions=True)
-        await asyncio.to_thread(self._compute.shutdown)
+        await self._runner.close()
         for active in list(self._actives.values()):
-            active.run.in_step = False
+            active.run.in_step = 0
             self._retire(active)
 
     def load(self) -> Loaded:
         """Return load and measured rates, as routers want them."""
-        use, rates = self._pool.use(), self.rates.rates()
-        block = self._pool.block_bytes
-        return Loaded(
-            running=self._scheduler.running,
-            waiting=self._scheduler.waiting,
-            queued_tokens=self._scheduler.queued_tokens,
-            queued_token_depths=self._scheduler.queued_token_depths,
-            kv_used_bytes=(use.held + use.cached) * block,
-            kv_capacity_bytes=use.total * block,
-            prefill_tokens_per_s=rates.prefill_tokens_per_s,
-            decode_tokens_per_s=rates.decode_tokens_per_s,
-            prefill_linear_s=rates.prefill_linear_s,
-            prefill_quadratic_s=rates.prefill_quadratic_s,
+        return load_of(
+            self._pool,
+            self._scheduler,
+            self.rates.rates(),
             draining=self._draining or self.broken.is_set(),
         )
 
@@ -171,7 +177,7 @@ class Engine:
             raise Refused("the worker is ending", retry_after_ms=1_000)
         vocab = self._model.spec.vocab_size
         run = Run(request, self.root(), arrived_ms=self._now_ms())
-        if (worst := max(run.tokens)) >= vocab:
+        if (worst := int(np.frombuffer(run.tokens, dtype=np.uint32).max())) >= vocab:
             raise BadInput(f"token id {worst} is outside the vocabulary of {vocab}")
         if bad := [t for t in request.sampling.stop_token_ids if t >= vocab]:
             raise BadInput(f"stop token id {bad[0]} is outside the vocabulary of {vocab}")
@@ -193,6 +199,7 @@ class Engine:
             self._break(error)
 
     async def _run(self) -> None:
+        flight: _Flight | None = None
         while True:
             self._wake.clear()
             now_ms = self._now_ms()
@@ -200,9 +207,11 @@ class Engine:
             for run in self._scheduler.admit(now_ms):
                 self._begin(self._actives[run])
             works = self._scheduler.plan()
+            if flight is not None and not self._runner.runs_ahead(self._samplers(works)):
+                works = []  # What the step before chose is seen first.
             self._reporter.publish(self._pool, self.load())
-            if works:
-                await self._step(works)
+            if works or flight is not None:
+                flight = await self._turn(works, flight)
             else:
                 await self._rest(now_ms)
 
@@ -216,11 +225,9 @@ class Engine:
         if (hold := self._scheduler.next_hold_end_ms(now_ms)) is not None:
             ends.append(hold)
         seconds = max(0.0, min(ends) - now_ms) / 1000 if ends else None
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
-        except TimeoutError:
-            return
 
     def _expire(self, now_ms: float) -> None:
         for active in list(self._actives.values()):
@@ -252,39 +259,54 @@ class Engine:
             self._break(error)
         self._wake.set()
 
-    async def _step(self, works: Sequence[Work]) -> None:
+    def _samplers(self, works: Sequence[Work]) -> list[Sampler]:
+        return [self._actives[work.sequence].sampler for work in works if work.samples]
+
+    async def _turn(self, works: Sequence[Work], before: _Flight | None) -> _Flight | None:
+        """Begin a step of `works`, if any; end the one before it; return what is still on."""
+        flight = await self._launch(works, before) if works else None
+        if before is not None:
+            await self._collect(before)
+        if flight is not None and not flight.ahead:
+            await self._collect(flight)
+            return None
+        return flight
+
+    async def _launch(self, works: Sequence[Work], before: _Flight | None) -> _Flight | None:
         started = self._now_ms()
         for work in works:
-            work.sequence.in_step = True
+            work.sequence.in_step += 1
             if work.sequence.first_step_ms is None:
                 work.sequence.first_step_ms = started
-        actives = [self._actives[work.sequence] for work in works]
-        samplers = [a.sampler for a, w in zip(actives, works, strict=True) if w.samples]
+        actives, samplers = [self._actives[w.sequence] for w in works], self._samplers(works)
+        self._scheduler.launch(works)
         try:
-            sampled = await self._loop.run_in_executor(
-                self._compute, self._forward, works, samplers
+            launched = await self._runner.launch(
+                works, samplers, None if before is None else before.launched
             )
         except Exception as error:  # task boundary: other requests go on
             self._step_failed(actives, error)
+            return None
+        return _Flight(works, actives, launched, started, self._runner.runs_ahead(samplers))
+
+    async def _collect(self, flight: _Flight) -> None:
+        try:
+            sampled = await self._runner.collect(flight.launched)
+        except Exception as error:  # task boundary, as above
+            self._step_failed(flight.actives, error)
             return
         self._failing_steps = 0
-        self._measure(works, (self._now_ms() - started) / 1000)
+        now_ms = self._now_ms()
+        seconds = (now_ms - max(flight.started_ms, self._ended_ms)) / 1000
+        measure(self._reporter, self.rates, flight.works, seconds)
+        self._ended_ms = now_ms
         drawn = iter(sampled)
-        for active, work in zip(actives, works, strict=True):
+        for active, work in zip(flight.actives, flight.works, strict=True):
             self._apply(active, work, next(drawn) if work.samples else None)
-
-    def _forward(self, works: Sequence[Work], samplers: Sequence[Sampler]) -> list[Sampled | None]:
-        """Run on the compute thread; None for a row whose logits are not finite."""
-        logits = self._model.forward(build_step(works), self._pages)
-        if logits.device.type == "cuda" and not samplers:
-            # A step counts when it is computed: its pages may be copied out from then on.
-            torch.cuda.current_stream(logits.device).synchronize()
-        ends = [work.start + work.count for work in works if work.samples]
-        return sample_rows(samplers, logits, ends)
 
     def _apply(self, active: _Active, work: Work, sampled: Sampled | None) -> None:
         run, now_ms = active.run, self._now_ms()
-        run.in_step = False
+        run.in_step -= 1
         if run.finish is not None or active.error is not None:
             self._retire(active)
             return
@@ -362,7 +384,7 @@ class Engine:
         _log.error("a step failed", exc_info=error)
         self._failing_steps += 1
         for active in actives:
-            active.run.in_step = False
+            active.run.in_step -= 1
             self._fail(active, Unreachable(f"a step failed: {type(error).__name__}"))
             self._retire(active)
         if self._failing_steps >= MAX_FAILING_STEPS:
@@ -373,14 +395,6 @@ class Engine:
         self.broken.set()
         for active in list(self._actives.values()):
             self._fail(active, Unreachable(f"the worker is broken: {type(error).__name__}"))
-
-    def _measure(self, works: Sequence[Work], seconds: float) -> None:
-        self._reporter.step(seconds)
-        if all(work.count == 1 for work in works):
-            self.rates.decode(len(works), seconds)
-            self._reporter.decode(len(works), seconds)
-        elif len(works) == 1:
-            self.rates.prefill(works[0].count, works[0].start, seconds)
 
     def _now_ms(self) -> float:
         return time.monotonic() * 1000

@@ -1,10 +1,14 @@
 """What the engine tells the outside: metrics of requests, events and load for routers."""
 
+from collections.abc import Sequence
+
 from kvstore.directory.events import Loaded, TierKind
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
 from kvworkers.engine.output import FirstTokens
-from kvworkers.engine.sequence import Sequence
+from kvworkers.engine.rates import RateFit, Rates
+from kvworkers.engine.scheduler import Scheduler, Work
+from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.pages.pool import PageChange, PagePool
 
 
@@ -44,7 +48,7 @@ class Reporter:
         metrics.ttft_seconds.observe(first.ttft_ms / 1000)
         metrics.queue_seconds.observe(first.queue_ms / 1000)
 
-    def finished(self, run: Sequence, *, failed: bool, now_ms: float) -> None:
+    def finished(self, run: Run, *, failed: bool, now_ms: float) -> None:
         """Count how a request ended and how fast its tokens came."""
         outcome = "failed" if failed or run.finish is None else run.finish.value
         self._metrics.requests.labels(outcome).inc()
@@ -67,6 +71,34 @@ class Reporter:
     def token(self) -> None:
         """Count one generated token."""
         self._metrics.output_tokens.inc()
+
+
+def load_of(pool: PagePool, scheduler: Scheduler, rates: Rates, *, draining: bool) -> Loaded:
+    """Return load and measured rates, as routers want them."""
+    use, block = pool.use(), pool.block_bytes
+    return Loaded(
+        running=scheduler.running,
+        waiting=scheduler.waiting,
+        queued_tokens=scheduler.queued_tokens,
+        queued_token_depths=scheduler.queued_token_depths,
+        kv_used_bytes=(use.held + use.cached) * block,
+        kv_capacity_bytes=use.total * block,
+        prefill_tokens_per_s=rates.prefill_tokens_per_s,
+        decode_tokens_per_s=rates.decode_tokens_per_s,
+        prefill_linear_s=rates.prefill_linear_s,
+        prefill_quadratic_s=rates.prefill_quadratic_s,
+        draining=draining,
+    )
+
+
+def measure(reporter: Reporter, rates: RateFit, works: Sequence[Work], seconds: float) -> None:
+    """Take note of how long a step took; `rates` learn from steps of one kind."""
+    reporter.step(seconds)
+    if all(work.count == 1 for work in works):
+        rates.decode(len(works), seconds)
+        reporter.decode(len(works), seconds)
+    elif len(works) == 1:
+        rates.prefill(works[0].count, works[0].start, seconds)
 
 
 def batch_label(batch: int) -> str:

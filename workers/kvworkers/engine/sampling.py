@@ -8,7 +8,6 @@ whatever runs beside it, and also where another worker goes on with a reply that
 import hashlib
 import math
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -120,30 +119,6 @@ class Sampler:
             # The first token whose predecessors reach top_p ends the nucleus; one always stays.
             probabilities = torch.where(before < params.top_p, probabilities, 0.0)
         return int(ids[torch.multinomial(probabilities, 1, generator=self._generator)])
-
-
-def sample_rows(
-    samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[int]
-) -> list[Sampled | None]:
-    """Choose one token for each row of `logits`, float32 [rows, vocab]; None for one not finite.
-
-    Greedy rows are chosen where the logits lie and come to the host together: one wait. The others
-    draw on the host, so that a seed gives the same tokens on every device.
-    """
-    if not samplers:
-        return []
-    best, finite = torch.stack(
-        [torch.argmax(logits, dim=-1), torch.isfinite(logits).all(dim=-1).long()]
-    ).tolist()
-    chosen: list[Sampled | None] = []
-    for row, (sampler, position) in enumerate(zip(samplers, positions, strict=True)):
-        if not finite[row]:
-            chosen.append(None)
-        elif sampler.params.greedy and not sampler.params.logprobs:
-            chosen.append(Sampled(best[row]))
-        else:
-            chosen.append(sampler.sample(logits[row].cpu(), position=position))
-    return chosen
 
 
 def top_logprobs(logits: Tensor, chosen: int, count: int) -> Logprobs:

@@ -10,7 +10,7 @@ admission share the rest in chunks. Time is passed in as milliseconds of a monot
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvstore.core.errors import BadInput, Refused, TooLarge
@@ -144,21 +144,34 @@ class Scheduler:
         return min((end for end in ends if end > now_ms), default=None)
 
     def plan(self) -> list[Work]:
-        """Choose what the next step computes; empty when nothing is ready."""
+        """Choose what the next step computes; empty when nothing is ready.
+
+        Steps that were begun (`launch`) and not ended count as computed.
+        """
         budget = self.config.step_tokens
-        ready = [s for s in self._running if s.state is SequenceState.RUNNING and s.finish is None]
-        works = [Work(s, s.computed, 1, True) for s in ready if s.pending_tokens == 1]
+        ready = [
+            (s, max(s.launched, s.computed), s.pending_tokens)
+            for s in self._running
+            if s.state is SequenceState.RUNNING and s.finish is None
+        ]
+        works = [Work(s, start, 1, True) for s, start, pending in ready if pending == 1]
         budget -= len(works)
         assert budget >= 0
-        for sequence in ready:
-            if sequence.pending_tokens == 1:
+        for sequence, start, pending in ready:
+            if pending <= 1:
                 continue
-            count = min(budget, sequence.pending_tokens)
+            count = min(budget, pending)
             if count == 0:
                 break
-            works.append(Work(sequence, sequence.computed, count, count == sequence.pending_tokens))
+            works.append(Work(sequence, start, count, count == pending))
             budget -= count
         return works
+
+    def launch(self, works: Iterable[Work]) -> None:
+        """Take note that `works` were begun: the next plan goes on behind them."""
+        for work in works:
+            work.sequence.launched = work.start + work.count
+            work.sequence.coming = int(work.samples)
 
     def loaded(self, sequence: Sequence, blocks: int, *, now_ms: float) -> None:
         """Take note that `blocks` more leading blocks were copied into its pages."""
@@ -173,6 +186,8 @@ class Scheduler:
         sequence = work.sequence
         assert sequence.computed == work.start
         sequence.computed += work.count
+        if work.samples and sequence.launched <= sequence.computed:
+            sequence.coming = 0
         assert sequence.computed <= len(sequence.pages) * BLOCK_TOKENS
         self._publish(sequence, now_ms)
 
@@ -182,7 +197,7 @@ class Scheduler:
         Whoever matched them before goes on with them; nobody finds them from now on.
         """
         self._pool.unname(sequence.pages[: sequence.published])
-        sequence.computed = sequence.published = 0
+        sequence.computed = sequence.launched = sequence.published = 0
 
     def finish(self, sequence: Sequence, *, now_ms: float, depth_cost: float = 0.0) -> None:
         """Give everything back. The caller knows that nobody writes its pages any more.

@@ -12,6 +12,9 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES
 from kvstore.core.names import BlockName, ExtraKey, Root, chain
@@ -118,6 +121,10 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     computed: int = 0
     """Tokens whose K and V stand in pages."""
+    launched: int = 0
+    """Tokens whose computation was begun; not below `computed`."""
+    coming: int = 0
+    """1 while a step that was begun chooses a token that is not among `tokens` yet."""
     published: int = 0
     """Leading blocks that were offered to the pool under their names."""
     stored: int = 0
@@ -133,10 +140,11 @@ class Sequence:
     first_token_ms: float | None = None
     load_ms: float = 0.0
     finish: FinishReason | None = None
-    in_step: bool = False
-    """The compute thread may be writing its pages."""
+    in_step: int = 0
+    """Steps that were begun and not ended: they may be writing its pages."""
     loading: bool = False
     """A load may be writing its pages."""
+    _table: "NDArray[np.int32] | None" = None
 
     def __post_init__(self) -> None:
         self.tokens = array("I")
@@ -179,8 +187,19 @@ class Sequence:
 
     @property
     def pending_tokens(self) -> int:
-        """Known tokens that are not computed: 1 while decoding, more in prefill."""
-        return len(self.tokens) - self.computed
+        """Tokens that are known or about to be, and not begun: 1 while decoding, more in prefill.
+
+        None where the one that is coming is the last.
+        """
+        if self.coming and self.generated + 1 >= self.request.sampling.max_tokens:
+            return 0
+        return len(self.tokens) + self.coming - max(self.launched, self.computed)
+
+    def page_table(self) -> "NDArray[np.int32]":
+        """Return `pages` as an array, made once: they do not change while it runs."""
+        if self._table is None or len(self._table) != len(self.pages):
+            self._table = np.array(self.pages, dtype=np.int32)
+        return self._table
 
     @property
     def keeps(self) -> bool:
