@@ -72,7 +72,8 @@ class PagePool:
         self._references = [0] * pages
         self._keys: list[PageKey | None] = [None] * pages
         self._positions = [0] * pages
-        self._by_key: dict[PageKey, int] = {}
+        self._by_name: dict[BlockName, int] = {}
+        """A name says its root: it is the end of a chain of hashes that begins there."""
         self._by_policy_key: dict[BlockKey, int] = {}
         # Taken from the end, so low numbers go first: a mostly idle pool touches little memory.
         self._free = list(range(pages - 1, -1, -1))
@@ -91,20 +92,24 @@ class PagePool:
 
     def count_prefix(self, root: Root, names: Sequence[BlockName]) -> int:
         """Return how many of `names`, from the start, are here. Holds nothing."""
-        for index, name in enumerate(names):
-            if PageKey(root, name) not in self._by_key:
-                return index
-        return len(names)
+        return len(self._found(root, names))
 
     def match(self, root: Root, names: Sequence[BlockName]) -> list[int]:
         """Return the pages of the longest prefix of `names` that is here, one hold on each."""
+        pages = self._found(root, names)
+        self.share(pages)
+        return pages
+
+    def _found(self, root: Root, names: Sequence[BlockName]) -> list[int]:
+        # One look a block and no key made for it: prompts have thousands.
         pages: list[int] = []
-        for name in names:
-            page = self._by_key.get(PageKey(root, name))
+        for page in map(self._by_name.get, names):
             if page is None:
                 break
+            key = self._keys[page]
+            if key is None or key.root != root:
+                break
             pages.append(page)
-        self.share(pages)
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
@@ -167,14 +172,14 @@ class PagePool:
         for index, (page, key) in enumerate(zip(pages, keys, strict=True)):
             assert self._references[page] > 0 and self._keys[page] is None, f"page {page}"
             policy_key = block_key(key.root, key.name)
-            if key in self._by_key or policy_key in self._by_policy_key:
+            if key.name in self._by_name or policy_key in self._by_policy_key:
                 if fresh:
                     self._policy.insert(fresh, parent=above, now_ms=now_ms)
                 fresh, above = [], policy_key
                 continue
             self._keys[page] = key
             self._positions[page] = position + index
-            self._by_key[key] = page
+            self._by_name[key.name] = page
             self._by_policy_key[policy_key] = page
             self._changes.append(PageChange(key, deleted=False))
             fresh.append(policy_key)
@@ -226,7 +231,8 @@ class PagePool:
 
     def holds(self, key: PageKey) -> bool:
         """Say whether a page with this name is here."""
-        return key in self._by_key
+        page = self._by_name.get(key.name)
+        return page is not None and self._keys[page] == key
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
         """Return what pages `[cursor, cursor + limit)` hold, for a publisher's snapshot."""
@@ -258,8 +264,9 @@ class PagePool:
         assert self.use().total == self.pages
         assert len(set(self._free)) == len(self._free), "a page is free twice"
         assert all(self._references[p] == 0 and self._keys[p] is None for p in self._free)
-        assert len(self._by_key) == len(self._policy) == len(self._by_policy_key)
-        assert all(self._keys[page] == key for key, page in self._by_key.items())
+        assert len(self._by_name) == len(self._policy) == len(self._by_policy_key)
+        named = {name: self._keys[page] for name, page in self._by_name.items()}
+        assert all(key is not None and key.name == name for name, key in named.items())
 
     def _evict(self, count: int, *, now_ms: float) -> None:
         victims = self._policy.victims(count, now_ms=now_ms, may_evict=self._may_evict)
@@ -276,7 +283,7 @@ class PagePool:
     def _forget_name(self, page: int, key: PageKey) -> None:
         policy_key = block_key(key.root, key.name)
         self._policy.remove(policy_key)
-        del self._by_policy_key[policy_key], self._by_key[key]
+        del self._by_policy_key[policy_key], self._by_name[key.name]
         self._keys[page] = None
         self._changes.append(PageChange(key, deleted=True))
 
