@@ -1,7 +1,7 @@
 """Runs by how long they have been unused: one ring a bin, linked through columns. Pure.
 
-Every run has a *row* from its first use to its end, whether it stands here as an object or is packed
-as a ghost (`ghosts`), so packing moves nothing and costs an order of its own no byte. The first
+Every run has a *row* from its first use to its end, whether it stands here as an object or is
+packed as a ghost (`ghosts`): packing leaves the order as it is, and tells parents by row. The first
 `BINS` rows are the joints of the rings.
 
     bin 3:  ┌─▶ 3 ─▶ 71 ─▶ 58 ─▶ 90 ─┐      71 is the longest unused; `runs[58]` is None: a ghost
@@ -80,7 +80,7 @@ class Ages:
         self._before[after] = before
 
     def rows(self, bin_number: int) -> Iterator[int]:
-        """Yield the rows of a bin, the longest unused first; the one yielded last may be dropped."""
+        """Yield the rows of a bin, the longest unused first; what was yielded may be dropped."""
         row = self._after[bin_number]
         while row >= BINS:
             after = self._after[row]

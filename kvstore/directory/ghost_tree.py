@@ -132,7 +132,10 @@ class GhostTree(PrefixTree):
         seat = self.ghosts.seat[row]
         if self.ghosts.kids[seat]:
             return
-        self.blocks -= self.ghosts.length(row)
+        keys = self.ghosts.keys(row)
+        for key in keys:  # asked for since at another place
+            self._asked.pop(key, None)
+        self.blocks -= len(keys)
         self.ghost_runs -= 1
         above = self.ghosts.above[seat]
         parent = self._ages.runs[above]

@@ -1,8 +1,8 @@
-"""Evicted runs packed in columns: a hundred bytes for one of a single block, not four hundred. Pure.
+"""Evicted runs, packed in columns: a hundred bytes for one of a single block. Pure.
 
-As objects, a run's record, its keys, its place among its parent's and its place by age weigh more
-than the blocks that they are to remember. Here a run is a *seat* across arrays of numbers; its
-parent is told by row (`ages`), which stays the same when either is packed or unpacked.
+As objects, a run's record, its keys, its place among its parent's and its place by age take 400 to
+600 bytes, however few its blocks. Here a run is a *seat* across arrays of numbers; its parent is
+told by row (`ages`), which stays the same when either is packed or unpacked.
 
 A table finds a run by (row of its parent, first key). It grows by linear hashing, one bucket for
 each run that comes, so no request pays for rebuilding an index of a million.
@@ -56,6 +56,11 @@ class Ghosts:
         more = self._more[self.seat[row]]
         return 1 if more is None else len(more)
 
+    def keys(self, row: int) -> Keys:
+        """Return the blocks of a packed run."""
+        seat = self.seat[row]
+        return self._more[seat] or array("Q", [self._key[seat]])
+
     def put(self, row: int, run: Run, *, above: int, kids: int) -> None:
         """Pack a run."""
         seat = self._take_seat()
@@ -79,8 +84,7 @@ class Ghosts:
     def run(self, row: int, parent: Run) -> Run:
         """Return what a row was packed of, but for its runs behind; it stays packed."""
         seat = self.seat[row]
-        keys = self._more[seat] or array("Q", [self._key[seat]])
-        run = Run(keys, parent, self._position[seat])
+        run = Run(self.keys(row), parent, self._position[seat])
         run.evidence, run.bin, run.shift = self.evidence[seat], self.bin[seat], self.shift[seat]
         run.last_ms, run.gap, run.uses = self.last_ms[seat], self._gap[seat], self._uses[seat]
         run.block_bytes, run.depth_cost = self._block_bytes[seat], self._depth_cost[seat]
@@ -105,7 +109,7 @@ class Ghosts:
         self._count -= 1
 
     def find(self, above: int, key: int) -> int:
-        """Return the row of the packed run with that parent and first key, 0 where there is none."""
+        """Return the row of the packed run with that parent and first key; 0: there is none."""
         row = self._buckets[self._bucket(above, key)]
         while row:
             seat = self.seat[row]

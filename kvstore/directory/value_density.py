@@ -24,8 +24,9 @@ DEFAULT_MAX_GHOSTS: Final = 1 << 20
 GHOST_BYTES: Final = 128
 """Bound of what is remembered of one, on average over as many as may be remembered."""
 _KEY_BYTES: Final = 8
-_RUN_BYTES: Final = 440
-"""A run with its entries in indexes, as `tests/unit/directory/test_ghosts.py` measures it."""
+_RUN_BYTES: Final = 600
+"""A run with what follows it and its entries in indexes, as `tests/unit/directory/test_ghosts.py`
+measures it."""
 _PACKED_BYTES: Final = 110
 """The same of a packed one, but for its first key."""
 _ARRAY_BYTES: Final = 80
@@ -136,7 +137,7 @@ class ValueDensity:
         run.gap += (reached - run.gap) / run.uses
 
     def _enter(self, evidence: int, age: int, weight: float) -> None:
-        """Count what reached an age unused, told on its own scale, where that is a step there too."""
+        """Count what reached an age unused, on its own scale, where that is a step there too."""
         if 0 < age < BINS:
             self._model.enter(evidence, age, weight)
 
