@@ -21,7 +21,7 @@ from kvstore.client.blocking import Client
 from kvstore.client.config import ClientConfig
 from kvstore.client.replies import SlotRef
 from kvstore.core.errors import BadInput, KvStoreError, Refused, SessionLost, Unreachable
-from kvstore.core.names import BlockName, Namespace, NamespaceKind
+from kvstore.core.names import BlockName, Namespace, NamespaceKind, Root
 from kvstore.core.outcomes import MissReason, SettleOutcome
 from kvstore.observe.adapter_metrics import AdapterMetrics
 from kvstore.observe.client_metrics import ClientMetrics
@@ -133,6 +133,11 @@ class OpaqueBlocks:
             self._tried(lambda client: self._store(client, names, blocks, done), None)
             self._count("store", done, began)
         return done
+
+    def publisher(self) -> tuple[str, Root] | None:
+        """Return where the node tells what it holds, and under which root; None: no session yet."""
+        client = self._client
+        return None if client is None else (client.address, client.root)
 
     def close(self) -> None:
         """End the session. Harmless when repeated; later calls find nothing."""

@@ -125,6 +125,11 @@ class AsyncClient:
         return self._session.grant.node
 
     @property
+    def address(self) -> str:
+        """Where the node serves gRPC."""
+        return self._session.grant.rpc
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block in the arena, padding included."""
         return self._link.access.block_bytes

@@ -136,6 +136,11 @@ class Client:
         return self._inner.node
 
     @property
+    def address(self) -> str:
+        """Where the node serves gRPC."""
+        return self._inner.address
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of a block in the arena, padding included."""
         return self._inner.block_bytes

@@ -12,8 +12,10 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from kvstore.directory.ages import Ages
+from kvstore.directory.ghost_tree import GhostTree
 from kvstore.directory.policy import BlockKey, Prompt
-from kvstore.directory.prefix_tree import PrefixTree, Run, common
+from kvstore.directory.prefix_tree import Run, common
 from kvstore.directory.reuse import BINS, EDGES_MS, UNKNOWN, Evidence, ReuseModel, bin_of, bin_seen
 from kvstore.directory.rhythm import Rhythm
 
@@ -22,9 +24,13 @@ DEFAULT_MAX_GHOSTS: Final = 1 << 20
 GHOST_BYTES: Final = 128
 """Bound of what is remembered of one, on average over as many as may be remembered."""
 _KEY_BYTES: Final = 8
-_RUN_BYTES: Final = 440
-"""A run with its entries in indexes, as `tests/unit/directory/test_ghosts.py` measures it. Runs of
-one to three blocks take more than the bound a block, so fewer of them are remembered."""
+_RUN_BYTES: Final = 600
+"""A run with what follows it and its entries in indexes, as `tests/unit/directory/test_ghosts.py`
+measures it."""
+_PACKED_BYTES: Final = 110
+"""The same of a packed one, but for its first key."""
+_ARRAY_BYTES: Final = 80
+"""An array, where a packed run has more keys than one."""
 _FIRST_REFRESH: Final = 16
 _REFRESH_SHARE: Final = 64
 """Prices are learned anew every sixty-fourth of all requests so far: evidence grows by 1.6 %."""
@@ -59,11 +65,10 @@ class ValueDensity:
         self._depth_cost = depth_cost
         self._max_ghosts = max_ghosts
         self._bypass = bypass
-        self._tree = PrefixTree(self._settle, self._divide, self._lose)
+        self._ages = Ages()
+        self._tree = GhostTree(self._ages, self._settle, self._divide, self._lose)
         self._model = ReuseModel()
         self._rhythm = Rhythm(_USE_CLASSES[-1] + 1)
-        self._ages: list[dict[Run, None]] = [{} for _ in range(BINS)]
-        """Runs by the bin of their age, the longest unused first."""
         self._due_ms = 0.0
         """No run reaches its next bin before."""
         self._cells: dict[_Cell, dict[Run, None]] = {}
@@ -124,17 +129,17 @@ class ValueDensity:
         """Learn from the time that a run took to be used again."""
         reached = max(bin_of(now_ms - run.last_ms), run.bin)
         for skipped in range(run.bin + 1, reached + 1):
-            self._enter(run, skipped, weight)
+            self._enter(run.evidence, skipped - run.shift, weight)
         self._model.reuse(run.evidence, bin_seen(reached, run.shift), weight)
         if run.uses > 1:
             uses = _USE_CLASSES[min(run.uses, len(_USE_CLASSES) - 1)]
             self._rhythm.learn(uses, run.gap, reached, weight)
         run.gap += (reached - run.gap) / run.uses
 
-    def _enter(self, run: Run, age: int, weight: float) -> None:
-        """Count that a run reached an age unused, where that is a step on its own scale too."""
-        if 0 < age - run.shift < BINS:
-            self._model.enter(run.evidence, age - run.shift, weight)
+    def _enter(self, evidence: int, age: int, weight: float) -> None:
+        """Count what reached an age unused, on its own scale, where that is a step there too."""
+        if 0 < age < BINS:
+            self._model.enter(evidence, age, weight)
 
     def _class(self, evidence: Evidence) -> int:
         if len(self._model.index) >= _MAX_CLASSES:
@@ -146,42 +151,58 @@ class ValueDensity:
         if now_ms < self._due_ms:
             return
         due_ms = math.inf
+        runs, ghosts = self._ages.runs, self._tree.ghosts
         for number in range(BINS - 1):
-            young = self._ages[number]
             limit = now_ms - EDGES_MS[number]
-            moved: list[Run] = []
-            for run in young:
-                if run.last_ms > limit:
-                    due_ms = min(due_ms, run.last_ms + EDGES_MS[number])
+            moved = 0
+            for row in self._ages.rows(number):
+                run = runs[row]
+                last_ms = ghosts.last_ms[ghosts.seat[row]] if run is None else run.last_ms
+                if last_ms > limit:
+                    due_ms = min(due_ms, last_ms + EDGES_MS[number])
                     break
-                moved.append(run)
-            for run in moved:
-                del young[run]
-                run.bin = number + 1
-                self._ages[run.bin][run] = None
-                if run.evidence != UNKNOWN:
-                    self._enter(run, run.bin, len(run.keys) ** 0.5)
-                if run.held:
-                    self._settle(run)
+                moved = row
+                if run is None:
+                    self._grow_ghost_old(row, number + 1)
+                else:
+                    self._grow_run_old(run, number + 1)
+            if moved:
+                self._ages.grow(number, moved)
         self._due_ms = due_ms
+
+    def _grow_run_old(self, run: Run, age: int) -> None:
+        run.bin = age
+        if run.evidence != UNKNOWN:
+            self._enter(run.evidence, age - run.shift, len(run.keys) ** 0.5)
+        if run.held:
+            self._settle(run)
+        else:
+            self._tree.pack(run)
+
+    def _grow_ghost_old(self, row: int, age: int) -> None:
+        ghosts = self._tree.ghosts
+        seat = ghosts.seat[row]
+        ghosts.bin[seat] = age
+        evidence = ghosts.evidence[seat]
+        if evidence != UNKNOWN:
+            self._enter(evidence, age - ghosts.shift[seat], ghosts.length(row) ** 0.5)
 
     def _be_young(self, run: Run, now_ms: float) -> None:
         """Put a run among the youngest."""
-        self._ages[run.bin].pop(run, None)
         run.bin = 0
         run.last_ms = now_ms
-        self._ages[0][run] = None
+        self._ages.append(run, 0)
         self._due_ms = min(self._due_ms, now_ms + EDGES_MS[0])
 
     def _divide(self, head: Run, tail: Run) -> None:
         """Give a head that was split off the history of its tail."""
         head.evidence, head.bin = tail.evidence, tail.bin
         head.gap, head.shift = tail.gap, tail.shift
-        self._ages[head.bin][head] = None
+        self._ages.append(head, head.bin)
 
     def _lose(self, run: Run) -> None:
         """Take out a run that ceased to be."""
-        self._ages[run.bin].pop(run, None)
+        self._ages.drop(self._ages.row(run))
 
     def _settle(self, run: Run) -> None:
         """Put a run into the cell where it belongs, or into none."""
@@ -203,17 +224,17 @@ class ValueDensity:
         """Drop a tenth of the ghosts, the longest unused first."""
         keep = self._max_ghosts - self._max_ghosts // 10
         for number in range(BINS - 1, -1, -1):
-            for run in list(self._ages[number]):
+            for row in self._ages.rows(number):
                 if not self._ghosts_over(keep):
                     return
-                if run.kids or run.held == len(run.keys):
-                    continue
-                self._tree.forget(run)
+                self._tree.forget_row(row)
 
     def _ghosts_over(self, limit: int) -> bool:
         """Say whether ghosts are more than `limit`, or take more than as many may."""
-        ghosts = self._tree.blocks - len(self._tree)
-        taken = ghosts * _KEY_BYTES + self._tree.ghost_runs * _RUN_BYTES
+        tree, packed = self._tree, self._tree.ghosts
+        ghosts = tree.blocks - len(tree)
+        taken = ghosts * _KEY_BYTES + (tree.ghost_runs - len(packed)) * _RUN_BYTES
+        taken += len(packed) * _PACKED_BYTES + packed.longer * _ARRAY_BYTES
         return ghosts > limit or taken > limit * GHOST_BYTES
 
     # -- holding ---------------------------------------------------------------------------

@@ -23,7 +23,8 @@ class AdapterMetrics:
             ["engine", "call"], buckets=LATENCY_SECONDS, registry=registry,
         )  # fmt: skip
         self.refused = Counter(
-            "kvstore_adapter_refused_tasks", "Tasks that failed at once because too many wait",
+            "kvstore_adapter_refused_tasks", "Tasks that failed at once because too many wait;"
+            " and chunks whose storing or removal an engine is not told because there are too many",
             ["engine"], registry=registry,
         )  # fmt: skip
         self.failures = Counter(

@@ -10,6 +10,7 @@ import grpc.aio
 
 from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.limits import MARK_PERIOD_MS
+from kvstore.core.names import Root
 from kvstore.directory.events import Event, Lost
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.convert import event_from_reply
@@ -26,6 +27,8 @@ class WatchConfig:
 
     subscriber: str = "router"
     """Who we are, for people."""
+    root: Root | None = None
+    """Follow blocks under this root alone; marks then speak of more than is told."""
     stall_ms: int = 20 * MARK_PERIOD_MS
     """Without any message for so long the call is given up and made anew."""
     min_backoff_ms: int = 100
@@ -75,7 +78,9 @@ class WatchClient:
 
     async def _follow_once(self) -> AsyncGenerator[Event, None]:
         """Yield the events of one call; raises our errors when it fails or stalls."""
-        request = watch_pb2.WatchRequest(subscriber=self._config.subscriber)
+        request = watch_pb2.WatchRequest(
+            subscriber=self._config.subscriber, root=self._config.root or b""
+        )
         async with open_channel(self._address, self._credentials) as channel:
             call = self._open(channel, request)
             try:

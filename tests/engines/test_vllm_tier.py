@@ -55,6 +55,12 @@ def test_chunks_of_one_engine_come_back_in_another(node: RunningNode) -> None:
     assert run("miss", node, weights_digest="22" * 32)["verdicts"] == ["MISS"] * 8
 
 
+def test_vllm_publishes_what_the_node_holds_and_what_no_longer(node: RunningNode) -> None:
+    found = run("events", node, weights_digest="33" * 32)
+    assert (found["removed_before"], found["same"]) == (0, True)
+    assert found["places"] == [["CPU", "LOCAL", "KvStoreTier"]]
+
+
 def test_a_node_that_is_dead_costs_no_step_anything(node: RunningNode) -> None:
     run_dir = new_run_dir()  # nobody is there
     found = run("miss", node, run_dir=str(run_dir))

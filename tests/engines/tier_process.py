@@ -1,7 +1,8 @@
 """vLLM's own tiering manager over our tier, without a GPU: a role a process, in vLLM's environment.
 
 python tier_process.py ROLE TIER_CONFIG: `store` fills chunks through the manager, `load` brings
-them back, `miss` asks for what nobody stored. Prints one JSON line.
+them back, `miss` asks for what nobody stored, `events` stores, has the node cleared, and says what
+vLLM would publish. Prints one JSON line.
 """
 
 # pyright: reportMissingImports=false
@@ -20,9 +21,10 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no reply
     role, tier = sys.argv[1], json.loads(sys.argv[2])
-    manager, view = manager_over(tier)
+    manager, view = manager_over(tier, events=role == "events")
     try:
-        found = {"store": stored, "load": loaded, "miss": missed}[role](manager, view)
+        roles = {"store": stored, "load": loaded, "miss": missed, "events": published}
+        found = roles[role](manager, view)
         replies.write(json.dumps(found) + "\n")
         replies.flush()
     finally:
@@ -30,7 +32,7 @@ def main() -> None:
         manager.shutdown()
 
 
-def manager_over(tier: dict[str, Any]) -> tuple[Any, Any]:
+def manager_over(tier: dict[str, Any], *, events: bool) -> tuple[Any, Any]:
     """Return what vLLM's scheduler has: spec, CPU tier and ours behind it."""
     from vllm.v1.kv_offload.config import (
         OffloadingCacheConfig,
@@ -44,7 +46,7 @@ def manager_over(tier: dict[str, Any]) -> tuple[Any, Any]:
     extra = {"cpu_bytes_to_use": CHUNKS * ROW, "secondary_tiers": [tier]}
     config = OffloadingConfig(
         groups=(OffloadingGroupConfig(32, ("layer.0",), 0),),
-        worker_kv_bytes_per_block=ROW, enable_kv_cache_events=False, extra_config=extra,
+        worker_kv_bytes_per_block=ROW, enable_kv_cache_events=events, extra_config=extra,
         engine_id=f"test-{os.getpid()}", model=OffloadingModelConfig("model", "bfloat16"),
         cache=OffloadingCacheConfig(32, 1),
         parallel=OffloadingParallelConfig(0, 1, 1, 1, 1, 1, 0, 1, None, True),
@@ -113,6 +115,43 @@ def loaded(manager: Any, view: Any) -> dict[str, Any]:
     ]
     manager.complete_load(keys(), request)
     return {"first": first, "whole": whole, "seconds": seconds}
+
+
+def published(manager: Any, view: Any) -> dict[str, Any]:
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.events import (
+        OffloadingEventsTracker,
+    )
+    from vllm.v1.kv_offload.base import OffloadingKVEventsConfig
+
+    from kvstore.client.blocking import Client
+    from kvstore.core.names import Namespace, NamespaceKind
+
+    tracker = OffloadingEventsTracker(OffloadingKVEventsConfig(True, False))
+    told: list[Any] = []
+
+    def heard(kind: str) -> int:
+        told.extend(one for one in tracker.take_events(manager.take_events()) if one.ownership)
+        return sum(len(one.block_hashes) for one in told if type(one).__name__ == kind)
+
+    stored(manager, view)
+    until(manager, lambda: heard("BlockStored") == len(keys()))
+    removed_before = heard("BlockRemoved")
+    other = Namespace(weights_digest="any", kv_dtype="bf16", layers=1, kv_heads=1, head_dim=1,
+                      kind=NamespaceKind.OPAQUE)  # fmt: skip
+    where = json.loads(sys.argv[2])["run_dir"]
+    with Client.connect(where, namespace=other, payload_bytes=ROW, shares=1) as client:
+        client.clear(everything=True)
+    seconds = until(manager, lambda: heard("BlockRemoved") == len(keys()))
+    hashes = {
+        kind: {block for one in told if type(one).__name__ == kind for block in one.block_hashes}
+        for kind in ("BlockStored", "BlockRemoved")
+    }
+    return {
+        "removed_before": removed_before,
+        "same": hashes["BlockStored"] == hashes["BlockRemoved"],
+        "places": sorted({(one.medium, one.locality, one.ownership) for one in told}),
+        "seconds": seconds,
+    }
 
 
 def missed(manager: Any, view: Any) -> dict[str, Any]:

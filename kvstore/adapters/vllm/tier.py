@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 import numpy as np
 import vllm  # pyright: ignore[reportMissingImports]
 from vllm.v1.kv_offload.base import (  # pyright: ignore[reportMissingImports]
+    Locality,
     LookupResult,
     Medium,
+    OffloadingEvent,
     RequestOffloadingContext,
 )
 from vllm.v1.kv_offload.tiering.base import (  # pyright: ignore[reportMissingImports]
@@ -16,6 +18,7 @@ from vllm.v1.kv_offload.tiering.base import (  # pyright: ignore[reportMissingIm
 )
 
 from kvstore.adapters.opaque import OpaqueBlocks, Piece
+from kvstore.adapters.vllm.tier_events import TierEvents
 from kvstore.adapters.vllm.tier_jobs import TierJobs
 from kvstore.adapters.vllm.tier_settings import read_tier_settings, tier_namespace
 from kvstore.adapters.vllm.versions import check_engine
@@ -47,7 +50,9 @@ class KvStoreTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where 
         namespace = tier_namespace(offloading_spec.config, settings, self._row_bytes)
         blocks = OpaqueBlocks(settings.address, namespace, self._row_bytes)
         blocks.connect()
-        self._jobs = TierJobs(blocks, threads=settings.threads)
+        wanted = offloading_spec.kv_events_config.enable_kv_cache_events
+        events = TierEvents(blocks.publisher) if wanted else None
+        self._jobs = TierJobs(blocks, threads=settings.threads, events=events)
 
     def on_new_request(self, req_context: Any) -> Any:
         """Take new chunks only: what was found came from here or is here already."""
@@ -86,6 +91,20 @@ class KvStoreTier(SecondaryTierManager):  # type: ignore[misc]  # untyped where 
                 transfer_bytes=done.moved_bytes,
             )
             for done in self._jobs.finished()
+        ]
+
+    def take_events(self) -> Iterable[Any]:
+        """Return what the node holds of ours since the last time, and what no longer."""
+        return [
+            OffloadingEvent(
+                keys=list(told.keys),
+                medium=self.medium,
+                removed=told.removed,
+                locality=Locality.LOCAL,
+                ownership=self.tier_type,
+                removal_expected=True,
+            )
+            for told in self._jobs.told()
         ]
 
     def has_pending_work(self) -> bool:

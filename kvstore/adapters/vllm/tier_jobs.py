@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 from kvstore.adapters.opaque import Block, OpaqueBlocks, adapter_metrics, load_scattered
+from kvstore.adapters.vllm.tier_events import TierEvents, Told
 from kvstore.adapters.vllm.tier_settings import tier_name
 
 _LOG: Final = logging.getLogger(__name__)
@@ -37,8 +38,12 @@ class Done(NamedTuple):
 class TierJobs:
     """Over the blocks of one engine. Everything returns at once but `drain` and `close`."""
 
-    def __init__(self, blocks: OpaqueBlocks, *, threads: int) -> None:
+    def __init__(
+        self, blocks: OpaqueBlocks, *, threads: int, events: TierEvents | None = None
+    ) -> None:
+        """`events` hears which chunks were stored; None: nobody wants to know."""
         self._blocks = blocks
+        self._events = events
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="kvstore-tier")
         # Questions overtake copies: a request waits for its verdict, and nobody for a store.
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="kvstore-tier-ask")
@@ -82,7 +87,18 @@ class TierJobs:
     def store(self, job: int, keys: Sequence[bytes], chunks: Sequence[Block]) -> None:
         """Store chunks from memory that stays as it is until the job is done."""
         names = [tier_name(key) for key in keys]
-        self._submit(job, keys, lambda: self._blocks.store(names, chunks))
+
+        def work() -> list[bool]:
+            done = self._blocks.store(names, chunks)
+            if self._events is not None:
+                self._events.stored([key for key, here in zip(keys, done, strict=True) if here])
+            return done
+
+        self._submit(job, keys, work)
+
+    def told(self) -> list[Told]:
+        """Return which chunks the node holds now and which no longer, since the last time."""
+        return self._events.take() if self._events is not None else []
 
     def load(self, job: int, request: str, keys: Sequence[bytes], chunks: Sequence[Block]) -> None:
         """Load chunks into memory; those that failed are misses for the request from then on."""
@@ -118,6 +134,8 @@ class TierJobs:
         """Wait for what runs and end the session. Harmless when repeated."""
         self._asking.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True)
+        if self._events is not None:
+            self._events.close()
         self._blocks.close()
 
     def _refuse(self) -> None:
