@@ -25,7 +25,8 @@ from kvstore.directory.events import (
     Marked,
     TierKind,
 )
-from kvstore.directory.places import BlockIndex, Place
+from kvstore.directory.place import Place
+from kvstore.directory.places import BlockIndex
 
 DEFAULT_MAX_BLOCKS: Final = 16_000_000
 """Blocks in one view: about 2 GB. Beyond it new blocks are left out and matches promise less."""
@@ -106,7 +107,7 @@ class Reach:
     """All places of those tiers, without its own pages."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Held:
     """Prefix lengths in blocks, as far as the view knows."""
 
@@ -132,6 +133,9 @@ class ClusterView:
         self._suspect_after_ms = suspect_after_ms
         self._index = BlockIndex(max_blocks=max_blocks)
         self._publishers: dict[str, PublisherView] = {}
+        self._asked: list[Reach] = []
+        self._masks: tuple[int, ...] = ()
+        """Sets of places of the reaches asked for last."""
         self.version = 0
         """Changes whenever a publisher comes, goes or begins anew."""
 
@@ -192,11 +196,12 @@ class ClusterView:
 
     def match(self, root: Root, names: Sequence[BlockName], reaches: Sequence[Reach]) -> list[Held]:
         """Return the prefix that each reach holds, in blocks of `names`; a hint."""
-        masks = {reach.own for reach in reaches}
-        masks.update([bits for reach in reaches for _, bits in reach.levels])
-        masks.update([reach.below for reach in reaches])
-        found = self._index.match(root, names, masks)
-        return [_held(reach, found) for reach in reaches]
+        if reaches != self._asked:  # mostly the very same objects as the last time
+            masks = {reach.own for reach in reaches}
+            masks.update([bits for reach in reaches for _, bits in reach.levels])
+            masks.update([reach.below for reach in reaches])
+            self._asked, self._masks = list(reaches), tuple(masks)
+        return _held(reaches, self._index.match(root, names, self._masks))
 
     def places_of(self, root: Root, name: BlockName) -> int:
         """Return the bits of the places that hold one block, as in `PublisherView.tier_bits`."""
@@ -304,11 +309,25 @@ def reach_over(known: PublisherView | None, tiers: Sequence[tuple[TierKind, int]
     return Reach(own, tuple(levels), below)
 
 
-def _held(reach: Reach, found: dict[int, int]) -> Held:
-    """Return what a reach holds, given what each set of places does."""
+def _held(reaches: Sequence[Reach], found: dict[int, int]) -> list[Held]:
+    """Return what each reach holds, given what each set of places does."""
+    held: list[Held] = []
+    plain: dict[tuple[int, int], Held] = {}
+    for reach in reaches:
+        own, below, levels = found[reach.own], found[reach.below], reach.levels
+        if levels and found[levels[-1][1]] > own:
+            held.append(_with_levels(reach, found))
+            continue
+        # As most do: their host adds nothing. And most of those hold the same.
+        same = plain.get((own, below))
+        if same is None:
+            same = plain[own, below] = Held(own, own, (), below)
+        held.append(same)
+    return held
+
+
+def _with_levels(reach: Reach, found: dict[int, int]) -> Held:
     most = own = found[reach.own]
-    if not reach.levels or found[reach.levels[-1][1]] <= own:
-        return Held(own, own, (), found[reach.below])  # as most do: their host adds nothing
     levels: list[tuple[TierKind, int]] = []
     for tier, bits in reach.levels:
         if found[bits] > most:
