@@ -33,7 +33,8 @@ SHARDS: Final = 64
 would make events cheaper, which touch a place in memory for each (docs/router.md)."""
 
 ROOT_BLOCKS: Final = 64
-"""What the empty dicts of a root take, in blocks (about 6.5 kB): roots are no way round the bound."""
+"""What the empty dicts of a root take, in blocks (about 6.5 kB), so that many roots keep to the
+bound as well."""
 
 MANY_NAMES: Final = 16
 """From so many names on calls for all of them cost less than a loop."""
