@@ -8,7 +8,7 @@ import numpy as np
 from kvstore.core.limits import NAME_BYTES
 from kvstore.directory.policy import block_key
 
-FOLD_BYTES: Final = 32_768
+FOLD_NAMES: Final = 1_024
 """Names of a place that wait for their digest: nobody asks between two marks, and a thousand folded
 together cost what ten do."""
 
@@ -22,15 +22,18 @@ class Place:
     partial: bool = False
     """Blocks were left out because the index is full: the digest cannot be compared."""
     _xor: int = 0
-    _unfolded: bytearray = field(default_factory=bytearray)
+    _unfolded: list[bytes] = field(default_factory=list)
+    _waiting: int = 0
+    """Names in `_unfolded`."""
 
     @property
     def xor_keys(self) -> int:
         """Xor over `block_key` of every block."""
         if self._unfolded:
-            words = np.frombuffer(bytes(self._unfolded), "<u8")[:: NAME_BYTES // 8]
+            words = np.frombuffer(b"".join(self._unfolded), "<u8")[:: NAME_BYTES // 8]
             self._xor ^= int(np.bitwise_xor.reduce(words))
             self._unfolded.clear()
+            self._waiting = 0
         return self._xor
 
     def came(self, root: bytes, packed: bytes, count: int) -> None:
@@ -47,6 +50,7 @@ class Place:
     def _turn(self, root: bytes, packed: bytes, count: int) -> None:
         if count % 2:
             self._xor ^= block_key(root, b"")
-        self._unfolded += packed
-        if len(self._unfolded) > FOLD_BYTES:
+        self._unfolded.append(packed)
+        self._waiting += count
+        if self._waiting > FOLD_NAMES:
             assert self.xor_keys >= 0

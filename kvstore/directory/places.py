@@ -11,12 +11,10 @@ Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1
 `SHARDS` of them for each root, by the first byte of the name.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import countOf
 from struct import Struct
+from sys import getrefcount
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -112,37 +110,30 @@ class _Table:
                 low, at_low = middle, held
             answers.update(dict.fromkeys(group, low))
 
-
-class _Batch:
-    """Blocks of one event, cut and with the dict of each."""
-
-    __slots__ = ("names", "packed", "root", "shards", "table")
-
-    def __init__(self, root: bytes, names: Sequence[bytes], table: _Table) -> None:
-        self.root = root
-        self.table = table
-        if isinstance(names, PackedNames):
-            self.packed = names.packed
-            count = len(self.packed) // NAME_BYTES
-            self.names: Sequence[bytes] = (
-                _CUTS[count](self.packed)
-                if count < len(_CUTS)
-                else np.frombuffer(self.packed, f"V{NAME_BYTES}").tolist()
-            )
-        else:
-            self.names, self.packed = names, b"".join(names)
-        self.shards = [*map(table.by_first_byte.__getitem__, self.packed[::NAME_BYTES])]
-
-    def alike(self) -> int | None:
+    def alike(self, names: Sequence[bytes]) -> int | None:
         """Return the places of all these blocks; None where they differ or one comes twice."""
-        held = set(map(dict.get, self.shards, self.names, repeat(0)))
-        if len(held) != 1 or len(set(self.names)) != len(self.names):
+        shards = self.by_first_byte
+        held = {shards[name[0]].get(name, 0) for name in names}
+        if len(held) != 1 or len(set(names)) != len(names):
             return None
         return held.pop()
 
-    def put(self, places: int) -> None:
+    def put(self, names: Sequence[bytes], places: int) -> None:
         """Let all these blocks lie in `places`."""
-        deque(map(dict.__setitem__, self.shards, self.names, repeat(places)), maxlen=0)
+        shards = self.by_first_byte
+        for name in names:
+            shards[name[0]][name] = places
+
+
+def _cut(names: Sequence[bytes]) -> tuple[Sequence[bytes], bytes]:
+    """Return names one by one, and in one piece."""
+    if not isinstance(names, PackedNames):
+        return names, b"".join(names)
+    packed = names.packed
+    count = len(packed) // NAME_BYTES
+    if count < len(_CUTS):
+        return _CUTS[count](packed), packed
+    return np.frombuffer(packed, f"V{NAME_BYTES}").tolist(), packed
 
 
 @dataclass(slots=True)
@@ -223,41 +214,49 @@ class BlockIndex:
                 place.partial = True
                 return
             table = self._tables[root] = _Table()
-        batch = _Batch(root, names, table)
-        many = MANY_NAMES <= len(batch.names) <= room
-        if many and batch.names[0] not in batch.shards[0]:
-            self._add_new(place, batch)
-        elif many and (held := batch.alike()):
+        cut, packed = _cut(names)
+        many = MANY_NAMES <= len(cut) <= room
+        if many and cut[0] not in table.by_first_byte[cut[0][0]]:
+            self._add_new(place, root, table, cut, packed)
+        elif many and (held := table.alike(cut)):
             if not held & place.bit:
-                batch.put(self._intern(held | place.bit))
-                place.came(root, batch.packed, len(batch.names))
+                table.put(cut, self._intern(held | place.bit))
+                place.came(root, packed, len(cut))
         else:
-            self._add_each(place, batch, room)
+            self._add_each(place, root, table, cut, room)
 
-    def _add_new(self, place: Place, batch: _Batch) -> None:
+    def _add_new(
+        self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], packed: bytes
+    ) -> None:
         """Add blocks that are probably all unknown: one look at each tells and sets."""
-        names, table = batch.names, batch.table
+        shards, many = table.by_first_byte, len(names)
         fresh = place.bit ^ 0  # another object than any in the index (`FIRST_BIT`)
-        found = [*map(dict.setdefault, batch.shards, names, repeat(fresh))]
-        added = sum(map(len, table.shards)) - table.blocks
-        table.blocks += added
-        self._blocks += added
-        if added == len(names):
-            place.came(batch.root, batch.packed, added)
+        unused = getrefcount(fresh)
+        found = [shards[name[0]].setdefault(name, fresh) for name in names]
+        # A new block holds `fresh` and has found it; any other has or does one of them at most.
+        # Where the count is not that, the tables are: 64 lengths, a tenth of the cost of an event.
+        if getrefcount(fresh) - unused == 2 * many:
+            self._count(root, table, many)
+            place.came(root, packed, many)
             return
+        self._count(root, table, sum(map(len, table.shards)) - table.blocks)
         came: dict[bytes, None] = {}  # a set in order
-        for name, shard, held in zip(names, batch.shards, found, strict=True):
+        for name, held in zip(names, found, strict=True):
             if held is not fresh:
+                shard = shards[name[0]]
                 now = shard[name]  # `held` is older where a name comes twice
                 if now & place.bit:
                     continue
                 shard[name] = self._intern(now | place.bit)
             came[name] = None
-        place.came(batch.root, b"".join(came), len(came))
+        place.came(root, b"".join(came), len(came))
 
-    def _add_each(self, place: Place, batch: _Batch, room: int) -> None:
-        bit, came, new = place.bit, list[bytes](), 0
-        for name, shard in zip(batch.names, batch.shards, strict=True):
+    def _add_each(
+        self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], room: int
+    ) -> None:
+        shards, bit, came, new = table.by_first_byte, place.bit, list[bytes](), 0
+        for name in names:
+            shard = shards[name[0]]
             held = shard.get(name, 0)
             if held & bit:
                 continue
@@ -268,39 +267,41 @@ class BlockIndex:
                 new += 1
             shard[name] = self._intern(held | bit)
             came.append(name)
-        self._count(batch.root, batch.table, new)
-        place.came(batch.root, b"".join(came), len(came))
+        self._count(root, table, new)
+        place.came(root, b"".join(came), len(came))
 
     def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` no longer holds these blocks; unknown ones change nothing."""
         table = self._tables.get(root)
         if table is None:
             return
-        batch = _Batch(root, names, table)
-        many = len(batch.names) >= MANY_NAMES
-        held = batch.shards[0].get(batch.names[0], 0) if many else 0
-        if held & ~place.bit and (held := batch.alike() or 0) & place.bit:
-            batch.put(self._intern(held & ~place.bit))
-            place.went(root, batch.packed, len(batch.names))
+        cut, packed = _cut(names)
+        many = len(cut) >= MANY_NAMES
+        held = table.by_first_byte[cut[0][0]].get(cut[0], 0) if many else 0
+        if held & ~place.bit and (held := table.alike(cut) or 0) & place.bit:
+            table.put(cut, self._intern(held & ~place.bit))
+            place.went(root, packed, len(cut))
         else:
-            self._discard_each(place, batch)
+            self._discard_each(place, root, table, cut, packed)
 
-    def _discard_each(self, place: Place, batch: _Batch) -> None:
+    def _discard_each(
+        self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], packed: bytes
+    ) -> None:
         """Take blocks out that probably lie nowhere else, and put back those that do."""
-        bit, names = place.bit, batch.names
-        found = [*map(dict.pop, batch.shards, names, repeat(0))]
-        gone = countOf(found, bit)
+        shards, bit = table.by_first_byte, place.bit
+        found = [shards[name[0]].pop(name, 0) for name in names]
+        gone = found.count(bit)
         if gone == len(names):
-            place.went(batch.root, batch.packed, gone)
+            place.went(root, packed, gone)
         else:
             went: list[bytes] = []
-            for name, shard, held in zip(names, batch.shards, found, strict=True):
+            for name, held in zip(names, found, strict=True):
                 if held & bit:
                     went.append(name)
                 if held & ~bit:
-                    shard[name] = self._intern(held & ~bit)
-            place.went(batch.root, b"".join(went), len(went))
-        self._count(batch.root, batch.table, -gone)
+                    shards[name[0]][name] = self._intern(held & ~bit)
+            place.went(root, b"".join(went), len(went))
+        self._count(root, table, -gone)
 
     def _count(self, root: bytes, table: _Table, change: int) -> None:
         """Count blocks that came or, below 0, went; a root without blocks is forgotten."""
