@@ -7,8 +7,8 @@ nothing to look one up, and two blocks are never taken for one. Replacing a whol
 bit is retired at once and cleaned out of the entries by `sweep`, a bounded step at a time, so that
 a publisher of a million blocks that comes back never stops the process that keeps the view.
 
-Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1.4 M, so there are
-`SHARDS` of them for each root, by the first byte of the name.
+Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1.4 M, so there is
+one for each first byte of a name, in each root.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,13 +26,13 @@ from kvstore.directory.place import Place
 MAX_INTERNED: Final = 65_536
 """Distinct place sets kept for sharing; beyond it sharing starts anew, nothing else changes."""
 
-SHARDS: Final = 64
-"""More would stop for less: one of 64 grows in about 1 ms at 2 M blocks, in 10 ms at 16 M. Fewer
-would make events cheaper, which touch a place in memory for each (docs/router.md)."""
+FIRST_BYTES: Final = 256
+"""So many dicts: one grows in 0.3 ms at 2 M blocks under a root, in 3 ms at 16 M. With 64 it was
+more than 2 ms at 2 M, which decisions of a router that learns had to wait for (docs/router.md)."""
 
-ROOT_BLOCKS: Final = 64
-"""What the empty dicts of a root take, in blocks (about 6.5 kB), so that many roots keep to the
-bound as well."""
+ROOT_BLOCKS: Final = 600
+"""What the dicts of a root take while they are nearly empty, in blocks (about 60 kB), so that many
+roots keep to the bound as well."""
 
 MANY_NAMES: Final = 16
 """From so many names on calls for all of them cost less than a loop."""
@@ -79,18 +79,18 @@ class _Span(NamedTuple):
 class _Table:
     """The blocks of one root."""
 
-    __slots__ = ("blocks", "by_first_byte", "shards")
+    __slots__ = ("blocks", "shards")
 
     def __init__(self) -> None:
         self.blocks = 0
-        self.shards: list[dict[bytes, int]] = [{} for _ in range(SHARDS)]
-        self.by_first_byte = tuple(self.shards[byte % SHARDS] for byte in range(256))
+        self.shards: list[dict[bytes, int]] = [{} for _ in range(FIRST_BYTES)]
+        """By the first byte of the name."""
 
     def halve(
         self, span: _Span, names: Sequence[bytes], live: int, answers: dict[int, int]
     ) -> None:
         """Find where each reach of a span ends; they part where one holds what another lacks."""
-        pending, shards = [span], self.by_first_byte
+        pending, shards = [span], self.shards
         while pending:
             low, high, at_low, at_high, group = pending.pop()
             while high - low > 1:
@@ -112,7 +112,7 @@ class _Table:
 
     def alike(self, names: Sequence[bytes]) -> int | None:
         """Return the places of all these blocks; None where they differ or one comes twice."""
-        shards = self.by_first_byte
+        shards = self.shards
         held = {shards[name[0]].get(name, 0) for name in names}
         if len(held) != 1 or len(set(names)) != len(names):
             return None
@@ -120,7 +120,7 @@ class _Table:
 
     def put(self, names: Sequence[bytes], places: int) -> None:
         """Let all these blocks lie in `places`."""
-        shards = self.by_first_byte
+        shards = self.shards
         for name in names:
             shards[name[0]][name] = places
 
@@ -188,7 +188,7 @@ class BlockIndex:
     def places_of(self, root: bytes, name: bytes) -> int:
         """Return the bits of the live places that hold a block."""
         table = self._tables.get(root)
-        return table.by_first_byte[name[0]].get(name, 0) & ~self._retired if table else 0
+        return table.shards[name[0]].get(name, 0) & ~self._retired if table else 0
 
     def new_place(self) -> Place:
         """Return an empty place with a bit of its own."""
@@ -216,7 +216,7 @@ class BlockIndex:
             table = self._tables[root] = _Table()
         cut, packed = _cut(names)
         many = MANY_NAMES <= len(cut) <= room
-        if many and cut[0] not in table.by_first_byte[cut[0][0]]:
+        if many and cut[0] not in table.shards[cut[0][0]]:
             self._add_new(place, root, table, cut, packed)
         elif many and (held := table.alike(cut)):
             if not held & place.bit:
@@ -229,12 +229,12 @@ class BlockIndex:
         self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], packed: bytes
     ) -> None:
         """Add blocks that are probably all unknown: one look at each tells and sets."""
-        shards, many = table.by_first_byte, len(names)
+        shards, many = table.shards, len(names)
         fresh = place.bit ^ 0  # another object than any in the index (`FIRST_BIT`)
         unused = getrefcount(fresh)
         found = [shards[name[0]].setdefault(name, fresh) for name in names]
         # A new block holds `fresh` and has found it; any other has or does one of them at most.
-        # Where the count is not that, the tables are: 64 lengths, a tenth of the cost of an event.
+        # Where the count is not that, the tables are: 256 lengths, a third of the cost of an event.
         if getrefcount(fresh) - unused == 2 * many:
             self._count(root, table, many)
             place.came(root, packed, many)
@@ -254,7 +254,7 @@ class BlockIndex:
     def _add_each(
         self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], room: int
     ) -> None:
-        shards, bit, came, new = table.by_first_byte, place.bit, list[bytes](), 0
+        shards, bit, came, new = table.shards, place.bit, list[bytes](), 0
         for name in names:
             shard = shards[name[0]]
             held = shard.get(name, 0)
@@ -277,7 +277,7 @@ class BlockIndex:
             return
         cut, packed = _cut(names)
         many = len(cut) >= MANY_NAMES
-        held = table.by_first_byte[cut[0][0]].get(cut[0], 0) if many else 0
+        held = table.shards[cut[0][0]].get(cut[0], 0) if many else 0
         if held & ~place.bit and (held := table.alike(cut) or 0) & place.bit:
             table.put(cut, self._intern(held & ~place.bit))
             place.went(root, packed, len(cut))
@@ -288,7 +288,7 @@ class BlockIndex:
         self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], packed: bytes
     ) -> None:
         """Take blocks out that probably lie nowhere else, and put back those that do."""
-        shards, bit = table.by_first_byte, place.bit
+        shards, bit = table.shards, place.bit
         found = [shards[name[0]].pop(name, 0) for name in names]
         gone = found.count(bit)
         if gone == len(names):
@@ -326,7 +326,7 @@ class BlockIndex:
         table = self._tables.get(root)
         if not length or table is None:
             return answers
-        shards, live, first = table.by_first_byte, ~self._retired, names[0]
+        shards, live, first = table.shards, ~self._retired, names[0]
         at_first = shards[first[0]].get(first, 0) & live
         alive = [reach for reach in answers if at_first & reach]
         if not alive:
