@@ -25,6 +25,7 @@ from kvstore.directory.events import (
     Marked,
     TierKind,
 )
+from kvstore.directory.holes import Holes
 from kvstore.directory.place import Place
 from kvstore.directory.places import BlockIndex
 
@@ -132,6 +133,7 @@ class ClusterView:
     ) -> None:
         self._suspect_after_ms = suspect_after_ms
         self._index = BlockIndex(max_blocks=max_blocks)
+        self._holes = Holes()
         self._publishers: dict[str, PublisherView] = {}
         self._asked: list[Reach] = []
         self._masks: tuple[int, ...] = ()
@@ -195,13 +197,33 @@ class ClusterView:
         return [(tier, bits[tier]) for tier in HOST_TIERS if tier in bits]
 
     def match(self, root: Root, names: Sequence[BlockName], reaches: Sequence[Reach]) -> list[Held]:
-        """Return the prefix that each reach holds, in blocks of `names`; a hint."""
+        """Return the prefix that each reach holds, in blocks of `names`; a hint.
+
+        Of what the view knows it promises too much where blocks are missing in the middle, never
+        too little, and no longer too much once `ended` told where the prefix ends.
+        """
         if reaches != self._asked:  # mostly the very same objects as the last time
             masks = {reach.own for reach in reaches}
             masks.update([bits for reach in reaches for _, bits in reach.levels])
             masks.update([reach.below for reach in reaches])
             self._asked, self._masks = list(reaches), tuple(masks)
-        return _held(reaches, self._index.match(root, names, self._masks))
+        found = self._index.match(root, names, self._masks)
+        for position in self._holes.within(root, names) if self._holes else ():
+            held = self._index.places_of(root, names[position])
+            for places, blocks in found.items():
+                if blocks > position and not held & places:
+                    found[places] = position
+        return _held(reaches, found)
+
+    def ended(self, places: int, root: Root, names: Sequence[BlockName], blocks: int) -> bool:
+        """Note that a prefix in `places` had so many blocks only, where a match promised more.
+
+        Returns whether the view knew better: it does not believe that the next block is there.
+        """
+        if blocks >= len(names) or self._index.places_of(root, names[blocks]) & places:
+            return False
+        self._holes.note(root, names, blocks)
+        return True
 
     def places_of(self, root: Root, name: BlockName) -> int:
         """Return the bits of the places that hold one block, as in `PublisherView.tier_bits`."""

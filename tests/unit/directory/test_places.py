@@ -212,7 +212,7 @@ def test_known_blocks_after_an_unknown_first_one_are_not_counted_again() -> None
 
 @pytest.mark.parametrize("known", ["none", "one of another", "one of its own", "one twice"])
 def test_new_blocks_are_counted_without_asking_every_table(known: str) -> None:
-    """Only an event that tells of a known block as well asks: 256 lengths each time cost a third."""
+    """Only an event that tells of known blocks as well asks: 256 lengths cost a third of it."""
     index = BlockIndex(max_blocks=1_000)
     place, other = index.new_place(), index.new_place()
     index.add(place if known == "one of its own" else other, ROOT, names(1))
