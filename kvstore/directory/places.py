@@ -27,8 +27,8 @@ MAX_INTERNED: Final = 65_536
 """Distinct place sets kept for sharing; beyond it sharing starts anew, nothing else changes."""
 
 FIRST_BYTES: Final = 256
-"""So many dicts: one grows in 0.3 ms at 2 M blocks under a root, in 3 ms at 16 M. With 64 it was
-more than 2 ms at 2 M, which decisions of a router that learns had to wait for (docs/router.md)."""
+"""So many dicts: one grows in 0.6 ms at 2 M blocks under a root, in some 5 ms at 16 M. With 64 it
+was 2.3 ms at 2 M, which decisions of a router that learns had to wait for (docs/router.md)."""
 
 ROOT_BLOCKS: Final = 600
 """What the dicts of a root take while they are nearly empty, in blocks (about 60 kB), so that many
