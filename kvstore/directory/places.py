@@ -1,53 +1,48 @@
-"""Blocks to places: dicts from 64-bit block keys to interned bit sets.
+"""Blocks to places: dicts from names to bit sets, some for each root.
 
 A *place* is one tier of one publisher at one snapshot, and owns one bit. A block's places are one
-integer shared by all blocks that lie in the same places, so an entry costs a dict slot and an int
-key (about 80 bytes). Replacing a whole place is O(1): its bit is retired at once and cleaned out
-of the entries by `sweep`, a bounded step at a time, so that a publisher of a million blocks that
-comes back never stops the process that keeps the view.
+integer shared by the blocks of one event or of the same places, so an entry costs a dict slot and
+its name (about 105 bytes). Names are the keys as they come: they know their hash, so a match makes
+nothing to look one up, and two blocks are never taken for one. Replacing a whole place is O(1): its
+bit is retired at once and cleaned out of the entries by `sweep`, a bounded step at a time, so that
+a publisher of a million blocks that comes back never stops the process that keeps the view.
 
-Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1.4 M, so there are
-`SHARDS` of them, by the first byte of the name.
+Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1.4 M, so there is
+one for each first byte of a name, in each root.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from itertools import repeat
-from operator import xor
 from struct import Struct
+from sys import getrefcount
 from typing import Final, NamedTuple
 
 import numpy as np
 
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.names import PackedNames
-from kvstore.directory.policy import block_key
+from kvstore.directory.place import Place
 
 MAX_INTERNED: Final = 65_536
 """Distinct place sets kept for sharing; beyond it sharing starts anew, nothing else changes."""
 
+FIRST_BYTES: Final = 256
+"""So many dicts: one grows in 0.6 ms at 2 M blocks under a root, in some 5 ms at 16 M. With 64 it
+was 2.3 ms at 2 M, which decisions of a router that learns had to wait for (docs/router.md)."""
 
-SHARDS: Final = 64
-"""More would stop for less: one of 64 grows in about 1 ms at 2 M blocks, in 10 ms at 16 M. Fewer
-would make events cheaper, which touch a place in memory for each (docs/router.md)."""
+ROOT_BLOCKS: Final = 600
+"""What the dicts of a root take while they are nearly empty, in blocks (about 60 kB), so that many
+roots keep to the bound as well."""
 
 MANY_NAMES: Final = 16
-"""From so many names on an array costs less than a loop."""
+"""From so many names on calls for all of them cost less than a loop."""
 
-_FIRST_64_BITS: Final = Struct(f"<Q{NAME_BYTES - 8}x").iter_unpack
+FIRST_BIT: Final = 9
+"""Bit of the first place. Python keeps one object of each integer up to 256; above, the integer
+made for an event is an object of its own, by which its new blocks are told from known ones."""
 
-
-@dataclass(slots=True)
-class Place:
-    """One tier of one publisher: its bit, and the digest of what is known to lie there."""
-
-    bit: int
-    count: int = 0
-    xor_keys: int = 0
-    partial: bool = False
-    """Blocks were left out because the index is full: the digest cannot be compared."""
+_CUTS: Final = tuple(Struct(f"{NAME_BYTES}s" * names).unpack for names in range(65))
+"""Cut short runs of names in half the time that an array takes."""
 
 
 def longest_prefix(has: Callable[[int], bool], length: int) -> int:
@@ -70,16 +65,6 @@ def longest_prefix(has: Callable[[int], bool], length: int) -> int:
     return known
 
 
-def _keys(root: bytes, packed: bytes) -> list[int]:
-    """Return `block_key` of every name. Unpacked together: a third of the cost of one by one."""
-    under = block_key(root, b"")
-    if len(packed) < MANY_NAMES * NAME_BYTES:
-        return [key ^ under for (key,) in _FIRST_64_BITS(packed)]
-    words = np.frombuffer(packed, "<u8")[:: NAME_BYTES // 8]
-    keys: list[int] = (words ^ np.uint64(under)).tolist()
-    return keys
-
-
 class _Span(NamedTuple):
     """Reaches that hold some block of `low` blocks' end and lack the one of `high`."""
 
@@ -91,26 +76,64 @@ class _Span(NamedTuple):
     group: list[int]
 
 
-def _halve(span: _Span, held_at: Callable[[int], int], answers: dict[int, int]) -> None:
-    """Find where each reach of a span ends; reaches part where one holds what another lacks."""
-    pending = [span]
-    while pending:
-        low, high, at_low, at_high, group = pending.pop()
-        while high - low > 1:
-            middle = (low + high) // 2
-            held = held_at(middle)
-            if held == at_low:
-                low = middle
-                continue
-            lacking = group if held == at_high else [reach for reach in group if not held & reach]
-            if len(lacking) == len(group):
-                high, at_high = middle, held
-                continue
-            if lacking:
-                pending.append(_Span(low, middle, at_low, held, lacking))
-                group = [reach for reach in group if held & reach]
-            low, at_low = middle, held
-        answers.update(dict.fromkeys(group, low))
+class _Table:
+    """The blocks of one root."""
+
+    __slots__ = ("blocks", "shards")
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.shards: list[dict[bytes, int]] = [{} for _ in range(FIRST_BYTES)]
+        """By the first byte of the name."""
+
+    def halve(
+        self, span: _Span, names: Sequence[bytes], live: int, answers: dict[int, int]
+    ) -> None:
+        """Find where each reach of a span ends; they part where one holds what another lacks."""
+        pending, shards = [span], self.shards
+        while pending:
+            low, high, at_low, at_high, group = pending.pop()
+            while high - low > 1:
+                middle = (low + high) // 2
+                name = names[middle - 1]
+                held = shards[name[0]].get(name, 0) & live
+                if held == at_low:
+                    low = middle
+                    continue
+                lacks = group if held == at_high else [reach for reach in group if not held & reach]
+                if len(lacks) == len(group):
+                    high, at_high = middle, held
+                    continue
+                if lacks:
+                    pending.append(_Span(low, middle, at_low, held, lacks))
+                    group = [reach for reach in group if held & reach]
+                low, at_low = middle, held
+            answers.update(dict.fromkeys(group, low))
+
+    def alike(self, names: Sequence[bytes]) -> int | None:
+        """Return the places of all these blocks; None where they differ or one comes twice."""
+        shards = self.shards
+        held = {shards[name[0]].get(name, 0) for name in names}
+        if len(held) != 1 or len(set(names)) != len(names):
+            return None
+        return held.pop()
+
+    def put(self, names: Sequence[bytes], places: int) -> None:
+        """Let all these blocks lie in `places`."""
+        shards = self.shards
+        for name in names:
+            shards[name[0]][name] = places
+
+
+def _cut(names: Sequence[bytes]) -> tuple[Sequence[bytes], bytes]:
+    """Return names one by one, and in one piece."""
+    if not isinstance(names, PackedNames):
+        return names, b"".join(names)
+    packed = names.packed
+    count = len(packed) // NAME_BYTES
+    if count < len(_CUTS):
+        return _CUTS[count](packed), packed
+    return np.frombuffer(packed, f"V{NAME_BYTES}").tolist(), packed
 
 
 @dataclass(slots=True)
@@ -119,11 +142,29 @@ class _Sweep:
 
     places: int
     """What is cleaned out; 0 while none runs."""
-    shards: list[dict[int, int]]
+    roots: list[tuple[bytes, _Table]]
     """Not begun yet."""
-    shard: dict[int, int] = field(default_factory=dict)
-    keys: list[int] = field(default_factory=list)
+    root: bytes = b""
+    table: _Table = field(default_factory=_Table)
+    shards: list[dict[bytes, int]] = field(default_factory=list)
+    """Those of `table` not begun yet."""
+    shard: dict[bytes, int] = field(default_factory=dict)
+    keys: list[bytes] = field(default_factory=list)
     """Entries of `shard` still to be looked at."""
+
+    def next_keys(self, limit: int) -> list[bytes]:
+        """Return the next entries of one shard, at most `limit`; none where all were looked at."""
+        while not self.keys:
+            if not self.shards:
+                if not self.roots:
+                    return []
+                self.root, self.table = self.roots.pop()
+                self.shards = list(self.table.shards)
+            self.shard = self.shards.pop()
+            self.keys = list(self.shard)
+        batch = self.keys[-limit:]
+        del self.keys[-limit:]
+        return batch
 
 
 class BlockIndex:
@@ -132,14 +173,13 @@ class BlockIndex:
     def __init__(self, *, max_blocks: int) -> None:
         assert max_blocks > 0
         self._max_blocks = max_blocks
-        self._shards: list[dict[int, int]] = [{} for _ in range(SHARDS)]
-        self._by_first_byte = tuple(self._shards[byte % SHARDS] for byte in range(256))
+        self._tables: dict[bytes, _Table] = {}
         self._blocks = 0
         self._interned: dict[int, int] = {}
         self._free_bits: list[int] = []
-        self._next_bit = 0
+        self._next_bit = FIRST_BIT
         self._retired = 0
-        self._sweep = _Sweep(0, [])
+        self._sweep: _Sweep | None = None
 
     def __len__(self) -> int:
         """Return the number of blocks with at least one entry, retired places included."""
@@ -147,7 +187,8 @@ class BlockIndex:
 
     def places_of(self, root: bytes, name: bytes) -> int:
         """Return the bits of the live places that hold a block."""
-        return self._by_first_byte[name[0]].get(block_key(root, name), 0) & ~self._retired
+        table = self._tables.get(root)
+        return table.shards[name[0]].get(name, 0) & ~self._retired if table else 0
 
     def new_place(self) -> Place:
         """Return an empty place with a bit of its own."""
@@ -163,81 +204,114 @@ class BlockIndex:
 
     def add(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` holds these blocks; those known already change nothing."""
-        keys, shards, held = self._find(root, names)
         if len(self._interned) > MAX_INTERNED:
             self._interned.clear()
-        if held is None or self._blocks + len(keys) > self._max_blocks:
-            self._add_each(place, keys, shards)
-        elif not held & place.bit:
-            # All lie in the same places, mostly nowhere: no step in Python for each.
-            now = self._intern(held | place.bit)
-            deque(map(dict.__setitem__, shards, keys, repeat(now)), maxlen=0)
-            self._blocks += 0 if held else len(keys)
-            place.count += len(keys)
-            place.xor_keys ^= reduce(xor, keys, 0)
+        table = self._tables.get(root)
+        others = len(self._tables) - (table is not None)  # roots besides this one
+        room = self._max_blocks - self._blocks - ROOT_BLOCKS * others
+        if table is None:
+            if room <= 0:
+                place.partial = True
+                return
+            table = self._tables[root] = _Table()
+        cut, packed = _cut(names)
+        many = MANY_NAMES <= len(cut) <= room
+        if many and cut[0] not in table.shards[cut[0][0]]:
+            self._add_new(place, root, table, cut, packed)
+        elif many and (held := table.alike(cut)):
+            if not held & place.bit:
+                table.put(cut, self._intern(held | place.bit))
+                place.came(root, packed, len(cut))
+        else:
+            self._add_each(place, root, table, cut, room)
 
-    def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
-        """Note that `place` no longer holds these blocks; unknown ones change nothing."""
-        keys, shards, held = self._find(root, names)
-        if held is None:
-            self._discard_each(place, keys, shards)
-        elif held & place.bit:
-            now = self._intern(held & ~place.bit)
-            if now:
-                deque(map(dict.__setitem__, shards, keys, repeat(now)), maxlen=0)
-            else:
-                deque(map(dict.pop, shards, keys), maxlen=0)
-                self._blocks -= len(keys)
-            place.count -= len(keys)
-            place.xor_keys ^= reduce(xor, keys, 0)
+    def _add_new(
+        self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], packed: bytes
+    ) -> None:
+        """Add blocks that are probably all unknown: one look at each tells and sets."""
+        shards, many = table.shards, len(names)
+        fresh = place.bit ^ 0  # another object than any in the index (`FIRST_BIT`)
+        unused = getrefcount(fresh)
+        found = [shards[name[0]].setdefault(name, fresh) for name in names]
+        # A new block holds `fresh` and has found it; any other has or does one of them at most.
+        # Where the count is not that, the tables are: 256 lengths, a third of the cost of an event.
+        if getrefcount(fresh) - unused == 2 * many:
+            self._count(root, table, many)
+            place.came(root, packed, many)
+            return
+        self._count(root, table, sum(map(len, table.shards)) - table.blocks)
+        came: dict[bytes, None] = {}  # a set in order
+        for name, held in zip(names, found, strict=True):
+            if held is not fresh:
+                shard = shards[name[0]]
+                now = shard[name]  # `held` is older where a name comes twice
+                if now & place.bit:
+                    continue
+                shard[name] = self._intern(now | place.bit)
+            came[name] = None
+        place.came(root, b"".join(came), len(came))
 
-    def _find(
-        self, root: bytes, names: Sequence[bytes]
-    ) -> tuple[list[int], list[dict[int, int]], int | None]:
-        """Return keys and shards of blocks, and their places where all lie in the same ones."""
-        packed = names.packed if isinstance(names, PackedNames) else b"".join(names)
-        keys = _keys(root, packed)
-        shards = [*map(self._by_first_byte.__getitem__, packed[::NAME_BYTES])]
-        held = set(map(dict.get, shards, keys, repeat(0)))
-        if len(held) != 1 or len(set(keys)) != len(keys):
-            return keys, shards, None
-        return keys, shards, held.pop()
-
-    def _intern(self, places: int) -> int:
-        return self._interned.setdefault(places, places)
-
-    def _add_each(self, place: Place, keys: list[int], shards: list[dict[int, int]]) -> None:
-        bit, added, total = place.bit, 0, 0
-        room = self._max_blocks - self._blocks
-        for key, shard in zip(keys, shards, strict=True):
-            held = shard.get(key, 0)
+    def _add_each(
+        self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], room: int
+    ) -> None:
+        shards, bit, came, new = table.shards, place.bit, list[bytes](), 0
+        for name in names:
+            shard = shards[name[0]]
+            held = shard.get(name, 0)
             if held & bit:
                 continue
             if not held:
-                if room <= 0:
+                if new >= room:
                     place.partial = True
                     continue
-                room -= 1
-            shard[key] = self._intern(held | bit)
-            added += 1
-            total ^= key
-        self._blocks = self._max_blocks - room
-        place.count += added
-        place.xor_keys ^= total
+                new += 1
+            shard[name] = self._intern(held | bit)
+            came.append(name)
+        self._count(root, table, new)
+        place.came(root, b"".join(came), len(came))
 
-    def _discard_each(self, place: Place, keys: list[int], shards: list[dict[int, int]]) -> None:
-        bit = place.bit
-        for key, shard in zip(keys, shards, strict=True):
-            held = shard.get(key, 0)
-            if held == bit:
-                del shard[key]
-                self._blocks -= 1
-            elif held & bit:
-                shard[key] = self._intern(held & ~bit)
-            else:
-                continue
-            place.count -= 1
-            place.xor_keys ^= key
+    def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
+        """Note that `place` no longer holds these blocks; unknown ones change nothing."""
+        table = self._tables.get(root)
+        if table is None:
+            return
+        cut, packed = _cut(names)
+        many = len(cut) >= MANY_NAMES
+        held = table.shards[cut[0][0]].get(cut[0], 0) if many else 0
+        if held & ~place.bit and (held := table.alike(cut) or 0) & place.bit:
+            table.put(cut, self._intern(held & ~place.bit))
+            place.went(root, packed, len(cut))
+        else:
+            self._discard_each(place, root, table, cut, packed)
+
+    def _discard_each(
+        self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], packed: bytes
+    ) -> None:
+        """Take blocks out that probably lie nowhere else, and put back those that do."""
+        shards, bit = table.shards, place.bit
+        found = [shards[name[0]].pop(name, 0) for name in names]
+        gone = found.count(bit)
+        if gone == len(names):
+            place.went(root, packed, gone)
+        else:
+            went: list[bytes] = []
+            for name, held in zip(names, found, strict=True):
+                if held & bit:
+                    went.append(name)
+                if held & ~bit:
+                    shards[name[0]][name] = self._intern(held & ~bit)
+            place.went(root, b"".join(went), len(went))
+        self._count(root, table, -gone)
+
+    def _count(self, root: bytes, table: _Table, change: int) -> None:
+        """Count blocks that came or, below 0, went; a root without blocks is forgotten."""
+        table.blocks += change
+        self._blocks += change
+        if not table.blocks and self._tables.get(root) is table:
+            del self._tables[root]
+
+    def _intern(self, places: int) -> int:
+        return self._interned.setdefault(places, places)
 
     def match(self, root: bytes, names: Sequence[bytes], reaches: Iterable[int]) -> dict[int, int]:
         """Return, for each set of places, how many leading blocks lie somewhere in it.
@@ -249,25 +323,21 @@ class BlockIndex:
         """
         length = len(names)
         answers = dict.fromkeys(reaches, 0)
-        if not length:
+        table = self._tables.get(root)
+        if not length or table is None:
             return answers
-        under, shards, live = block_key(root, b""), self._by_first_byte, ~self._retired
-        number = int.from_bytes
-
-        def held_at(count: int) -> int:
-            """Return the live places of the last of `count` blocks."""
-            name = names[count - 1]
-            return shards[name[0]].get(number(name[:8], "little") ^ under, 0) & live
-
-        at_first = held_at(1)
+        shards, live, first = table.shards, ~self._retired, names[0]
+        at_first = shards[first[0]].get(first, 0) & live
         alive = [reach for reach in answers if at_first & reach]
         if not alive:
             return answers
-        at_last = held_at(length)
-        answers.update(dict.fromkeys(alive, length))
-        ended = [reach for reach in alive if not at_last & reach]
+        last = names[length - 1]
+        at_last = shards[last[0]].get(last, 0) & live
+        ended = [reach for reach in alive if not at_last & reach] if at_last else alive
+        if len(ended) < len(alive):
+            answers.update(dict.fromkeys(alive, length))
         if ended:
-            _halve(_Span(1, length, at_first, at_last, ended), held_at, answers)
+            table.halve(_Span(1, length, at_first, at_last, ended), names, live, answers)
         return answers
 
     def sweep(self, limit: int) -> int:
@@ -275,42 +345,37 @@ class BlockIndex:
 
         0 means that nothing is left to do. Call it again and again, with pauses, from the owner.
         """
-        sweep = self._sweep
-        if not sweep.places:
+        if self._sweep is None:
             if not self._retired:
                 return 0
-            sweep = self._sweep = _Sweep(self._retired, list(self._shards))
+            self._sweep = _Sweep(self._retired, list(self._tables.items()))
         looked = 0
-        while looked < limit and (sweep.keys or sweep.shards):
-            if not sweep.keys:
-                sweep.shard = sweep.shards.pop()
-                sweep.keys = list(sweep.shard)
-            batch = sweep.keys[looked - limit :]
-            del sweep.keys[looked - limit :]
+        while looked < limit and (batch := self._sweep.next_keys(limit - looked)):
             looked += len(batch)
-            self._clean(sweep, batch)
-        if not sweep.keys and not sweep.shards:
-            self._finish_sweep(sweep.places)
+            self._clean(self._sweep, batch)
+        if looked < limit:
+            self._finish_sweep(self._sweep.places)
         return max(1, looked)
 
-    def _clean(self, sweep: _Sweep, keys: list[int]) -> None:
+    def _clean(self, sweep: _Sweep, names: list[bytes]) -> None:
         """Take swept places out of some blocks of one shard."""
-        shard, swept = sweep.shard, sweep.places
-        for key in keys:
-            held = shard.get(key, 0)
+        shard, swept, gone = sweep.shard, sweep.places, 0
+        for name in names:
+            held = shard.get(name, 0)
             if not held & swept:
                 continue
             now = held & ~swept
             if now:
-                shard[key] = self._intern(now)
+                shard[name] = self._intern(now)
             else:
-                del shard[key]
-                self._blocks -= 1
+                del shard[name]
+                gone += 1
+        self._count(sweep.root, sweep.table, -gone)
 
     def _finish_sweep(self, swept: int) -> None:
         """Give the swept bits back for new places."""
         self._retired &= ~swept
-        self._sweep = _Sweep(0, [])
+        self._sweep = None
         while swept:
             lowest = swept & -swept
             self._free_bits.append(lowest.bit_length() - 1)

@@ -25,7 +25,9 @@ from kvstore.directory.events import (
     Marked,
     TierKind,
 )
-from kvstore.directory.places import BlockIndex, Place
+from kvstore.directory.holes import Holes
+from kvstore.directory.place import Place
+from kvstore.directory.places import BlockIndex
 
 DEFAULT_MAX_BLOCKS: Final = 16_000_000
 """Blocks in one view: about 2 GB. Beyond it new blocks are left out and matches promise less."""
@@ -106,7 +108,7 @@ class Reach:
     """All places of those tiers, without its own pages."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Held:
     """Prefix lengths in blocks, as far as the view knows."""
 
@@ -131,7 +133,11 @@ class ClusterView:
     ) -> None:
         self._suspect_after_ms = suspect_after_ms
         self._index = BlockIndex(max_blocks=max_blocks)
+        self._holes = Holes()
         self._publishers: dict[str, PublisherView] = {}
+        self._asked: list[Reach] = []
+        self._masks: tuple[int, ...] = ()
+        """Sets of places of the reaches asked for last."""
         self.version = 0
         """Changes whenever a publisher comes, goes or begins anew."""
 
@@ -191,12 +197,33 @@ class ClusterView:
         return [(tier, bits[tier]) for tier in HOST_TIERS if tier in bits]
 
     def match(self, root: Root, names: Sequence[BlockName], reaches: Sequence[Reach]) -> list[Held]:
-        """Return the prefix that each reach holds, in blocks of `names`; a hint."""
-        masks = {reach.own for reach in reaches}
-        masks.update([bits for reach in reaches for _, bits in reach.levels])
-        masks.update([reach.below for reach in reaches])
-        found = self._index.match(root, names, masks)
-        return [_held(reach, found) for reach in reaches]
+        """Return the prefix that each reach holds, in blocks of `names`; a hint.
+
+        Of what the view knows it promises too much where blocks are missing in the middle, never
+        too little, and no longer too much once `ended` told where the prefix ends.
+        """
+        if reaches != self._asked:  # mostly the very same objects as the last time
+            masks = {reach.own for reach in reaches}
+            masks.update([bits for reach in reaches for _, bits in reach.levels])
+            masks.update([reach.below for reach in reaches])
+            self._asked, self._masks = list(reaches), tuple(masks)
+        found = self._index.match(root, names, self._masks)
+        for position in self._holes.within(root, names) if self._holes else ():
+            held = self._index.places_of(root, names[position])
+            for places, blocks in found.items():
+                if blocks > position and not held & places:
+                    found[places] = position
+        return _held(reaches, found)
+
+    def ended(self, places: int, root: Root, names: Sequence[BlockName], blocks: int) -> bool:
+        """Note that a prefix in `places` had so many blocks only, where a match promised more.
+
+        Returns whether the view knew better: it does not believe that the next block is there.
+        """
+        if blocks >= len(names) or self._index.places_of(root, names[blocks]) & places:
+            return False
+        self._holes.note(root, names, blocks)
+        return True
 
     def places_of(self, root: Root, name: BlockName) -> int:
         """Return the bits of the places that hold one block, as in `PublisherView.tier_bits`."""
@@ -304,11 +331,25 @@ def reach_over(known: PublisherView | None, tiers: Sequence[tuple[TierKind, int]
     return Reach(own, tuple(levels), below)
 
 
-def _held(reach: Reach, found: dict[int, int]) -> Held:
-    """Return what a reach holds, given what each set of places does."""
+def _held(reaches: Sequence[Reach], found: dict[int, int]) -> list[Held]:
+    """Return what each reach holds, given what each set of places does."""
+    held: list[Held] = []
+    plain: dict[tuple[int, int], Held] = {}
+    for reach in reaches:
+        own, below, levels = found[reach.own], found[reach.below], reach.levels
+        if levels and found[levels[-1][1]] > own:
+            held.append(_with_levels(reach, found))
+            continue
+        # As most do: their host adds nothing. And most of those hold the same.
+        same = plain.get((own, below))
+        if same is None:
+            same = plain[own, below] = Held(own, own, (), below)
+        held.append(same)
+    return held
+
+
+def _with_levels(reach: Reach, found: dict[int, int]) -> Held:
     most = own = found[reach.own]
-    if not reach.levels or found[reach.levels[-1][1]] <= own:
-        return Held(own, own, (), found[reach.below])  # as most do: their host adds nothing
     levels: list[tuple[TierKind, int]] = []
     for tier, bits in reach.levels:
         if found[bits] > most:

@@ -9,9 +9,9 @@ from kvstore.core.limits import BLOCK_TOKENS, MAX_PROMPT_TOKENS
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import TierKind
 from kvstore.directory.view import ClusterView, Health, Held
-from kvstore.router.booking import Bookings
+from kvstore.router.booking import Booking, Bookings
 from kvstore.router.heat import Heat
-from kvstore.router.learning import Expected, Learned, Promise
+from kvstore.router.learning import Actual, Expected, Learned, Promise
 from kvstore.router.members import Members
 from kvstore.router.score import LOAD_COST, Candidate, Ranking, Source, Work, rank
 from kvstore.router.seats import Seat, Seats
@@ -186,6 +186,25 @@ class Placement:
         if prompt.keeps and prompt.names:
             plan = decision.scores[0].plan
             self.heat.add(prompt.names, plan.compute_s + plan.load_s, now_ms)
+
+    def learn(self, made: Booking, expected: Expected, actual: Actual, now_ms: float) -> None:
+        """Correct what comes next by what became of a booking."""
+        if self._stepped_over_a_hole(made, expected, actual):
+            expected = expected._replace(promises=())  # no publisher promised that
+        self.learned.observe(made.worker, expected, actual, now_ms)
+
+    def _stepped_over_a_hole(self, made: Booking, expected: Expected, actual: Actual) -> bool:
+        """Tell the view where a prefix ended early; True when it knew that all of it did."""
+        seat = next((seat for seat in self._seats.all if seat.name == made.worker), None)
+        if seat is None:
+            return False
+        reach, names, found = seat.reach, made.names, (actual.by_tier or {}).get(TierKind.HBM)
+        if found is not None and expected.promises and found < expected.promises[0].until_tokens:
+            self._view.ended(reach.own, made.root, names, found // BLOCK_TOKENS)
+        if actual.hit_tokens >= expected.hit_tokens:
+            return False
+        places = reach.own | reach.below
+        return self._view.ended(places, made.root, names, actual.hit_tokens // BLOCK_TOKENS)
 
     def _why_not(self, seat: Seat, prompt: Prompt, now_ms: float) -> str:
         """Return why a worker must not be chosen; empty when it may."""

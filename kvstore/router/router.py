@@ -262,8 +262,7 @@ class Router:
             metrics.predicted_ttft_seconds.observe(expected.ttft_s)
             metrics.predicted_ttft_error_seconds.observe(error_s)
             metrics.actual_ttft_seconds.observe(actual.ttft_ms / 1_000)
-        now_ms = self._now_ms()
-        self._placement.learned.observe(made.worker, expected, actual, now_ms)
+        self._placement.learn(made, expected, actual, self._now_ms())
 
     def _book(self, decision: Decision, prompt: Prompt) -> Decision:
         self._placement.warm(decision, prompt, self._now_ms())

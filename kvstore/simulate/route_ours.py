@@ -156,7 +156,7 @@ class Ours:
             load_ms=job.service.load_s * 1_000,
             by_tier=tiers,
         )
-        self._placement.learned.observe(booking.worker, expected, actual, job.first_ms)
+        self._placement.learn(booking, expected, actual, job.first_ms)
 
     # -- hearing ---------------------------------------------------------------------------
 

@@ -119,3 +119,31 @@ def test_what_was_lost_on_the_way_is_noticed_by_the_next_two_marks(steps: list[S
     for _ in range(2):
         asked = view.apply("w", truth.mark(), 0.0) is not None or asked
     assert asked == any(kind == "lose" for kind, _, _ in steps)
+
+
+@settings(max_examples=300, deadline=None)
+@given(own=st.sets(st.integers(0, 23)), below=st.sets(st.integers(0, 23)))
+def test_holes_at_most_promise_too_much_and_one_answer_repairs_it(
+    own: set[int], below: set[int]
+) -> None:
+    """Whatever is held: the exact answer of an `Acquire` is all it takes to promise right."""
+    view = ClusterView()
+    for name, tier, held in (("w", TierKind.HBM, own), ("n", TierKind.DRAM, below)):
+        view.follow(name, host="h", now_ms=0.0)
+        names = [NAMES[at] for at in sorted(held)]
+        for event in (Began(name, 1, 0, (tier,), "h"), Changed(ROOT, tier, names), Ended(0)):
+            view.apply(name, event, 0.0)
+    reach = view.reach("w", ["n"], 0.0)
+    truth = Held(first_missing(own), first_missing(own | below))
+    found = view.match(ROOT, NAMES, [reach])[0]
+    assert found.own_blocks >= truth.own_blocks and found.blocks >= truth.blocks
+    for places, blocks in ((reach.own, truth.own_blocks), (reach.own | reach.below, truth.blocks)):
+        assert view.ended(places, ROOT, NAMES, blocks) == (blocks < len(NAMES))
+    assert view.match(ROOT, NAMES, [reach])[0] == truth
+    assert view.match(ROOT, NAMES[:7], [reach])[0].blocks == min(7, truth.blocks)
+    view.apply("w", Changed(ROOT, TierKind.HBM, NAMES), 0.0)
+    assert view.match(ROOT, NAMES, [reach])[0] == Held(len(NAMES), len(NAMES)), "holes filled"
+
+
+def first_missing(held: set[int]) -> int:
+    return next(at for at in range(len(NAMES) + 1) if at not in held)

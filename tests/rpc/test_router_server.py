@@ -102,6 +102,32 @@ async def test_what_came_of_a_booking_corrects_the_next(stub: router_pb2_grpc.Ro
         assert isinstance(error_from(failure.value), BadInput)
 
 
+async def test_one_answer_repairs_a_promise_across_a_hole_and_blames_nobody(
+    stub: router_pb2_grpc.RouterStub, worker: ScriptedWorker
+) -> None:
+    """A match steps over one missing block of twenty; who was sent there says so, once."""
+    tokens = pack_tokens(range(1_000, 1_000 + 20 * BLOCK_TOKENS + 1))
+    names = list(chain(ROOT, tokens))
+    worker.hold([*names[:6], *names[7:]])
+    await stub.Route(request(tokens=TOKENS))  # waits until the worker is known
+    await until_hit(stub, tokens, 320)
+    made = await stub.Route(request(tokens=tokens))
+    report = types_pb2.CacheReport(prompt_tokens=321, hbm_tokens=96, computed_tokens=225)
+    await stub.Complete(router_pb2.CompleteRequest(booking=made.booking, cache=report))
+    reply = await stub.Explain(request(tokens=tokens))
+    assert reply.chosen.hit_tokens == 96
+    assert "believed" not in reply.chosen.missed
+    worker.hold(names)
+    await until_hit(stub, tokens, 320)
+
+
+async def until_hit(stub: router_pb2_grpc.RouterStub, tokens: bytes, wanted: int) -> None:
+    """Wait until the worker's events made the router expect so many cached tokens."""
+    async with asyncio.timeout(8):
+        while (await stub.Explain(request(tokens=tokens))).chosen.hit_tokens != wanted:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 async def test_an_answer_that_would_come_too_late_is_resource_exhausted(
     stub: router_pb2_grpc.RouterStub,
 ) -> None:

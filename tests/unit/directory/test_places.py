@@ -1,4 +1,6 @@
 import random
+from functools import reduce
+from operator import xor
 
 import pytest
 from hypothesis import given
@@ -6,7 +8,8 @@ from hypothesis import strategies as st
 
 from kvstore.core.names import PackedNames
 from kvstore.directory import places
-from kvstore.directory.places import MANY_NAMES, BlockIndex, longest_prefix
+from kvstore.directory.place import FOLD_NAMES
+from kvstore.directory.places import MANY_NAMES, ROOT_BLOCKS, BlockIndex, longest_prefix
 from kvstore.directory.policy import block_key
 
 ROOT = bytes(range(32))
@@ -64,7 +67,7 @@ def test_entries_share_one_integer_per_set_of_places() -> None:
     places = [index.new_place() for _ in range(70)]
     for place in places:
         index.add(place, ROOT, names(2))
-    values = [value for shard in index._shards for value in shard.values()]
+    values = [value for shard in index._tables[ROOT].shards for value in shard.values()]
     assert len(values) == 2 and values[0] is values[1]
 
 
@@ -73,7 +76,7 @@ def test_no_dict_of_the_index_is_so_large_that_its_growth_stops_decisions() -> N
     draw = random.Random(2)
     index.add(index.new_place(), ROOT, [draw.randbytes(32) for _ in range(20_000)])
     assert len(index) == 20_000
-    assert max(map(len, index._shards)) < 20_000 // 50
+    assert max(map(len, index._tables[ROOT].shards)) < 20_000 // 150
 
 
 def test_adding_and_discarding_twice_changes_nothing() -> None:
@@ -186,3 +189,89 @@ def test_many_names_at_once_are_as_many_one_by_one(max_blocks: int) -> None:
                 theirs.count, theirs.xor_keys, theirs.partial,
             )  # fmt: skip
         assert len(many) == len(few)
+
+
+def test_every_event_has_an_integer_of_its_own_to_tell_new_blocks_by() -> None:
+    """Python shares small integers; with such a bit known blocks would count as new."""
+    index = BlockIndex(max_blocks=100)
+    for place in (index.new_place() for _ in range(12)):
+        assert (place.bit ^ 0) is not place.bit
+
+
+def test_known_blocks_after_an_unknown_first_one_are_not_counted_again() -> None:
+    index = BlockIndex(max_blocks=1_000)
+    first, second = index.new_place(), index.new_place()
+    index.add(first, ROOT, names(40, start=11))
+    index.add(second, ROOT, names(5, start=20))
+    for place in (first, second):
+        index.add(place, ROOT, PackedNames(b"".join([*names(60), *names(3)])))
+        assert place.count == 60
+        assert place.xor_keys == reduce(xor, [block_key(ROOT, one) for one in names(60)])
+    assert len(index) == 60
+
+
+@pytest.mark.parametrize("known", ["none", "one of another", "one of its own", "one twice"])
+def test_new_blocks_are_counted_without_asking_every_table(known: str) -> None:
+    """Only an event that tells of known blocks as well asks: 256 lengths cost a third of it."""
+    index = BlockIndex(max_blocks=1_000)
+    place, other = index.new_place(), index.new_place()
+    index.add(place if known == "one of its own" else other, ROOT, names(1))
+    told = names(40, start=100)
+    if known != "none":
+        told[7] = told[20] if known == "one twice" else names(1)[0]
+    table, asked = index._tables[ROOT], list[int]()
+    table.shards = [Asked(shard, asked) for shard in table.shards]
+    index.add(place, ROOT, told)
+    assert bool(asked) == (known != "none")
+    assert place.count == (39 if known == "one twice" else 40)
+    assert len(index) == len({*told, *names(1)})
+
+
+class Asked(dict[bytes, int]):
+    """A table that tells when its length is asked for."""
+
+    def __init__(self, entries: dict[bytes, int], asked: list[int]) -> None:
+        super().__init__(entries)
+        self._asked = asked
+
+    def __len__(self) -> int:
+        self._asked.append(1)
+        return super().__len__()
+
+
+def test_equal_names_under_two_roots_are_two_blocks_and_an_empty_root_is_forgotten() -> None:
+    index, other = BlockIndex(max_blocks=1_000), bytes(32)
+    place = index.new_place()
+    for root in (ROOT, other):
+        index.add(place, root, names(20))
+    assert (len(index), place.count) == (40, 40)
+    index.discard(place, other, names(20))
+    assert (len(index), place.count) == (20, 20)
+    assert match(index, ROOT, names(20), [place.bit]) == [20]
+    assert match(index, other, names(20), [place.bit]) == [0]
+    assert list(index._tables) == [ROOT]
+    index.retire(place)
+    while index.sweep(7):
+        pass
+    assert (len(index), index._tables) == (0, {})
+
+
+def test_roots_are_no_way_round_the_bound() -> None:
+    index = BlockIndex(max_blocks=3 * ROOT_BLOCKS)
+    place = index.new_place()
+    for root in range(10):
+        index.add(place, name(root), names(1))
+    assert place.partial and len(index) == place.count == len(index._tables) == 3
+
+
+def test_a_digest_is_the_same_however_many_names_wait_for_it() -> None:
+    index = BlockIndex(max_blocks=10_000)
+    place, total = index.new_place(), 0
+    for start in range(1, FOLD_NAMES * 3, 17):
+        index.add(place, ROOT, names(17, start))
+        for one in names(17, start):
+            total ^= block_key(ROOT, one)
+        assert sum(map(len, place._unfolded)) <= FOLD_NAMES * 32
+        if start // 17 % 90 == 0:  # later than they are folded by themselves
+            assert place.xor_keys == total
+    assert place.xor_keys == total

@@ -1,0 +1,64 @@
+from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import BlockName, Root
+from kvstore.directory.events import Began, Changed, Ended, TierKind
+from kvstore.directory.view import ClusterView
+from kvstore.router.booking import Bookings
+from kvstore.router.learning import Actual
+from kvstore.router.members import Member, Members
+from kvstore.router.placement import Placement, Prompt
+
+ROOT = Root(bytes(32))
+NAMES = [BlockName(bytes([number]) * 32) for number in range(1, 21)]
+PROMPT = Prompt(ROOT, NAMES, 20 * BLOCK_TOKENS + 1)
+
+
+def made(own: list[BlockName], below: list[BlockName]) -> tuple[Placement, Bookings]:
+    view, bookings = ClusterView(), Bookings(lifetime_ms=1e9)
+    placement = Placement(view, bookings)
+    placement.members = Members.of(
+        [Member("worker", "w", "a:1", "h"), Member("node", "n", "a:2", "h")]
+    )
+    for name, tier, names in (("w", TierKind.HBM, own), ("n", TierKind.DRAM, below)):
+        view.follow(name, host="h", now_ms=0.0)
+        for event in (Began(name, 1, 0, (tier,), "h"), Changed(ROOT, tier, names), Ended(0)):
+            view.apply(name, event, 0.0)
+    return placement, bookings
+
+
+def answer(placement: Placement, bookings: Bookings, actual: Actual) -> tuple[int, int]:
+    """Let the next decision have such an outcome; returns the own and all tokens it promised."""
+    decision = placement.decide(PROMPT, 0.0)
+    assert decision is not None
+    score = decision.scores[0]
+    booking = bookings.book(
+        decision.worker, ROOT, NAMES, hit_tokens=decision.hit_tokens,
+        uncached_tokens=PROMPT.tokens - decision.hit_tokens, now_ms=0.0,
+    )  # fmt: skip
+    bookings.complete(booking.number)
+    placement.learn(booking, decision.expected, actual, 0.0)
+    return score.own_tokens, score.hit_tokens
+
+
+def test_a_hole_in_own_pages_that_the_host_fills_is_loaded_from_there() -> None:
+    placement, bookings = made([*NAMES[:6], *NAMES[7:]], NAMES)
+    actual = Actual(hit_tokens=320, by_tier={TierKind.HBM: 96, TierKind.DRAM: 224})
+    assert answer(placement, bookings, actual) == (320, 320)
+    assert answer(placement, bookings, actual) == (96, 320)
+    assert placement.learned.lowest_trust(0.0) == 1.0
+
+
+def test_a_publisher_whose_blocks_are_not_there_is_to_blame() -> None:
+    placement, bookings = made(NAMES, [])
+    actual = Actual(hit_tokens=96, by_tier={TierKind.HBM: 96})
+    assert answer(placement, bookings, actual) == (320, 320)
+    assert placement.learned.trust("w", 0.0) < 1.0
+    assert 96 < answer(placement, bookings, actual)[1] < 320
+
+
+def test_an_answer_of_a_worker_that_left_teaches_no_holes() -> None:
+    placement, bookings = made([*NAMES[:6], *NAMES[7:]], [])
+    decision = placement.decide(PROMPT, 0.0)
+    assert decision is not None
+    booking = bookings.book("gone", ROOT, NAMES, hit_tokens=320, uncached_tokens=1, now_ms=0.0)
+    placement.learn(booking, decision.expected, Actual(hit_tokens=96), 0.0)
+    assert answer(placement, bookings, Actual(hit_tokens=320))[1] > 96
