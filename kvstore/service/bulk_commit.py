@@ -32,7 +32,7 @@ def commit_all(
     usual = (np.frombuffer(table.root_number, np.uint32)[at] == info.number).all() and (
         np.frombuffer(table.generation, np.uint64)[at] == generations
     ).all()
-    keys = np.frombuffer(table.key, np.uint64)[at].tolist()
+    keys = table.key[at].tolist()
     if not usual or list(map(table.index.get, keys)) != slots:
         return False
     table.turn_all(at, SlotState.RESERVED, SlotState.COMMITTED)

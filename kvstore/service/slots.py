@@ -66,7 +66,9 @@ class SlotTable:
         self.pins = array("I", bytes(4 * slots))
         """Leases and running jobs that need the bytes to stay."""
         self.root_number = array("I", bytes(4 * slots))
-        self.key = array("Q", bytes(8 * slots))
+        self.key: NDArray[np.object_] = np.zeros(slots, np.object_)
+        """The very integers of `index`, for the policy to index by too: others would take 32 bytes
+        each. Not a list: the collector of garbage would walk it."""
         self.parent = array("Q", bytes(8 * slots))
         """Key of the block before it in its prompt; 0 at the start or where it is not known."""
         self.writer = array("I", bytes(4 * slots))
@@ -193,13 +195,15 @@ class SlotTable:
 
     def tell_inserted(self, slots: Sequence[int], now_ms: float) -> None:
         """Tell the policy of committed slots, in prefix order; one call for each unbroken run."""
+        at = np.asarray(slots, np.int64)
+        keys: list[BlockKey] = self.key[at].tolist()
+        parents: list[int] = np.frombuffer(self.parent, np.uint64)[at].tolist()
         start = 0
-        for stop in range(1, len(slots) + 1):
-            if stop < len(slots) and self.parent[slots[stop]] == self.key[slots[stop - 1]]:
+        for stop in range(1, len(keys) + 1):
+            if stop < len(keys) and parents[stop] == keys[stop - 1]:
                 continue
-            run = [BlockKey(self.key[slot]) for slot in slots[start:stop]]
-            parent = self.parent[slots[start]]
-            self.policy.insert(run, parent=BlockKey(parent) if parent else None, now_ms=now_ms)
+            parent = BlockKey(parents[start]) if parents[start] else None
+            self.policy.insert(keys[start:stop], parent=parent, now_ms=now_ms)
             start = stop
 
     def seal(self, slots: Sequence[int], sums: Sequence[bytes]) -> None:

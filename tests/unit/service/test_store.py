@@ -10,7 +10,9 @@ from kvstore.core.names import Root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import SlotState
 from kvstore.directory.lru import Lru
+from kvstore.directory.policies import make_policy
 from kvstore.directory.policy import BlockKey, Prompt
+from kvstore.directory.value_density import ValueDensity
 from kvstore.service import store as module
 from kvstore.service.reserver import Hints
 from kvstore.service.roots import BlockShape, Roots, keys_of
@@ -275,3 +277,28 @@ def test_many_are_committed_as_one_by_one(odd: str) -> None:
         left = odd in ("stale", "twice")
         assert (len(session.reserved), session.reserved_bytes) == (left, left * 4096)
         assert {slot for slot, _ in store.to_seal} >= done
+
+
+@pytest.mark.parametrize("told_first", [False, True], ids=["unnamed", "asked for"])
+@pytest.mark.parametrize("count", [8, 64], ids=["one by one", "at once"])
+def test_the_policy_indexes_by_the_integers_of_the_table(count: int, told_first: bool) -> None:
+    """Else each block takes 32 bytes more: two integers of one value."""
+    with small_store(blocks=128, quota_blocks=128, max_slots=128) as small:
+        policy = small.table.policy = make_policy("ours")
+        assert isinstance(policy, ValueDensity)
+        session, info = small.session(1)
+        wanted = names(count)
+        for part in (wanted[: count // 2], wanted):  # the second behind what is held of the first
+            asked = b"".join(part)
+            if told_first:
+                small.store.acquire(session, info, asked, reserve=0, first_block=0, now_ms=0.0)
+                small.store.flush_requests()
+            fresh = small.store.acquire(
+                session, info, asked, reserve=count, first_block=0, now_ms=0.0
+            )
+            refs = [(slot, small.table.generation[slot]) for slot in fresh.reserved_slots]
+            outcomes = small.store.commit(session, info, refs, 0.0)
+            assert outcomes == [SettleOutcome.DONE] * (count // 2)
+        held = {key: id(key) for key in policy._tree.held_keys()}
+        assert len(held) == count
+        assert held == {key: id(key) for key in small.table.index}
