@@ -89,6 +89,7 @@ def _hold(store: ArenaStore, info: RootInfo, packed: bytes) -> None:
     answer = store.acquire(session, info, packed, reserve=_PROMPT, first_block=0, now_ms=0.0)
     refs = [(slot, store.table.generation[slot]) for slot in answer.reserved_slots]
     store.commit(session, info, refs, 0.0)
+    store.flush_requests()
     store.table.seal(answer.reserved_slots, [bytes(16)] * len(answer.reserved_slots))
     store.to_seal.clear()
 

@@ -203,9 +203,8 @@ class ArenaStore:
         self, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]], now_ms: float
     ) -> list[SettleOutcome]:
         """Make reserved slots readable; `refs` are (slot, generation) in prefix order."""
-        if commit_all(self.table, session, info, refs):
+        if commit_all(self.table, session, info, refs, now_ms):
             self.to_seal.extend(refs)
-            self.table.tell_inserted([slot for slot, _ in refs], now_ms)
             return [SettleOutcome.DONE] * len(refs)
         outcomes: list[SettleOutcome] = []
         committed: list[int] = []
@@ -221,7 +220,7 @@ class ArenaStore:
             elif outcome is SettleOutcome.ALREADY and table.state[slot] not in READABLE:
                 outcome = SettleOutcome.STALE  # aborted, a duplicate, or evicted since
             outcomes.append(outcome)
-        table.tell_inserted(committed, now_ms)
+        table.insertions.tell(committed, now_ms)
         return outcomes
 
     def abort(
@@ -361,10 +360,11 @@ class ArenaStore:
         return Outcome.HIT if self.table.servable[slot] else None
 
     def flush_requests(self) -> None:
-        """Tell the policy what was asked for so far."""
+        """Tell the policy what was asked for and committed so far."""
         prompts, self._requests = self._requests, []
+        policy = self.table.policy  # which also hears what was committed, if it has not yet
         for prompt in prompts:
-            self.table.policy.request(prompt)
+            policy.request(prompt)
             if self.on_request is not None:
                 self.on_request(prompt)
 
