@@ -19,7 +19,8 @@ from kvstore.core.names import BlockName, Namespace, Root, chain, pack_tokens
 from kvstore.directory.lru import Lru
 from kvstore.directory.policies import make_policy
 from kvstore.observe.metrics import NodeMetrics, TierMetrics
-from kvstore.service.roots import BlockShape, RootInfo, keys_of
+from kvstore.service.resident import resident
+from kvstore.service.roots import BlockShape, RootInfo, key_column
 from kvstore.service.slots import SlotTable
 from kvstore.service.store import ArenaStore, StoreLimits
 from kvstore.testing.node import RunningNode
@@ -63,7 +64,7 @@ async def _bench_lookups(bench: Bench, blocks: int) -> None:
 
     async def ours() -> None:
         for prompt in prompts:
-            assert len(store.table.ready(info, prompt, keys_of(info, prompt))) == _PROMPT
+            assert len(resident(store.table, info, prompt, key_column(info, prompt))) == _PROMPT
 
     async def limit() -> None:
         for prompt in prompts:

@@ -11,7 +11,7 @@ memory (through `SlotWord.to`, so an illegal change asserts), the columns here, 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import compress
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,26 +109,6 @@ class SlotTable:
     def holds(self, slot: int, info: RootInfo, name: bytes) -> bool:
         """Say whether the slot is for exactly this block: the whole name, not its key."""
         return self.root_number[slot] == info.number and self.arena.name(slot) == name
-
-    def ready(self, info: RootInfo, packed: bytes, keys: Sequence[int]) -> list[int]:
-        """Return the slots of the longest prefix of names that may be leased now."""
-        found = list(map(self.index.get, keys))
-        if None in found:
-            del found[found.index(None) :]
-        slots = cast("list[int]", found)
-        at = np.asarray(slots, np.int64)
-        servable = np.frombuffer(self.servable, np.uint8)[at]
-        if not servable.all():
-            count = int(servable.argmin())
-            slots, at = slots[:count], at[:count]
-        # A key is a hint. One comparison of all full names instead of one for each.
-        under = np.frombuffer(self.root_number, np.uint32)[at] == info.number
-        if packed.startswith(self.arena.names(at)) and under.all():
-            return slots
-        for index, slot in enumerate(slots):
-            if not self.holds(slot, info, packed[index * NAME_BYTES : (index + 1) * NAME_BYTES]):
-                return slots[:index]
-        raise AssertionError("the names differ and every one of them is equal")
 
     def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
         """Return the slot that holds or will hold the block, or None."""
