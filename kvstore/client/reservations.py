@@ -21,14 +21,14 @@ class Reservations:
 
     def hold(self, refs: Iterable[SlotRef]) -> None:
         """Note slots that were handed to a caller."""
-        self._held.update([(ref.slot, ref.generation) for ref in refs])
+        for ref in refs:
+            self._held[ref.slot] = ref.generation
 
     def settle(self, refs: Iterable[SlotRef]) -> None:
         """Forget slots that were committed or aborted, whatever came of it."""
-        held = self._held
-        for slot, generation, *_ in refs:
-            if held.get(slot) == generation:
-                del held[slot]
+        for ref in refs:
+            if self._held.get(ref.slot) == ref.generation:
+                del self._held[ref.slot]
 
     def look(self, reserved: Mapping[int, int]) -> list[tuple[int, int]]:
         """Return the strays: (slot, generation) unheld at this look and at the one before.
