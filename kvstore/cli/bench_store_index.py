@@ -31,6 +31,7 @@ from kvstore.tiers.nvme_config import NvmeConfig
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
 _CASES: Final = ("names looked up, in process", "memory per block held", "nvme index, restart")
+_SCATTERED: Final = "names looked up, scattered"
 _PROMPT: Final = 2_048
 _PATIENCE_S: Final = 20.0
 _BLOCKS: Final = 1_000_000
@@ -42,7 +43,7 @@ _SHAPE: Final = BlockShape(GRANULE_BYTES, GRANULE_BYTES, 1)
 def bench_index(bench: Bench, directory: Path) -> None:
     """Hold a million blocks (100,000 when quick) and look them up; load as many from a disk."""
     blocks = _QUICK_BLOCKS if bench.quick else _BLOCKS
-    if bench.wants(*_CASES[:2]):
+    if bench.wants(*_CASES[:2], _SCATTERED):
         asyncio.run(_bench_lookups(bench, blocks - blocks % _PROMPT))
     if bench.wants(_CASES[2]):
         asyncio.run(_bench_load(bench, directory / "index", blocks))
@@ -60,6 +61,18 @@ async def _bench_lookups(bench: Bench, blocks: int) -> None:
         bench.row(_CASES[1], grown, f"B at {blocks:,}", limit=300.0,
                   limit_name="DESIGN's bound", ratio=300.0 / grown, runs=1)  # fmt: skip
     prompts = [_names(number * 7 % (blocks // _PROMPT)) for number in range(16)]
+    await _against_set(bench, _CASES[0], store, info, prompts)
+    # The slots of no two neighbours lie side by side: each name is looked for in the index.
+    names = np.frombuffer(b"".join(prompts), f"V{NAME_BYTES}").reshape(16, _PROMPT).T
+    scattered = [part.tobytes() for part in names.reshape(16, _PROMPT)]
+    await _against_set(bench, _SCATTERED, store, info, scattered)
+    os.close(fd)
+
+
+async def _against_set(
+    bench: Bench, case: str, store: ArenaStore, info: RootInfo, prompts: list[bytes]
+) -> None:
+    """Look up prompts of `_PROMPT` names that are held, and the same in a set of Python's."""
     known = {prompt[at : at + NAME_BYTES] for prompt in prompts for at in range(0, len(prompt), 32)}
 
     async def ours() -> None:
@@ -72,10 +85,9 @@ async def _bench_lookups(bench: Bench, blocks: int) -> None:
                 assert prompt[at : at + NAME_BYTES] in known
 
     await bench.against(
-        _CASES[0], ours, limit, limit_name="a bare set of as few names",
-        amount=16 * _PROMPT / 1e6, unit="M/s",
+        case, ours, limit, limit_name="a bare set of as few names",
+        amount=len(prompts) * _PROMPT / 1e6, unit="M/s",
     )  # fmt: skip
-    os.close(fd)
 
 
 def _empty_store(arena: ArenaMapping) -> tuple[ArenaStore, RootInfo]:
