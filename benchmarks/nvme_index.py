@@ -58,8 +58,10 @@ class RowFiles:
         space = NvmeSpace(64 * SEGMENT_ROWS * size * 16, segment_bytes=SEGMENT_ROWS * size)
         for number, path in enumerate(sorted(self._directory.glob("*.rows"))):
             found = read_rows(path.read_bytes(), size)
-            roots = [found.roots[at] for at in found.root_of]
-            space.restore(space.add(number, size), found.slots, found.keys, found.names, roots)
+            space.restore(
+                space.add(number, size), found.slots, found.keys, found.names,
+                found.roots, found.root_of,
+            )  # fmt: skip
         return len(space)
 
     def size(self) -> int:

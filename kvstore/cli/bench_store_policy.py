@@ -149,6 +149,7 @@ def _serve(store: ArenaStore, info: RootInfo, packed: bytes, now_ms: float) -> N
     slots = answer.reserved_slots
     refs = [(slot, store.table.generation[slot]) for slot in slots]
     store.commit(session, info, refs, now_ms)
+    store.flush_requests()
     if slots:
         store.table.seal(slots, [bytes(16)] * len(slots))
     store.to_seal.clear()

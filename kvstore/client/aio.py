@@ -393,5 +393,7 @@ def _with_stale(
     asked: Sequence[SlotRef], answered: Sequence[SettleOutcome], arena: int
 ) -> list[SettleOutcome]:
     """Put STALE where a slot was of an earlier arena and hence not sent."""
+    if len(answered) == len(asked):
+        return list(answered)
     answers = iter(answered)
     return [next(answers) if ref.arena == arena else SettleOutcome.STALE for ref in asked]

@@ -231,21 +231,25 @@ class PrefixTree:
         return None if found is None else _locate(found, key)[0]
 
     def hold(self, blocks: Sequence[int], parent: int | None) -> list[Run]:
-        """Mark blocks that follow one another as held; returns runs that no prompt has named."""
+        """Mark blocks that follow one another as held; returns runs that no prompt has named.
+
+        The index keeps the very integers of `blocks`: an owner that has them in an index of its own
+        pays for them once, 32 bytes a block.
+        """
         new: list[Run] = []
         index = 0
         while index < len(blocks):
             above = blocks[index - 1] if index else parent
             known = self._ghost(blocks[index], above)
             if known is None:
-                new.append(self._place(array("Q", blocks[index:]), above))
+                new.append(self._place(blocks[index:], above))
                 break
             run, offset = known
             length = 1
             limit = min(len(run.keys) - offset, len(blocks) - index)
             while length < limit and run.keys[offset + length] == blocks[index + length]:
                 length += 1
-            self._hold_part(run, offset, length)
+            self._hold_part(run, offset, blocks[index : index + length])
             index += length
         return new
 
@@ -269,7 +273,7 @@ class PrefixTree:
                 return kid, 0
         return None
 
-    def _place(self, keys: Keys, above: int | None) -> Run:
+    def _place(self, keys: Sequence[int], above: int | None) -> Run:
         """Hold blocks that no prompt has named, behind `above` where that is held."""
         found = None if above is None else self._where.get(above)
         node, position = self._loose, 0
@@ -281,19 +285,19 @@ class PrefixTree:
             if node.uses == 0 and not node.kids:  # one run of what one request appends
                 node.keys.extend(keys)
                 self.blocks += len(keys)
-                self._hold_part(node, node.held, len(keys))
+                self._hold_part(node, node.held, keys)
                 return node
-        run = self._new(keys, node, position)
-        self._hold_part(run, 0, len(keys))
+        run = self._new(array("Q", keys), node, position)
+        self._hold_part(run, 0, keys)
         return run
 
-    def _hold_part(self, run: Run, offset: int, length: int) -> None:
+    def _hold_part(self, run: Run, offset: int, part: Sequence[int]) -> None:
+        """Hold the blocks of a run from `offset` on that `part` names."""
         assert offset >= run.held, "held already"
         if offset > run.held:  # behind a hole
             self._split(run, offset)
         first = run.held == 0
-        part = run.keys[run.held : run.held + length]
-        run.held += length
+        run.held += len(part)
         self._where.update(dict.fromkeys(part, run))
         for key in part:
             self._asked.pop(key, None)

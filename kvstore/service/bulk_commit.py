@@ -14,32 +14,38 @@ _LEAST = 32
 
 
 def commit_all(
-    table: SlotTable, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]]
+    table: SlotTable,
+    session: Session,
+    info: RootInfo,
+    refs: Sequence[tuple[int, int]],
+    now_ms: float,
 ) -> bool:
     """Make (slot, generation)s readable; False, and nothing done, where each needs its own look.
 
     They need one when few, when a session does not map the arena, and when any is not a
     reservation of this session and root at its generation, for a block that nobody else holds.
-    The caller tells the policy and has the bytes hashed.
+    The caller has the bytes hashed. The policy hears of them when it is next looked at: what it
+    does with thousands of them takes as long as all the rest, and nobody waits for it.
     """
-    slots = [slot for slot, _ in refs]
-    if len(slots) < _LEAST or session.arrived is not None:
+    if len(refs) < _LEAST or session.arrived is not None:
         return False
-    if not session.reserved.issuperset(slots) or len(set(slots)) < len(slots):
+    slots = [slot for slot, _ in refs]
+    ours = session.reserved.intersection(slots)
+    if len(ours) < len(slots) or not table.outdone.isdisjoint(ours):  # another's, or named twice
         return False
     at = np.asarray(slots, np.int64)
     generations = np.asarray([generation for _, generation in refs], np.uint64)
     usual = (np.frombuffer(table.root_number, np.uint32)[at] == info.number).all() and (
         np.frombuffer(table.generation, np.uint64)[at] == generations
     ).all()
-    keys = np.frombuffer(table.key, np.uint64)[at].tolist()
-    if not usual or list(map(table.index.get, keys)) != slots:
+    if not usual:
         return False
     table.turn_all(at, SlotState.RESERVED, SlotState.COMMITTED)
     np.frombuffer(table.servable, np.uint8)[at] = 1
     size = len(slots) * info.shape.block_bytes
     table.reserved_bytes -= size
     table.used_bytes += size
-    session.reserved.difference_update(slots)
+    session.reserved -= ours
     session.reserved_bytes -= size
+    table.insertions.tell_later(slots, now_ms)
     return True

@@ -17,7 +17,7 @@ def make_room(table: SlotTable, block_bytes: int, newcomers: Sequence[int], now_
     valuable blocks. False when all is leased, reserved or unsealed, or worth more than the
     newcomers.
     """
-    if table.space.below_fair_share(block_bytes) and table.take_chunk(block_bytes):
+    if table.space.below_fair_share(block_bytes) and _take_chunk(table, block_bytes):
         return True
     table.refusal = MissReason.REFUSED
 
@@ -37,7 +37,21 @@ def make_room(table: SlotTable, block_bytes: int, newcomers: Sequence[int], now_
     if victims:
         table.evict((table.index[key] for key in victims), reason="room")
         return True
-    return table.take_chunk(block_bytes)
+    return _take_chunk(table, block_bytes)
+
+
+def _take_chunk(table: SlotTable, block_bytes: int) -> bool:
+    """Empty a chunk of another size class for this one; False where none can go."""
+    found = table.space.victim_chunk(block_bytes, table.idle)
+    if found is None:
+        return False
+    chunk, used = found
+    table.evict(used, reason="chunk")
+    # From the end: what a crash leaves half cleared is still a prefix of the chunk.
+    for slot in reversed(chunk.slots):
+        table.arena.clear(slot)
+    table.space.dissolve(chunk)
+    return True
 
 
 def keep_quota(table: SlotTable, info: RootInfo, newcomers: Sequence[int], now_ms: float) -> bool:

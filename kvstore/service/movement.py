@@ -180,7 +180,7 @@ class Movement:
                 for load, item, outcome in zip(loads, items, outcomes, strict=True)
                 if self._arrived(lower, load, item, outcome)
             ]
-            self._store.table.tell_inserted(arrived, self._loop.time() * 1_000)
+            self._store.table.insertions.tell(arrived, self._loop.time() * 1_000)
             self._hasher.seal_summed()
             self._hasher.announce()
 

@@ -58,7 +58,8 @@ def refs(refs: cache_pb2.SlotRefs, what: str) -> list[tuple[int, int]]:
         )
     if len(refs.slots) > MAX_NAMES_PER_CALL:
         raise TooLarge(f"{what} has {len(refs.slots)} slots; {MAX_NAMES_PER_CALL} allowed")
-    return list(zip(refs.slots, refs.generations, strict=True))
+    # Sliced: iterating over a message's list costs twice as much.
+    return list(zip(refs.slots[:], refs.generations[:], strict=True))
 
 
 def split(packed: bytes) -> list[bytes]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.layout import round_up
@@ -106,8 +107,13 @@ class Roots:
         return len(self._by_number)
 
 
-def keys_of(info: RootInfo, packed: bytes) -> list[int]:
+def key_column(info: RootInfo, packed: bytes) -> NDArray[np.uint64]:
     """Return the 64-bit keys of packed names under a root: (root prefix) ^ (name prefix)."""
     words = np.frombuffer(packed, np.uint64)[:: NAME_BYTES // 8]
-    keys: list[int] = np.bitwise_xor(words, np.uint64(info.prefix)).tolist()
+    return np.bitwise_xor(words, np.uint64(info.prefix))
+
+
+def keys_of(info: RootInfo, packed: bytes) -> list[int]:
+    """Return the keys of packed names as integers, for indexes."""
+    keys: list[int] = key_column(info, packed).tolist()
     return keys

@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, MutableSequence, Sequence
 from contextlib import aclosing
-from typing import Final
+from typing import Any, Final
 
 from kvstore.core.errors import (
     BadInput,
@@ -168,18 +168,15 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
                 self._hasher.seal_summed()
                 self._hasher.wake()
                 self._hasher.announce()
+                asyncio.get_running_loop().call_soon(self._store.flush_requests)
             reply = cache_pb2.SettleReply()
             for kind, outcomes, field in (
                 ("commit", committed, reply.commit),
                 ("abort", aborted, reply.abort),
                 ("release", released, reply.release),
             ):
-                # As integers: the hash of an enum member is a call of its own.
-                numbers = list(map(int, outcomes))
-                field.extend(numbers)  # type: ignore[arg-type]
-                for number, count in Counter(numbers).items():
-                    name = SettleOutcome(number).name.lower()
-                    self._parts.metrics.settled.labels(kind, name).inc(count)
+                for outcome, count in _extend(field, outcomes).items():
+                    self._parts.metrics.settled.labels(kind, outcome.name.lower()).inc(count)
             return reply
 
     async def Wait(self, request: cache_pb2.WaitRequest, context: Context) -> cache_pb2.WaitReply:
@@ -330,3 +327,18 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
             reason=types_pb2.MissReason.Name(int(answer.reason)),
             reserve_reason=types_pb2.MissReason.Name(int(answer.reserve_reason)),
         )
+
+
+def _extend(
+    field: MutableSequence[Any], outcomes: Sequence[SettleOutcome]
+) -> Mapping[SettleOutcome, int]:
+    """Put outcomes into a reply; returns how many there are of each.
+
+    Thousands are mostly all alike, and an enum's member costs more to convert than to store.
+    """
+    first = outcomes[0] if outcomes else SettleOutcome.DONE
+    if outcomes.count(first) == len(outcomes):
+        field.extend([int(first)] * len(outcomes))
+        return {first: len(outcomes)} if outcomes else {}
+    field.extend(map(int, outcomes))
+    return Counter(outcomes)

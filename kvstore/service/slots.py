@@ -9,8 +9,9 @@ memory (through `SlotWord.to`, so an illegal change asserts), the columns here, 
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import Final, cast
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.policy import BlockKey, Policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import NodeMetrics
+from kvstore.service.insertions import Insertions
 from kvstore.service.roots import RootInfo, Roots
 from kvstore.tiers.arena_space import ArenaSpace, Chunk
 from kvstore.tiers.quotas import Quotas
@@ -30,6 +32,8 @@ from kvstore.transport.arena import ArenaMapping
 
 _BULK_LEAST: Final = 64
 """Slots from which on numpy is cheaper than a loop."""
+_ONE: Final = np.uint32(1)
+_PINS_MAX: Final = 1 << 31
 _FREE, _RESERVED, _COMMITTED, _SEALED, _DRAINING = map(int, SlotState)
 
 
@@ -50,7 +54,6 @@ class SlotTable:
         """`tiers` are what the node publishes: DRAM, and what lies below it."""
         slots = arena.size.max_slots
         self.arena = arena
-        self.policy = policy
         self.metrics = metrics
         self.space = ArenaSpace(arena.size.data_bytes, slots)
         self.quotas = quotas or Quotas()
@@ -58,6 +61,8 @@ class SlotTable:
         """Used and reserved bytes by root and share domain."""
         self.roots = Roots(on_domain=self.quotas.opened)
         self.index: dict[int, int] = {}
+        self.outdone: set[int] = set()
+        """Reserved slots whose block another was reserved for later: `index` may not know them."""
         self.generation = array("Q", bytes(8 * slots))
         self.state = bytearray(slots)
         self.servable = bytearray(slots)
@@ -66,9 +71,12 @@ class SlotTable:
         self.pins = array("I", bytes(4 * slots))
         """Leases and running jobs that need the bytes to stay."""
         self.root_number = array("I", bytes(4 * slots))
-        self.key = array("Q", bytes(8 * slots))
+        self.key: NDArray[np.object_] = np.zeros(slots, np.object_)
+        """The very integers of `index`, for the policy to index by too: others would take 32 bytes
+        each. Not a list: the collector of garbage would walk it."""
         self.parent = array("Q", bytes(8 * slots))
         """Key of the block before it in its prompt; 0 at the start or where it is not known."""
+        self.insertions = Insertions(policy, self.key, self.parent)
         self.writer = array("I", bytes(4 * slots))
         """Session that reserved the slot last; 0 when that was before this incarnation."""
         self.claimed_ms = array("d", bytes(8 * slots))
@@ -83,6 +91,15 @@ class SlotTable:
         self.refusal = MissReason.REFUSED  # why `make_room` found none the last time
         self.publisher = Publisher(node, arena.incarnation, tiers, self, host=host)
 
+    @property
+    def policy(self) -> Policy:
+        """What orders the blocks here, told of all of them."""
+        return self.insertions.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self.insertions.policy = policy
+
     # -- looking ---------------------------------------------------------------------------
 
     def root_of(self, slot: int) -> RootInfo:
@@ -93,26 +110,6 @@ class SlotTable:
         """Say whether the slot is for exactly this block: the whole name, not its key."""
         return self.root_number[slot] == info.number and self.arena.name(slot) == name
 
-    def ready(self, info: RootInfo, packed: bytes, keys: Sequence[int]) -> list[int]:
-        """Return the slots of the longest prefix of names that may be leased now."""
-        found = list(map(self.index.get, keys))
-        if None in found:
-            del found[found.index(None) :]
-        slots = cast("list[int]", found)
-        at = np.asarray(slots, np.int64)
-        servable = np.frombuffer(self.servable, np.uint8)[at]
-        if not servable.all():
-            count = int(servable.argmin())
-            slots, at = slots[:count], at[:count]
-        # A key is a hint. One comparison of all full names instead of one for each.
-        under = np.frombuffer(self.root_number, np.uint32)[at] == info.number
-        if packed.startswith(self.arena.names(at)) and under.all():
-            return slots
-        for index, slot in enumerate(slots):
-            if not self.holds(slot, info, packed[index * NAME_BYTES : (index + 1) * NAME_BYTES]):
-                return slots[:index]
-        raise AssertionError("the names differ and every one of them is equal")
-
     def find(self, info: RootInfo, key: int, name: bytes) -> int | None:
         """Return the slot that holds or will hold the block, or None."""
         slot = self.index.get(key)
@@ -121,11 +118,7 @@ class SlotTable:
     def scan(self, cursor: int, limit: int) -> tuple[list[Changed], int | None]:
         """Return what sealed slots from `cursor` on hold: a slice of a Watch snapshot."""
         stop = min(cursor + limit, len(self.state))
-        found: dict[int, list[BlockName]] = {}
-        for slot in range(cursor, stop):
-            if self.state[slot] == _SEALED:
-                names = found.setdefault(self.root_number[slot], [])
-                names.append(BlockName(self.arena.name(slot)))
+        states = np.frombuffer(self.state, np.uint8)[cursor:stop]
         changes = [
             Changed(
                 root=info.root,
@@ -134,9 +127,17 @@ class SlotTable:
                 block_bytes=info.shape.block_bytes,
                 group=info.group,
             )
-            for info, names in ((self.roots.at(number), names) for number, names in found.items())
+            for info, names in self._by_root(cursor + np.flatnonzero(states == _SEALED))
         ]
         return changes, stop if stop < len(self.state) else None
+
+    def _by_root(self, at: NDArray[np.int64]) -> Iterator[tuple[RootInfo, list[BlockName]]]:
+        """Yield the names of the blocks in slots, root by root."""
+        packed = self.arena.names(at)
+        names = [BlockName(packed[n : n + NAME_BYTES]) for n in range(0, len(packed), NAME_BYTES)]
+        numbers = np.frombuffer(self.root_number, np.uint32)[at]
+        for number in np.unique(numbers).tolist():
+            yield self.roots.at(number), list(compress(names, (numbers == number).tolist()))
 
     # -- the life of a slot ----------------------------------------------------------------
 
@@ -168,22 +169,30 @@ class SlotTable:
         self.writer[slot] = session
         self.claimed_ms[slot] = now_ms
         self._turn(slot, _RESERVED, session)
-        self.index[key] = slot
+        self.outdone.discard(slot)
+        self._claim(key, slot)
         self.reserved_bytes += info.shape.block_bytes
         self.book.add(info.root, info.shape.block_bytes)
         return slot
 
+    def _claim(self, key: int, slot: int) -> None:
+        """Let `slot` stand for `key`, whoever did before."""
+        holder = self.index.setdefault(key, slot)
+        if holder != slot:
+            self.outdone.add(holder)
+            self.index[key] = slot
+
     def commit(self, slot: int) -> bool:
         """Make a reserved slot readable; False when its name was committed before: slot freed.
 
-        The caller tells the policy of what it committed (`tell_inserted`).
+        The caller tells the policy of what it committed (`insertions`).
         """
         holder = self.index.get(key := self.key[slot])
         if holder != slot:
             if holder is not None and SlotState(self.state[holder]) in READABLE:
                 self.free(slot)
                 return False
-            self.index[key] = slot
+            self._claim(key, slot)
         self._turn(slot, _COMMITTED)
         self.servable[slot] = 1
         block_bytes = self.root_of(slot).shape.block_bytes
@@ -191,29 +200,12 @@ class SlotTable:
         self.used_bytes += block_bytes
         return True
 
-    def tell_inserted(self, slots: Sequence[int], now_ms: float) -> None:
-        """Tell the policy of committed slots, in prefix order; one call for each unbroken run."""
-        start = 0
-        for stop in range(1, len(slots) + 1):
-            if stop < len(slots) and self.parent[slots[stop]] == self.key[slots[stop - 1]]:
-                continue
-            run = [BlockKey(self.key[slot]) for slot in slots[start:stop]]
-            parent = self.parent[slots[start]]
-            self.policy.insert(run, parent=BlockKey(parent) if parent else None, now_ms=now_ms)
-            start = stop
-
     def seal(self, slots: Sequence[int], sums: Sequence[bytes]) -> None:
         """Store the sums of committed slots and list their blocks to others."""
-        by_root: dict[int, list[BlockName]] = {}
         at = np.asarray(slots, np.int64)
         self.arena.set_sums(at, b"".join(sums))
         self.turn_all(at, _COMMITTED, _SEALED)
-        packed = self.arena.names(at)
-        for index, slot in enumerate(slots):
-            name = BlockName(packed[index * NAME_BYTES : (index + 1) * NAME_BYTES])
-            by_root.setdefault(self.root_number[slot], []).append(name)
-        for number, names in by_root.items():
-            info = self.roots.at(number)
+        for info, names in self._by_root(at):
             self.publisher.set(
                 info.root, TierKind.DRAM, names,
                 block_bytes=info.shape.block_bytes, group=info.group,
@@ -246,8 +238,7 @@ class SlotTable:
             for slot in slots:
                 self.pins[slot] += 1
             return
-        pinned, times = np.unique(np.asarray(slots, np.int64), return_counts=True)
-        np.frombuffer(self.pins, np.uint32)[pinned] += times.astype(np.uint32)
+        np.add.at(np.frombuffer(self.pins, np.uint32), np.asarray(slots, np.int64), _ONE)
 
     def unpin(self, slots: Sequence[int]) -> None:
         """End pins; a slot that was only waiting for that is free now."""
@@ -257,10 +248,9 @@ class SlotTable:
                 if not self.pins[slot] and self.state[slot] == _DRAINING:
                     self.free(slot)
             return
-        pinned, times = np.unique(np.asarray(slots, np.int64), return_counts=True)
-        pins = np.frombuffer(self.pins, np.uint32)
-        assert (pins[pinned] >= times).all(), "unpinned more often than pinned"
-        pins[pinned] -= times.astype(np.uint32)
+        at, pins = np.asarray(slots, np.int64), np.frombuffer(self.pins, np.uint32)
+        np.subtract.at(pins, at, _ONE)
+        assert (pins[at] < _PINS_MAX).all(), "unpinned more often than pinned"
 
     def places(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the offsets, in granules, and the generations of slots."""
@@ -316,7 +306,7 @@ class SlotTable:
         self.parent[slot] = 0
         self.writer[slot] = word.session
         self.claimed_ms[slot] = now_ms
-        self.index[key] = slot
+        self._claim(key, slot)
         self.counts[_FREE] -= 1
         self.counts[word.state] += 1
         self.book.add(info.root, info.shape.block_bytes)
@@ -340,19 +330,6 @@ class SlotTable:
     def idle(self, slot: int) -> bool:
         """Say whether a block may be evicted at this moment."""
         return self.state[slot] == SlotState.SEALED and not self.pins[slot]
-
-    def take_chunk(self, block_bytes: int) -> bool:
-        """Empty a chunk of another size class for this one; False where none can go."""
-        found = self.space.victim_chunk(block_bytes, self.idle)
-        if found is None:
-            return False
-        chunk, used = found
-        self.evict(used, reason="chunk")
-        # From the end: what a crash leaves half cleared is still a prefix of the chunk.
-        for slot in reversed(chunk.slots):
-            self.arena.clear(slot)
-        self.space.dissolve(chunk)
-        return True
 
     def _place(self, block_bytes: int) -> int | None:
         slot = self.space.take(block_bytes)

@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import numpy as np
-
 from kvstore.core.errors import BadInput, Refused
 from kvstore.core.limits import NAME_BYTES
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.core.slots import READABLE, SlotState
 from kvstore.directory.events import TierKind
-from kvstore.directory.policy import Prompt
+from kvstore.directory.policy import Keys, Prompt
 from kvstore.service.bulk_commit import commit_all
 from kvstore.service.counting import HitCounts
 from kvstore.service.pins import Pins
 from kvstore.service.promotion import Load, Promoter
 from kvstore.service.reserver import NO_HINTS, Hints, Reserver, Wanted
-from kvstore.service.roots import RootInfo, keys_of
+from kvstore.service.resident import resident
+from kvstore.service.roots import RootInfo, key_column, keys_of
 from kvstore.service.sessions import MAX_LEASES_PER_SESSION, Leases, Session, Sessions
 from kvstore.service.slots import SlotTable
 
@@ -105,11 +104,13 @@ class ArenaStore:
 
         `pending_ms` is how long the caller would wait for blocks that have to be moved up first.
         """
-        keys = keys_of(info, packed)
-        wanted = Wanted(info, packed, keys, first_block, now_ms)
-        answer = Acquired(slots=self.table.ready(info, packed, keys))
+        column = key_column(info, packed)
+        answer = Acquired(slots=resident(self.table, info, packed, column))
         answer.ready = len(answer.slots)
-        self._remember(info, keys, first_block, now_ms, hints)
+        # Nothing asks for the keys where every block is here.
+        keys: list[int] = column.tolist() if answer.ready < len(column) else []
+        wanted = Wanted(info, packed, keys, first_block, now_ms)
+        self._remember(info, array("Q", column.tobytes()), first_block, now_ms, hints)
         if len(session.leases) < MAX_LEASES_PER_SESSION:
             self._lease(session, wanted, pending_ms, answer)
         elif answer.slots:
@@ -120,7 +121,7 @@ class ArenaStore:
         if reserve:
             held = self.reserver.reserve(session, wanted, found, reserve)
             answer.reserved_names, answer.reserved_slots, answer.reserve_reason = held
-        self._count(info, answer, len(keys))
+        self._count(info, answer, len(column))
         return answer
 
     def _lease(self, session: Session, wanted: Wanted, pending_ms: float, answer: Acquired) -> None:
@@ -203,9 +204,8 @@ class ArenaStore:
         self, session: Session, info: RootInfo, refs: Sequence[tuple[int, int]], now_ms: float
     ) -> list[SettleOutcome]:
         """Make reserved slots readable; `refs` are (slot, generation) in prefix order."""
-        if commit_all(self.table, session, info, refs):
+        if commit_all(self.table, session, info, refs, now_ms):
             self.to_seal.extend(refs)
-            self.table.tell_inserted([slot for slot, _ in refs], now_ms)
             return [SettleOutcome.DONE] * len(refs)
         outcomes: list[SettleOutcome] = []
         committed: list[int] = []
@@ -221,7 +221,7 @@ class ArenaStore:
             elif outcome is SettleOutcome.ALREADY and table.state[slot] not in READABLE:
                 outcome = SettleOutcome.STALE  # aborted, a duplicate, or evicted since
             outcomes.append(outcome)
-        table.tell_inserted(committed, now_ms)
+        table.insertions.tell(committed, now_ms)
         return outcomes
 
     def abort(
@@ -361,19 +361,20 @@ class ArenaStore:
         return Outcome.HIT if self.table.servable[slot] else None
 
     def flush_requests(self) -> None:
-        """Tell the policy what was asked for so far."""
+        """Tell the policy what was asked for and committed so far."""
         prompts, self._requests = self._requests, []
+        policy = self.table.policy  # which also hears what was committed, if it has not yet
         for prompt in prompts:
-            self.table.policy.request(prompt)
+            policy.request(prompt)
             if self.on_request is not None:
                 self.on_request(prompt)
 
     def _remember(
-        self, info: RootInfo, keys: list[int], first_block: int, now_ms: float, hints: Hints
+        self, info: RootInfo, keys: Keys, first_block: int, now_ms: float, hints: Hints
     ) -> None:
         self._requests.append(
             Prompt(
-                keys=array("Q", np.asarray(keys, np.uint64).tobytes()),
+                keys=keys,
                 now_ms=now_ms,
                 first_block=first_block,
                 block_bytes=info.shape.block_bytes,

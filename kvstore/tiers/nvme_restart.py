@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvstore.core.limits import GRANULE_BYTES, NAME_BYTES
 from kvstore.core.names import Root
-from kvstore.tiers.block_rows import HEADER_BYTES, NO_ROW, ROW_BYTES, unpack_row
+from kvstore.tiers.block_rows import HEADER_BYTES, ROW_BYTES, unpack_row
 from kvstore.tiers.sums import SUM_BYTES
 
 _ROW: Final = np.dtype(
@@ -22,6 +22,9 @@ _ROW: Final = np.dtype(
     }
 )
 _SUMMED: Final = ROW_BYTES - SUM_BYTES
+_WORD_BYTES: Final = 8
+_ROW_WORDS: Final = ROW_BYTES // _WORD_BYTES
+_SUM_WORDS: Final = SUM_BYTES // _WORD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +48,15 @@ def read_rows(raw: bytes, slot_bytes: int) -> FoundRows:
     """Return what a row file holds; rows that are torn or of another size class are left out."""
     count = len(raw) // ROW_BYTES
     digest = xxhash.xxh3_128_digest
-    whole: list[int] = []
-    torn = 0
-    for slot in range(count):
-        row = raw[slot * ROW_BYTES : (slot + 1) * ROW_BYTES]
-        if row == NO_ROW:
-            continue
-        if digest(row[:_SUMMED]) == row[_SUMMED:]:
-            whole.append(slot)
-        else:
-            torn += 1
+    words = np.frombuffer(raw, np.uint64, count * _ROW_WORDS).reshape(count, _ROW_WORDS)
+    written = np.flatnonzero(words.any(axis=1))
+    sums = [digest(raw[at : at + _SUMMED]) for at in (written * ROW_BYTES).tolist()]
+    right = np.frombuffer(b"".join(sums), np.uint64).reshape(-1, _SUM_WORDS)
+    whole = written[(words[written, -_SUM_WORDS:] == right).all(axis=1)]
     table = np.frombuffer(raw, _ROW, count=count)[whole]
     padded = -(-table["payload_bytes"].astype(np.int64) // GRANULE_BYTES) * GRANULE_BYTES
     fits = padded + HEADER_BYTES == slot_bytes
-    slots = np.asarray(whole, np.int64)[fits]
+    slots = whole[fits]
     # A row of ours is whole and of this version: one look at any of them tells for the format.
     if len(slots) and unpack_row(raw[slots[0] * ROW_BYTES : (slots[0] + 1) * ROW_BYTES]) is None:
         slots, fits = slots[:0], np.zeros_like(fits)
@@ -74,7 +72,7 @@ def read_rows(raw: bytes, slot_bytes: int) -> FoundRows:
         roots=[Root(table["root"][at].tobytes()) for at in first],
         root_of=root_of.tolist(),
         parents=table["parent"].tolist(),
-        torn=torn + len(whole) - len(slots),
+        torn=len(written) - len(slots),
     )
 
 

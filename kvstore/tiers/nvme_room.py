@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import compress
 from typing import Any, Final
+
+import numpy as np
 
 from kvstore.core.names import Root
 from kvstore.directory.policy import BlockKey, Policy, block_key
@@ -63,8 +66,10 @@ class NvmeRoom:
         self._segments: dict[int, SegmentFiles] = {}
         self._dirty: set[int] = set()
         self._full_until_ms = 0.0
-        self._found: dict[int, int] = {}
-        """Key → parent of blocks of an earlier run that policy and listener do not know yet."""
+        self._found: list[tuple[Sequence[int], Sequence[int]]] = []
+        """Keys and parents of blocks of an earlier run, segment by segment, for `introduce`."""
+        self._untold: dict[int, bytearray] = {}
+        """By segment, 1 for each slot whose block policy and listener do not know yet."""
         self._changing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
 
@@ -180,6 +185,7 @@ class NvmeRoom:
             segment, places = found
             self.drop(places, "class")
             self.space.discard(segment.number)
+            self._untold.pop(segment.number, None)
             files = self._segments.pop(segment.number)
             try:
                 await self._blocking(self._files.discard, segment.number, segment.slot_bytes, files)
@@ -196,7 +202,7 @@ class NvmeRoom:
             key = self.space.key_at(place)
             held = self.space.drop(place)
             self._book.add(held.root, -held.slot_bytes)
-            if self._found.pop(key, None) is None:
+            if not self._take_untold(place):
                 self.policy.remove(BlockKey(key))
                 gone.append(held)
         self._metrics.dropped.labels(_TIER, reason).inc(len(places))
@@ -238,43 +244,67 @@ class NvmeRoom:
         The index is usable when this returns; policy and listener follow in `introduce`.
         """
         found: list[tuple[int, int]] = await self._blocking(lambda: list(self._files.found()))
+        fitting: dict[int, int] = {}
         for number, size in found:
             fits = number < self.space.segments_max and size <= self.space.segment_bytes
-            if not fits or number in self.space.segments:
+            if not fits or number in fitting or number in self.space.segments:
                 await self._blocking(self._files.discard, number, size)
-                continue
-            slots = self.space.slots_of(size)
-            files = await self._blocking(self._files.open, number, size, slots)
-            rows = await self._blocking(lambda files=files, slots=slots, size=size: read_rows(
-                self._files.read_rows(files, slots), size))  # fmt: skip
-            self._segments[number] = files
-            self._restore(number, size, rows)
+            else:
+                fitting[number] = size
+        # Several at a time: a segment takes less time than handing it to a thread and back.
+        while fitting:
+            for number, size, files, rows in await self._blocking(self._read, dict(fitting)):
+                del fitting[number]
+                self._segments[number] = files
+                self._restore(number, size, rows)
+                await asyncio.sleep(0)
         return len(self.space)
+
+    def _read(self, fitting: Mapping[int, int]) -> list[tuple[int, int, SegmentFiles, FoundRows]]:
+        """Open the first of these segments (number → slot bytes) and read their rows; blocking."""
+        read: list[tuple[int, int, SegmentFiles, FoundRows]] = []
+        with contextlib.ExitStack() as opened:
+            for number, size in fitting.items():
+                slots = self.space.slots_of(size)
+                files = self._files.open(number, size, slots)
+                opened.callback(self._files.close, files)
+                rows = read_rows(self._files.read_rows(files, slots), size)
+                read.append((number, size, files, rows))
+                if sum(len(rows.slots) for _, _, _, rows in read) >= _SLICE:
+                    break
+            opened.pop_all()
+        return read
 
     def _restore(self, number: int, size: int, rows: FoundRows) -> None:
         segment = self.space.add(number, size)
-        roots = [rows.roots[at] for at in rows.root_of]
-        twice = self.space.restore(segment, rows.slots, rows.keys, rows.names, roots)
-        charged = Counter(roots)
+        twice = self.space.restore(
+            segment, rows.slots, rows.keys, rows.names, rows.roots, rows.root_of
+        )
+        charged = Counter(rows.root_of)
         if twice:
             again = set(twice)
-            pairs = zip(rows.slots, roots, strict=True)
-            charged.subtract(root for slot, root in pairs if slot in again)
-        for root, count in charged.items():
-            self._book.add(root, count * size)
+            pairs = zip(rows.slots, rows.root_of, strict=True)
+            charged.subtract(at for slot, at in pairs if slot in again)
+        for at, count in charged.items():
+            self._book.add(rows.roots[at], count * size)
         if twice:  # else a later `clear` would erase one row and a restart find the other
             self._erase_rows(number, self.space.take_slots(segment, twice))
-        self._found.update(zip(rows.keys, rows.parents, strict=True))
+        self._found.append((rows.keys, rows.parents))
+        untold = self._untold[number] = bytearray(segment.slots)
+        np.frombuffer(untold, np.uint8)[rows.slots] = 1
+        np.frombuffer(untold, np.uint8)[twice] = 0
         if rows.torn:
             self._metrics.dropped.labels(_TIER, "torn").inc(rows.torn)
 
     async def introduce(self) -> None:
         """Tell policy and listener what `load` found, in slices; serving goes on meanwhile."""
-        keys, parents = list(self._found), list(self._found.values())
+        found, self._found = self._found, []
+        keys = [key for some, _ in found for key in some]
+        parents = [parent for _, some in found for parent in some]
         runs = await self._blocking(lambda: list(chains(keys, parents)))
         told = 0
         for parent, run in runs:
-            fresh = [BlockKey(key) for key in run if self._found.pop(key, None) is not None]
+            fresh = [BlockKey(key) for key in run if self._take_untold(self.space.index.get(key))]
             whole = len(fresh) == len(run)
             # Where some are gone or came again meanwhile, each stands for itself.
             for part in [fresh] if whole else [[key] for key in fresh]:
@@ -285,12 +315,31 @@ class NvmeRoom:
             if told >= _SLICE:
                 told = 0
                 await asyncio.sleep(0)
+        self._untold.clear()
+
+    def _is_untold(self, place: int | None) -> bool:
+        """Say whether policy and listener do not know of a place's block."""
+        if place is None or not self._untold:
+            return False
+        segment, slot = self.space.split(place)
+        untold = self._untold.get(segment.number)
+        return untold is not None and bool(untold[slot])
+
+    def _take_untold(self, place: int | None) -> bool:
+        """Say so, and that they know of it from now on."""
+        if place is None or not self._is_untold(place):
+            return False
+        segment, slot = self.space.split(place)
+        self._untold[segment.number][slot] = 0
+        return True
 
     def scan(self, cursor: int, limit: int) -> tuple[list[Held], int | None]:
         """Return what the listener was told of, in slices: see `NvmeSpace.scan`."""
         found, following = self.space.scan(cursor, limit)
-        if self._found:
-            found = [one for one in found if block_key(one.root, one.name) not in self._found]
+        if self._untold:
+            places = (self.space.index[block_key(one.root, one.name)] for one in found)
+            told = [not self._is_untold(place) for place in places]
+            found = list(compress(found, told))
         return found, following
 
     async def sync(self) -> None:

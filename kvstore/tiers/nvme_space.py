@@ -212,30 +212,36 @@ class NvmeSpace:
         keys: Sequence[int],
         names: bytes,
         roots: Sequence[Root],
+        root_of: Sequence[int],
     ) -> list[int]:
         """List what a restart found in a segment just added; returns the slots held already.
 
-        `keys`, `names` (packed) and `roots` go with `slots`. A block that another segment holds too
-        is listed once.
+        `keys`, `names` (packed) and `root_of` (index into `roots`) go with `slots`. A block that is
+        found twice is listed once.
         """
         first = segment.number << _SLOT_BITS
-        twice = [slot for slot, key in zip(slots, keys, strict=True) if key in self.index]
-        if twice:
+        places = [first + slot for slot in slots]
+        # One look at the index for each, which is what a million of them take the longest for.
+        holders = list(map(self.index.setdefault, keys, places))
+        twice: list[int] = []
+        if holders != places:
+            found = zip(slots, places, holders, strict=True)
+            twice = [slot for slot, place, holder in found if holder != place]
             unwanted = set(twice)
             kept = [at for at, slot in enumerate(slots) if slot not in unwanted]
             names = b"".join(names[at * NAME_BYTES : (at + 1) * NAME_BYTES] for at in kept)
-            roots = [roots[at] for at in kept]
+            root_of = [root_of[at] for at in kept]
             keys = [keys[at] for at in kept]
             slots = [slots[at] for at in kept]
-        self.index.update(zip(keys, (first + slot for slot in slots), strict=True))
         taken = set(slots)
-        segment.free = [slot for slot in segment.free if slot not in taken]
+        whole = len(taken) == segment.slots
+        segment.free = [] if whole else [slot for slot in segment.free if slot not in taken]
         at = np.asarray(slots, np.int64)
         np.frombuffer(segment.keys, np.uint64)[at] = np.asarray(keys, np.uint64)
         table = np.frombuffer(segment.names, np.uint8).reshape(-1, NAME_BYTES)
         table[at] = np.frombuffer(names, np.uint8).reshape(-1, NAME_BYTES)
-        numbers = {root: self._root_number(root) for root in set(roots)}
-        np.frombuffer(segment.roots, np.uint32)[at] = [numbers[root] for root in roots]
+        numbers = np.asarray([self._root_number(root) for root in roots], np.uint32)
+        np.frombuffer(segment.roots, np.uint32)[at] = numbers[np.asarray(root_of, np.int64)]
         segment.held = len(slots)
         self.used_bytes += segment.held * segment.slot_bytes
         if not segment.free:

@@ -224,6 +224,16 @@ class ArenaMapping:
         names: bytes = rows["name"][slots].tobytes()
         return names
 
+    def named(self, first: int, packed: bytes) -> int:
+        """Return how many of the packed names stand, in order, in the records from `first` on."""
+        count = min(len(packed) // NAME_BYTES, self.size.max_slots - first)
+        rows = np.frombuffer(self._bytes, _ROW, count, HEADER_BYTES + first * RECORD_BYTES)
+        there = rows["name"].tobytes()
+        if packed.startswith(there):
+            return count
+        same = np.frombuffer(there, np.uint8) == np.frombuffer(packed, np.uint8, len(there))
+        return int(same.argmin()) // NAME_BYTES
+
     def set_sum(self, slot: int, block_sum: bytes) -> None:
         """Store the sum of a slot's payload; owner only, before the word turns SEALED."""
         at = HEADER_BYTES + slot * RECORD_BYTES + _SUM_AT

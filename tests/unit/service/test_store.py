@@ -14,7 +14,7 @@ from kvstore.directory.policy import BlockKey, Prompt
 from kvstore.service import store as module
 from kvstore.service.reserver import Hints
 from kvstore.service.roots import BlockShape, Roots, keys_of
-from tests.arena_fixture import ROOT, SHAPE, names, small_store
+from tests.arena_fixture import ROOT, SHAPE, SmallStore, names, small_store
 
 
 def test_a_claimed_name_is_computing_until_the_claim_is_old() -> None:
@@ -275,3 +275,27 @@ def test_many_are_committed_as_one_by_one(odd: str) -> None:
         left = odd in ("stale", "twice")
         assert (len(session.reserved), session.reserved_bytes) == (left, left * 4096)
         assert {slot for slot, _ in store.to_seal} >= done
+
+
+def _refs(small: SmallStore, slots: Sequence[int]) -> list[tuple[int, int]]:
+    return [(slot, small.table.generation[slot]) for slot in slots]
+
+
+@pytest.mark.parametrize("second_commits", [True, False])
+def test_many_whose_claims_were_taken_over_are_looked_at_one_by_one(second_commits: bool) -> None:
+    """Committing all at once would leave two readable slots for each block."""
+    with small_store(blocks=128, quota_blocks=128, max_slots=128) as small:
+        (first, info), (second, _) = small.session(1), small.session(2)
+        ask: dict[str, Any] = {"reserve": 40, "first_block": 0}
+        packed = b"".join(names(40))
+        mine = small.store.acquire(first, info, packed, now_ms=0.0, **ask).reserved_slots
+        theirs = small.store.acquire(second, info, packed, now_ms=300.0, **ask).reserved_slots
+        assert len(mine) == len(theirs) == 40
+        settle = small.store.commit if second_commits else small.store.abort
+        now = (301.0,) if second_commits else ()
+        assert settle(second, info, _refs(small, theirs), *now) == [SettleOutcome.DONE] * 40
+        expected = SettleOutcome.DUPLICATE if second_commits else SettleOutcome.DONE
+        assert small.store.commit(first, info, _refs(small, mine), 302.0) == [expected] * 40
+        kept = theirs if second_commits else mine
+        assert sorted(small.table.index.values()) == sorted(kept)
+        assert len(small.table.policy) == small.table.counts[SlotState.COMMITTED] == 40

@@ -164,10 +164,10 @@ class TestSpace:
         space = self.space()
         names = [name(1), name(2)]
         keys = [block_key(ROOT, one) for one in names]
-        first = space.restore(space.add(0, 8192), [4, 7], keys, b"".join(names), [ROOT, ROOT])
+        first = space.restore(space.add(0, 8192), [4, 7], keys, b"".join(names), [ROOT], [0, 0])
         again = space.restore(
             space.add(1, 8192), [0, 1], [keys[1], block_key(ROOT, name(3))],
-            name(2) + name(3), [ROOT, ROOT],
+            name(2) + name(3), [ROOT], [0, 0],
         )  # fmt: skip
         assert (first, again, len(space)) == ([], [0], 3)
         assert space.used_bytes == 3 * 8192
