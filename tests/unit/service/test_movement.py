@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -168,12 +169,14 @@ async def test_a_slow_disk_is_asked_for_what_it_can_bring_in_time(tmp_path: Path
         prompt = await made.put(1, 8)
         await made.evict(prompt)
         made.disk.delay_s = 0.03
+        began = time.monotonic()
         answer = made.acquire(prompt)
         await made.settled(answer)
+        took_ms = (time.monotonic() - began) * 1000
         made.release(answer)
         await made.evict(prompt)
-        # 8 blocks took 60 ms by 4 threads: not all of them can come within 20.
-        answer = made.acquire(prompt, pending_ms=20)
+        # 8 blocks took 60 ms by 4 threads, on a busy machine more: not all can come in a third.
+        answer = made.acquire(prompt, pending_ms=max(1, int(took_ms / 3)))
         assert 0 < len(answer.slots) < 8
         assert answer.reason is MissReason.LATE
         await made.settled(answer)
