@@ -63,7 +63,7 @@ class WorkerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request, context):
-        """Runs one request and streams its tokens. Cancelling the call frees its pages within a step.
+        """Runs one request and streams its tokens. Cancelling the call frees its pages when the steps begun have ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -153,7 +153,7 @@ class Engine:
         self._reporter.publish(self._pool, self.load())
 
     async def generate(self, request: Request) -> AsyncGenerator[Output, None]:
-        """Run one request. Closing the iterator frees its pages within a step.
+        """Run one request; closing the iterator frees its pages after two steps at most.
 
         Raises `BadInput` and `TooLarge` before any work, `Refused` when the queue is full or the
         worker is ending, `Unreachable` when a step failed under it.
