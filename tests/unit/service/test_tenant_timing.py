@@ -4,6 +4,7 @@ Work is counted in calls and not in seconds: equal paths take equal time on any 
 count does not depend on how busy this one is.
 """
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +25,13 @@ def calls_of(work: Callable[[], Any]) -> tuple[list[str], Any]:
             seen.append(argument.__name__ if event == "c_call" else frame.f_code.co_qualname)
 
     before = sys.getprofile()
+    gc.disable()  # it would run in one of two turns, and whoever listens to it be called
     sys.setprofile(note)
     try:
         result = work()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return seen, result
 
 
