@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvkernels.ops import _check, _check_pages, _say
+from kvkernels.checks import check, check_pages, say
 from kvstore.core.errors import Unsupported
 
 
@@ -64,15 +64,15 @@ def add_rms_norm(
     `residual` the second tensor is `hidden` itself. The norm: Zhang and Sennrich, "Root Mean Square
     Layer Normalization" (2019).
     """
-    _check(hidden.dim() == 2, f"hidden must be [tokens, width], got {_say(hidden)}")
+    check(hidden.dim() == 2, f"hidden must be [tokens, width], got {say(hidden)}")
     expected = hidden.shape[1:]
-    _check(
+    check(
         weight.shape == expected and weight.dtype == hidden.dtype,
-        f"weight must be {tuple(expected)} of {hidden.dtype}, got {_say(weight)}",
+        f"weight must be {tuple(expected)} of {hidden.dtype}, got {say(weight)}",
     )
-    _check(
+    check(
         residual is None or (residual.shape == hidden.shape and residual.dtype == hidden.dtype),
-        f"residual must be like hidden, got {residual if residual is None else _say(residual)}",
+        f"residual must be like hidden, got {residual if residual is None else say(residual)}",
     )
     return implementation(hidden.device.type).add_rms_norm(hidden, residual, weight, epsilon)
 
@@ -98,23 +98,23 @@ def rotate_into_pages(
     heads before the rotation, with `epsilon`. Returns [tokens, query_heads, head_dim].
     The rotation: Su et al., "RoFormer" (2021).
     """
-    heads, dim = _check_pages(pages, layer)
+    heads, dim = check_pages(pages, layer)
     tokens = slots.shape[0]
     width = (query_heads + 2 * heads) * dim
-    _check(
+    check(
         projected.shape == (tokens, width) and projected.dtype == pages.dtype,
-        f"projected must be [{tokens}, {width}] of {pages.dtype}, got {_say(projected)}",
+        f"projected must be [{tokens}, {width}] of {pages.dtype}, got {say(projected)}",
     )
-    _check(slots.dtype == torch.int64, f"slots must be int64 [tokens], got {_say(slots)}")
+    check(slots.dtype == torch.int64, f"slots must be int64 [tokens], got {say(slots)}")
     for name, tensor in (("cosine", cosine), ("sine", sine)):
-        _check(
+        check(
             tensor.shape == (tokens, dim) and tensor.dtype == pages.dtype,
-            f"{name} must be [{tokens}, {dim}] of {pages.dtype}, got {_say(tensor)}",
+            f"{name} must be [{tokens}, {dim}] of {pages.dtype}, got {say(tensor)}",
         )
     for tensor in norms or ():
-        _check(
+        check(
             tensor.shape == (dim,) and tensor.dtype == pages.dtype,
-            f"weights of norms must be [{dim}] of {pages.dtype}, got {_say(tensor)}",
+            f"weights of norms must be [{dim}] of {pages.dtype}, got {say(tensor)}",
         )
     return implementation(pages.device.type).rotate_into_pages(
         projected, cosine, sine, pages, slots, layer, query_heads, norms, epsilon
@@ -126,9 +126,9 @@ def gated_silu(projected: Tensor) -> Tensor:
 
     Shazeer, "GLU Variants Improve Transformer" (2020).
     """
-    _check(
+    check(
         projected.dim() == 2 and projected.shape[1] % 2 == 0,
-        f"projected must be [tokens, 2 * width], got {_say(projected)}",
+        f"projected must be [tokens, 2 * width], got {say(projected)}",
     )
     return implementation(projected.device.type).gated_silu(projected)
 
@@ -139,8 +139,8 @@ def choose(logits: Tensor) -> Tensor:
     First the largest logit's id, the lowest of equal ones; then 1 where all of a row's logits are
     finite, else 0 (the id is then any of the vocabulary).
     """
-    _check(
+    check(
         logits.dim() == 2 and logits.dtype == torch.float32 and logits.shape[1] > 0,
-        f"logits must be float32 [rows, vocab], got {_say(logits)}",
+        f"logits must be float32 [rows, vocab], got {say(logits)}",
     )
     return implementation(logits.device.type).choose(logits)

@@ -15,6 +15,7 @@ every call; values of index tensors are checked once per step by whoever builds 
 import torch
 from torch import Tensor
 
+from kvkernels.checks import check, check_pages, say
 from kvkernels.movement import UNIT_BYTES, Movement, check_layouts
 from kvkernels.plans import AttentionPlan, Implementation, Rules
 from kvkernels.quantised import QuantisedPages, view_cells
@@ -97,20 +98,20 @@ def write_pages(
     (the latter take any floating type); slots int64 [tokens] = page * 16 + offset, unique and
     inside the pool.
     """
-    heads, dim = _check_pages(pages, layer)
+    heads, dim = check_pages(pages, layer)
     dtype = key.dtype if isinstance(pages, QuantisedPages) else pages.dtype
     expected = (slots.shape[0], heads, dim)
-    _check(
+    check(
         slots.dim() == 1 and slots.dtype == torch.int64,
-        f"slots must be int64 [tokens], got {_say(slots)}",
+        f"slots must be int64 [tokens], got {say(slots)}",
     )
-    _check(
+    check(
         tuple(key.shape) == expected and key.dtype == dtype and dtype.is_floating_point,
-        f"key must be {expected} of {dtype}, got {_say(key)}",
+        f"key must be {expected} of {dtype}, got {say(key)}",
     )
-    _check(
+    check(
         value.shape == key.shape and value.dtype == key.dtype,
-        f"value must be like key, got {_say(value)}",
+        f"value must be like key, got {say(value)}",
     )
     implementation(_device(pages)).write_pages(key, value, pages, slots, layer)
 
@@ -125,20 +126,20 @@ def plan_attention(
     and never looked at.
     """
     sequences = context_lengths.shape[0]
-    _check(
+    check(
         block_tables.dim() == 2 and block_tables.shape[0] == sequences,
-        f"block_tables must be [{sequences}, max_pages], got {_say(block_tables)}",
+        f"block_tables must be [{sequences}, max_pages], got {say(block_tables)}",
     )
-    _check(
+    check(
         query_starts.shape == (sequences + 1,),
-        f"query_starts must be [{sequences + 1}], got {_say(query_starts)}",
+        f"query_starts must be [{sequences + 1}], got {say(query_starts)}",
     )
     for name, tensor in (
         ("block_tables", block_tables),
         ("context_lengths", context_lengths),
         ("query_starts", query_starts),
     ):
-        _check(tensor.dtype == torch.int32, f"{name} must be int32, got {_say(tensor)}")
+        check(tensor.dtype == torch.int32, f"{name} must be int32, got {say(tensor)}")
     return implementation(device_type).plan_attention(block_tables, context_lengths, query_starts)
 
 
@@ -165,24 +166,24 @@ def paged_attention(
     share them, or it is made anew. `rules` adds a window, sinks or a soft cap. Quantised pages take
     a query of any type in `page_view`'s list; all pages of a call have one codec.
     """
-    heads, dim = _check_pages(pages, layer)
-    _check(
+    heads, dim = check_pages(pages, layer)
+    check(
         query.dim() == 3 and query.shape[2] == dim,
-        f"query must be [tokens, heads, {dim}], got {_say(query)}",
+        f"query must be [tokens, heads, {dim}], got {say(query)}",
     )
-    _check(
+    check(
         query.shape[1] % heads == 0,
         f"{query.shape[1]} query heads are no multiple of {heads} KV heads",
     )
     if isinstance(pages, QuantisedPages):
-        _check(query.dtype in _QUERY_TYPES, f"query is {query.dtype}, not one of {_QUERY_TYPES}")
+        check(query.dtype in _QUERY_TYPES, f"query is {query.dtype}, not one of {_QUERY_TYPES}")
     else:
-        _check(query.dtype == pages.dtype, f"query is {query.dtype}, pages are {pages.dtype}")
+        check(query.dtype == pages.dtype, f"query is {query.dtype}, pages are {pages.dtype}")
     if plan is None:
         plan = plan_attention(
             block_tables, context_lengths, query_starts, device_type=_device(pages)
         )
-    _check(
+    check(
         plan.query_tokens == query.shape[0],
         f"query has {query.shape[0]} tokens, its starts say {plan.query_tokens}",
     )
@@ -231,18 +232,18 @@ def plan_movement(
     check_layouts(arena_layout, pool_layout)
     _check_pool(pool, pool_layout)
     _check_places(arena, offsets, arena_layout.block_bytes, pool, pages)
-    _check(
+    check(
         not bool((offsets % UNIT_BYTES).any()) and pool.stride(0) % UNIT_BYTES == 0,
         f"offsets and the pool's rows must be multiples of {UNIT_BYTES} bytes",
     )
-    _check(
+    check(
         pool.device.type == "cpu" or arena.is_pinned(),
         "the arena must be pinned or registered memory for a pool on a GPU",
     )
     raw = arena_layout if arena_layout.codec in _ELEMENT_TYPES else pool_layout
     types = _ELEMENT_TYPES.get(raw.codec, ())
     kind = element or (types[0] if types else torch.uint8)
-    _check(kind in (types or (torch.uint8,)), f"codec {raw.codec.name} does not hold {kind}")
+    check(kind in (types or (torch.uint8,)), f"codec {raw.codec.name} does not hold {kind}")
     rows = pool.stride(0) // UNIT_BYTES
     return Movement(
         arena=arena,
@@ -305,8 +306,8 @@ def _check_layers(
     ):
         if chosen is not None and len(chosen):
             fits = chosen.step == 1 and chosen.start >= 0 and chosen.stop <= count
-            _check(fits, f"{name} {chosen} of {count}")
-    _check(programs >= 1, f"programs must be at least 1, got {programs}")
+            check(fits, f"{name} {chosen} of {count}")
+    check(programs >= 1, f"programs must be at least 1, got {programs}")
 
 
 def _device(pages: Tensor | QuantisedPages) -> str:
@@ -314,62 +315,39 @@ def _device(pages: Tensor | QuantisedPages) -> str:
 
 
 def _check_pool(pool: Tensor, layout: BlockLayout) -> None:
-    _check(
+    check(
         pool.dtype == torch.uint8 and pool.dim() == 2,
-        f"pool must be uint8 [n, bytes], got {_say(pool)}",
+        f"pool must be uint8 [n, bytes], got {say(pool)}",
     )
-    _check(
+    check(
         pool.shape[1] == layout.block_bytes,
         f"pool rows have {pool.shape[1]} bytes, blocks {layout.block_bytes}",
     )
-    _check(pool.stride(1) == 1, "pool rows must be contiguous")
-
-
-def _check_pages(pages: Tensor | QuantisedPages, layer: int) -> tuple[int, int]:
-    """Return KV heads and head dimension of pages that a view function made."""
-    if isinstance(pages, QuantisedPages):
-        heads, layers, dim = pages.cells.shape[1], pages.cells.shape[2], pages.head_dim
-    else:
-        _check(
-            pages.dim() == 6 and pages.shape[3] == 2 and pages.shape[4] == BLOCK_TOKENS,
-            f"pages must come from page_view, got {_say(pages)}",
-        )
-        heads, layers, dim = pages.shape[1], pages.shape[2], pages.shape[5]
-    _check(0 <= layer < layers, f"layer {layer} of {layers}")
-    return heads, dim
+    check(pool.stride(1) == 1, "pool rows must be contiguous")
 
 
 def _check_places(
     arena: Tensor, offsets: Tensor, block_bytes: int, pool: Tensor, pages: Tensor
 ) -> None:
-    _check(
+    check(
         arena.dtype == torch.uint8 and arena.dim() == 1 and arena.is_contiguous(),
-        f"arena must be contiguous uint8 [bytes], got {_say(arena)}",
+        f"arena must be contiguous uint8 [bytes], got {say(arena)}",
     )
-    _check(
+    check(
         pool.dtype == torch.uint8 and pool.dim() == 2 and pool.stride(1) == 1,
-        f"pool must be uint8 [pages, bytes], got {_say(pool)}",
+        f"pool must be uint8 [pages, bytes], got {say(pool)}",
     )
     for name, tensor, last in (
         ("offsets", offsets, arena.shape[0] - block_bytes),
         ("pages", pages, pool.shape[0] - 1),
     ):
-        _check(
+        check(
             tensor.dtype == torch.int64 and tensor.dim() == 1,
-            f"{name} must be int64 [n], got {_say(tensor)}",
+            f"{name} must be int64 [n], got {say(tensor)}",
         )
         if tensor.numel():
             low, high = int(tensor.min()), int(tensor.max())
-            _check(
+            check(
                 low >= 0 and high <= last, f"{name} reach from {low} to {high}; [0, {last}] allowed"
             )
-    _check(offsets.shape == pages.shape, f"{offsets.shape[0]} offsets for {pages.shape[0]} pages")
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise BadInput(message)
-
-
-def _say(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+    check(offsets.shape == pages.shape, f"{offsets.shape[0]} offsets for {pages.shape[0]} pages")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kvkernels import fused, fused_reference, ops
+from kvkernels.checks import check_pages
 from kvkernels.triton import fused as kernels
 
 from kvstore.core.errors import BadInput, Unsupported
@@ -123,6 +124,14 @@ def test_what_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(BadInput, match=match):
             rotate(**wrong)
+
+
+def test_pages_that_no_view_made_and_layers_that_are_not_there_are_named() -> None:
+    assert check_pages(paged(), 1) == (KV_HEADS, DIM)
+    with pytest.raises(BadInput, match="layer 2 of 2"):
+        check_pages(paged(), 2)
+    with pytest.raises(BadInput, match="must come from page_view"):
+        check_pages(paged()[0], 0)
 
 
 def test_each_device_has_its_code() -> None:
