@@ -60,6 +60,11 @@ class SamplingParams:
         """Whether the choice needs no random numbers."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def only_id(self) -> bool:
+        """Whether all that is wanted is the largest logit's id: it is found where they lie."""
+        return self.greedy and not self.logprobs
+
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:

@@ -62,7 +62,7 @@ class StepRunner:
 
         Only where all of them are made on the device.
         """
-        return self._overlap and all(s.params.greedy and not s.params.logprobs for s in samplers)
+        return self._overlap and all(sampler.params.only_id for sampler in samplers)
 
     async def launch(
         self, works: Sequence[Work], samplers: Sequence[Sampler], before: Launched | None
@@ -118,7 +118,7 @@ class StepRunner:
         for row, (sampler, position) in enumerate(zip(step.samplers, step.positions, strict=True)):
             if not finite[row]:
                 chosen.append(None)
-            elif sampler.params.greedy and not sampler.params.logprobs:
+            elif sampler.params.only_id:
                 chosen.append(Sampled(best[row]))
             else:
                 # Drawn on the host, so that a seed gives the same tokens on every device.
