@@ -90,6 +90,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    **options: Any,
+) -> int:
+    """Return the bytes of the binary; raises what the compiler raises."""
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    target = GPUTarget("cuda", capability, 32)
+    return len(triton.compile(source, target=target, options=options).asm["cubin"])
+
+
 def compile_for(capability: int, shape: dict[str, Any]) -> int:
     """Return the bytes of the binary; raises what the compiler raises."""
     quantised = "CODEC" in shape
@@ -101,14 +115,7 @@ def compile_for(capability: int, shape: dict[str, Any]) -> int:
     pointers = {**POINTERS, "layer_pages": "*u8" if quantised else "*bf16"}
     names = attend_pages.arg_names
     signature = {name: {**pointers, **NUMBERS}.get(name, "constexpr") for name in names}
-    source = ASTSource(
-        fn=attend_pages,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
-    options = {"num_warps": 4, "num_stages": 3}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return len(compiled.asm["cubin"])
+    return compiled(attend_pages, signature, constants, capability, num_warps=4, num_stages=3)
 
 
 MOVEMENTS: dict[str, tuple[Any, str, str, dict[str, int]]] = {
@@ -129,13 +136,7 @@ def compile_movement(capability: int, name: str) -> int:
     signature = {
         each: "constexpr" if each in constants else kinds.get(each, "i32") for each in names
     }
-    made = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(each),): value for each, value in constants.items()},
-    )
-    target_gpu = GPUTarget("cuda", capability, 32)
-    return len(triton.compile(made, target=target_gpu, options={"num_warps": 16}).asm["cubin"])
+    return compiled(kernel, signature, constants, capability, num_warps=16)
 
 
 ROWS: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
@@ -168,14 +169,8 @@ def compile_rows(capability: int, name: str) -> int:
         each: "constexpr" if each in constants else {**numbers, **kinds}.get(each, "*bf16")
         for each in names
     }
-    made = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(each),): value for each, value in constants.items()},
-    )
-    target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": 4, "enable_fp_fusion": False}
-    return len(triton.compile(made, target=target, options=options).asm["cubin"])
+    return compiled(kernel, signature, constants, capability, **options)
 
 
 def main() -> None:
