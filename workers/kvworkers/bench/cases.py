@@ -8,10 +8,22 @@ from time import monotonic
 from typing import Any, Final
 
 from kvstore.core.errors import Corrupt
+from kvstore.core.limits import BLOCK_TOKENS
 from kvworkers.bench.rig import Rig
 
 READ_GB_S: Final = 3_126.0
 """Measured read limit of the H100 that the bars were derived for."""
+
+PRODUCT_TFLOP_S: Final = 700.0
+"""What a large bf16 matrix product reached there."""
+
+_GENERATE_BATCH: Final = 382.0
+_SDPA_MS: Final = 1_396.0
+"""Recorded there, of transformers: `generate_batch`, tokens/s, and 32k tokens with sdpa."""
+
+_APPEND_LIMIT: Final = (
+    "the larger of weights and KV over 3,126 GB/s and layers' products at 700 TFLOP/s"
+)
 
 Row = Callable[..., None]
 
@@ -57,16 +69,25 @@ class Cases:
         after = [self._rig.metric(f"{name}_{part}", **labels) for part in ("sum", "count")]
         seconds, steps = (b - a for a, b in zip(before, after, strict=True))
         taken = seconds / max(1, steps) * 1e3
-        spec = self._rig.model.spec
-        weights = sum(p.numel() * p.element_size() for p in self._rig.model.module.parameters())
-        embedding = self._rig.model.module.get_input_embeddings().weight
-        read = weights - embedding.numel() * embedding.element_size()
-        read += batch * (context // self._scale) // 16 * spec.layout.block_bytes
-        floor = read / READ_GB_S / 1e6
+        floor = self._read_ms(batch * (context // self._scale))
         self._emit(
             "decode b64 c2048", taken, "ms", limit=floor,
             limit_name="weights without embedding and KV over 3,126 GB/s", runs=int(steps),
         )  # fmt: skip
+
+    def _read_ms(self, tokens: int) -> float:
+        """Return how long reading the weights, and K and V of so many tokens, takes at least."""
+        model = self._rig.model
+        weights = sum(p.numel() * p.element_size() for p in model.module.parameters())
+        embedding = model.module.get_input_embeddings().weight
+        read = weights - embedding.numel() * embedding.element_size()
+        read += tokens // BLOCK_TOKENS * model.spec.layout.block_bytes
+        return float(read / READ_GB_S / 1e6)
+
+    def _append_ms(self, new: int, held: int) -> float:
+        """Return how long a step of `new` tokens takes at least: to read, or in the products."""
+        layers = sum(p.numel() for p in self._rig.model.module.model.layers.parameters())
+        return max(self._read_ms(held), float(2 * layers * new / PRODUCT_TFLOP_S / 1e9))
 
     async def _throughput(self) -> None:
         if not self._wants("64 x 512 in 128 out"):
@@ -78,7 +99,10 @@ class Cases:
             began = monotonic()
             replies = await asyncio.gather(*(self._rig.ask(p, out=out) for p in prompts))
             rates.append(sum(len(r.tokens) for r in replies) / (monotonic() - began))
-        self._emit("64 x 512 in 128 out", statistics.median(rates), "tokens/s", runs=3)
+        self._emit(
+            "64 x 512 in 128 out", statistics.median(rates), "tokens/s", runs=3,
+            peer=_GENERATE_BATCH, peer_name="transformers generate_batch, H100, 8B, recorded",
+        )  # fmt: skip
 
     async def _append(self) -> None:
         names = {n: f"append {n} over 8192" for n in (64, 256, 512)}
@@ -89,7 +113,9 @@ class Cases:
         await self._rig.ask([*prefix, 1], no_store=False)
         for count, name in names.items():
             if self._wants(name):
-                await self._row_of(name, self._step_of(self._hit(prefix, count, "hbm")))
+                step = self._step_of(self._hit(prefix, count, "hbm"))
+                new = max(17, count // self._scale)
+                await self._row_of(name, step, limit=self._append_ms(new, len(prefix)))
 
     async def _long_prefix(self) -> None:
         cases = ("32k + 256 hbm", "32k + 256 arena", "32k + 256 recompute")
@@ -102,7 +128,10 @@ class Cases:
         runs = max(1, self._runs // 6)
         ours = await self._times(self._recompute(prefix, 256), runs)
         base = statistics.median(ours)
-        self._emit(cases[2], base, "ms", runs=runs)
+        self._emit(
+            cases[2], base, "ms", runs=runs,
+            peer=_SDPA_MS, peer_name="transformers with sdpa, H100, 8B, recorded",
+        )  # fmt: skip
         await self._row_of(cases[0], self._hit(prefix, 256, "hbm"), against=base)
         await self._row_of(cases[1], self._hit(prefix, 256, "arena"), against=base)
 
@@ -145,7 +174,12 @@ class Cases:
         return step
 
     async def _row_of(
-        self, case: str, once: Callable[[], Awaitable[float]], against: float | None = None
+        self,
+        case: str,
+        once: Callable[[], Awaitable[float]],
+        *,
+        against: float | None = None,
+        limit: float | None = None,
     ) -> None:
         if not self._wants(case):
             return
@@ -155,6 +189,7 @@ class Cases:
         self._emit(
             case, middle, "ms", peer=against,
             peer_name="own recompute" if against else None, runs=len(times),
+            limit=limit, limit_name=_APPEND_LIMIT if limit else None,
             load_ms=statistics.median(self._load_ms),
             ttft_ms=statistics.median(self._ttft_ms) if self._ttft_ms else None,
         )  # fmt: skip
