@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvstore.core.errors import KvStoreError, Unreachable
+from kvstore.core.heap import settle_heap
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.plan import MemberList, Phase, Report, Role
 
@@ -62,6 +63,7 @@ class Shell(ABC):
     async def _try_to_serve(self) -> None:
         try:
             await self._serve()
+            settle_heap()
         except KvStoreError as error:
             self._note(phase=Phase.FAILED, detail=str(error))
         except Exception as error:  # task boundary: counted by the controller as a failed start
@@ -268,6 +270,7 @@ class WorkerShell(Shell):
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
+            fidelity=chosen.fidelity,
             trace=chosen.trace,
             events_redis=chosen.events_redis,
             drain_ms=_DRAIN_MS,
