@@ -52,6 +52,12 @@ class Fidelity(StrEnum):
     INT4 = "int4"
 
 
+def check_fidelity(field: str, value: str) -> None:
+    """Raise `BadInput` naming `field` where `value` is no fidelity."""
+    if value not in list(Fidelity):
+        raise BadInput(f"{field} {value!r}: one of {', '.join(Fidelity)}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Namespace:
     """Everything that must match before two engines may exchange KV bytes."""

@@ -4,9 +4,11 @@ import asyncio
 import mmap
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+from kvkernels import ops
 from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
 from kvworkers.bench.rig import Rig, rig
 from kvworkers.models.graphs import APPENDS, BATCHES, StepGraphs
@@ -14,7 +16,11 @@ from kvworkers.models.loading import LoadedModel
 from kvworkers.models.random_weights import random_model
 from kvworkers.models.step import StepInputs
 from kvworkers.stream.device_mover import make_mover
+from kvworkers.stream.forms import Forms
+from kvworkers.stream.gate import Gate
 from kvworkers.stream.registration import Registration
+
+from kvstore.core.layout import BlockLayout, Codec
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -77,7 +83,7 @@ async def test_replies_are_the_references_cached_or_not(model: LoadedModel) -> N
         cold = await asyncio.gather(*(running.ask(p, out=64) for p in prompts))
         await running.stored()
         hbm = await asyncio.gather(*(running.ask(p, out=64) for p in prompts))
-        running.empty_pages()
+        await running.empty_pages()
         arena = await asyncio.gather(*(running.ask(p, out=64) for p in prompts))
     for prompt, reply in zip(prompts, hbm, strict=True):
         assert reply.first.cache.hbm_tokens == (len(prompt) - 1) // 16 * 16
@@ -175,10 +181,12 @@ def test_a_replayed_step_is_the_step_itself(model: LoadedModel, rows: int) -> No
 
 
 async def test_bytes_survive_the_way_through_the_arena() -> None:
-    block = 2 << 20
+    layout = BlockLayout(layers=32, kv_heads=8, head_dim=128, codec=Codec.RAW16)
+    block = layout.block_bytes
+    assert block == 2 << 20
     pool = torch.randint(0, 255, (96, block), dtype=torch.uint8, device="cuda")
     arena = memoryview(mmap.mmap(-1, 128 * block))
-    mover = make_mover(pool)
+    mover = make_mover(pool, Forms(layout, layout, torch.bfloat16))
     try:
         assert mover.registered(arena, deadline_s=60)  # type: ignore[attr-defined]
         before = pool.clone()
@@ -190,6 +198,39 @@ async def test_bytes_survive_the_way_through_the_arena() -> None:
         await mover.load(arena, places, back)
         assert torch.equal(pool[torch.tensor(back)], before[:48])
         assert torch.equal(pool[:48], before[:48])
+        gate = Gate(32, changed=lambda: None)
+        pool[48:].zero_()
+        load = asyncio.create_task(mover.load_groups(arena, places, back, gate))
+        for layers in gate.groups:
+            await asyncio.to_thread(gate.pass_layer, layers.start)
+        await load
+        assert gate.come_groups == 4 and torch.equal(pool[torch.tensor(back)], before[:48])
+    finally:
+        mover.close()
+
+
+@pytest.mark.parametrize("codec", [Codec.FP8, Codec.INT8, Codec.INT4])
+async def test_blocks_are_stored_smaller_and_come_back_as_the_format_has_them(codec: Codec) -> None:
+    layout = BlockLayout(layers=12, kv_heads=4, head_dim=64, codec=Codec.RAW16)
+    stored = replace(layout, codec=codec)
+    pool = torch.zeros((8, layout.block_bytes), dtype=torch.uint8, device="cuda")
+    pages = ops.page_view(pool, layout, torch.bfloat16)
+    pages.normal_()
+    before = pages.clone()
+    arena = memoryview(mmap.mmap(-1, 16 * stored.block_bytes))
+    mover = make_mover(pool, Forms(layout, stored, torch.bfloat16))
+    places = [at * stored.block_bytes for at in (9, 2, 5, 0)]
+    try:
+        assert mover.registered(arena, deadline_s=60)  # type: ignore[attr-defined]
+        await mover.store([0, 1, 2, 3], arena, places)
+        await mover.load(arena, places, [4, 5, 6, 7])
+        error = float((pages[4:] - before[:4]).norm() / before[:4].norm())
+        assert 0 < error < (0.15 if codec is Codec.INT4 else 0.05), error
+        whole = pages[4:].clone()
+        pages[4:].zero_()
+        gate = Gate(12, changed=lambda: None)
+        await mover.load_groups(arena, places, [4, 5, 6, 7], gate)
+        assert torch.equal(pages[4:], whole)
     finally:
         mover.close()
 
@@ -211,9 +252,10 @@ def test_registration_ends_with_everything_known() -> None:
 
 
 async def test_unregistered_memory_is_not_reached() -> None:
-    pool = torch.zeros((2, 4096), dtype=torch.uint8, device="cuda")
+    layout = BlockLayout(layers=4, kv_heads=1, head_dim=16, codec=Codec.RAW16)
+    pool = torch.zeros((2, layout.block_bytes), dtype=torch.uint8, device="cuda")
     arena = memoryview(mmap.mmap(-1, 16 * 4096))
-    mover = make_mover(pool)
+    mover = make_mover(pool, Forms(layout, layout, torch.bfloat16))
     try:
         assert mover.registered(arena, deadline_s=60)  # type: ignore[attr-defined]
         assert mover.reachable(arena, [0, 15 * 4096, 16 * 4096]) == 2

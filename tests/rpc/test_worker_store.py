@@ -279,3 +279,28 @@ async def test_callers_that_leave_during_prefill_leave_no_slot_reserved(node: Ru
             return idle and await reserved_bytes(node) == 0
 
         await until(given_back)
+
+
+@pytest.mark.parametrize("fidelity", ["fp8", "int8", "int4"])
+async def test_a_lossy_store_shares_among_its_own_and_with_no_others(
+    node: RunningNode, fidelity: str
+) -> None:
+    prompt = prompt_of(31, 100)
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(worker(node.run_dir, fidelity=fidelity))
+        second = await stack.enter_async_context(
+            worker(node.run_dir, name="worker-1", fidelity=fidelity)
+        )
+        exact = await stack.enter_async_context(worker(node.run_dir, name="worker-2"))
+        cold = await ask(first.address, prompt, max_tokens=4)
+        assert await first.settled(deadline_ms=SETTLED_MS)
+        hit = await ask(second.address, prompt, max_tokens=4)
+        other = await ask(exact.address, prompt, max_tokens=4)
+        moved = first.registry.get_sample_value(
+            "kvstore_worker_moved_bytes_total", {"direction": "store"}
+        )
+    assert cold.tokens == other.tokens == reference_reply(prompt, 4)
+    assert hit.cache.dram_tokens == 96, "its own kind finds it"
+    assert cached_tokens(other.cache) == 0, "an exact worker names other blocks"
+    spec = load_model(tiny_model()).spec
+    assert moved is not None and moved <= 6 * spec.layout.block_bytes

@@ -25,8 +25,9 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.client import AsyncClient, ClientConfig
 from kvstore.core.errors import BadInput, KvStoreError
+from kvstore.core.heap import settle_heap
 from kvstore.core.limits import BLOCK_TOKENS
-from kvstore.core.names import Root, derive_root, pack_tokens
+from kvstore.core.names import Fidelity, Root, check_fidelity, derive_root, pack_tokens
 from kvstore.directory.events import TierKind
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.directory.publisher import Publisher
@@ -79,6 +80,8 @@ class WorkerConfig:
     """`cpu`, `cuda`, `cuda:N`; `auto`: the first GPU that this process may use, or else the CPU."""
     pool_bytes: int | None = None
     """Pages of the device, in bytes; None: what a GPU has room for, 512 MiB on a CPU."""
+    fidelity: str = Fidelity.EXACT.value
+    """What its store may do to blocks: a name of `kvstore.core.names.Fidelity`."""
     policy: str = DEFAULT_POLICY
     """Which pages are evicted, by the name in `kvstore.directory.policies`."""
     threads: int | None = None
@@ -116,6 +119,7 @@ class WorkerConfig:
         if self.threads is not None and self.threads <= 0:
             raise BadInput(f"threads must be positive, got {self.threads}")
         make_policy(self.policy)
+        check_fidelity("fidelity", self.fidelity)
         security = load_security(self.security)
         check_listen("listen", self.listen, security)
         check_metrics("metrics", self.metrics, security)
@@ -175,7 +179,7 @@ class WorkerServer:
         self.model_name = spec.name
         steps = {"step_tokens": config.step_tokens, "batch": config.max_running}
         pages = await asyncio.to_thread(new_pages, model, config.pool_bytes, **steps)
-        mover = make_mover(pages.memory)
+        mover = make_mover(pages.memory, spec.forms)
         self._metrics.reachable_arena_bytes.set_function(lambda: mover.reachable_bytes)
         self._stack.push_async_callback(self._leave_node, mover)
         await self._join_node(model, mover)
@@ -273,7 +277,7 @@ class WorkerServer:
         client = await AsyncClient.connect(
             self.config.node,
             namespace=spec.namespace,
-            payload_bytes=spec.layout.payload_bytes,
+            payload_bytes=spec.forms.stored.payload_bytes,
             shares=spec.layout.kv_heads,
             share_domain=self.config.share_domain,
             name=f"{self.config.name} pid {os.getpid()}",
@@ -286,7 +290,6 @@ class WorkerServer:
             client,
             mover,
             self._metrics,
-            block_bytes=spec.layout.block_bytes,
             config=StoreConfig(call_ms=self.config.store_call_ms),
         )
 
@@ -311,7 +314,8 @@ def _load(config: WorkerConfig) -> LoadedModel:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(path, device=device, threads=config.threads)
+    fidelity = Fidelity(config.fidelity)
+    return load_model(path, device=device, threads=config.threads, fidelity=fidelity)
 
 
 async def _warm_up(engine: Engine, max_model_tokens: int) -> None:
@@ -347,6 +351,8 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--host", default="", help="Who shares an arena; default: the node's name.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
 @click.option("--pool-bytes", type=int, help="Bytes of pages; default: as there is room.")
+@click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
+              show_default=True, help="How exactly its store keeps K and V.")  # fmt: skip
 @click.option("--threads", type=int, help="Compute threads; default: torch's choice.")
 @click.option("--no-store", is_flag=True, help="Do not use the cache node.")
 @click.option("--store-call-ms", default=250, show_default=True, help="Patience with the node.")
@@ -377,6 +383,7 @@ async def _serve_until_told(config: WorkerConfig, *, as_json: bool) -> int:
         loop.add_signal_handler(number, told.set)
     server = WorkerServer(config)
     await server.start()
+    settle_heap()
     ready = {
         "worker": config.name,
         "address": server.address,

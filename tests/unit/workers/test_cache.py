@@ -1,23 +1,29 @@
 """The store link against a scripted client: what real nodes do rarely and at the wrong moment."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
 from kvworkers.engine.cache import StoreConfig, StoreJob, StoreLink
+from kvworkers.engine.loader import Ask
+from kvworkers.stream.forms import Forms
 from kvworkers.stream.mover import Mover
 from prometheus_client import CollectorRegistry
 
-from kvstore.client import Acquired, Reserved, SlotRef
-from kvstore.core.errors import KvStoreError, Refused, Unreachable
+from kvstore.client import SlotRef
+from kvstore.core.errors import Refused, Unreachable
+from kvstore.core.layout import BlockLayout, Codec
 from kvstore.core.names import BlockName
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import WorkerMetrics
+from tests.scripted_client import ScriptedClient
 
-BLOCK = 4096
+LAYOUT = BlockLayout(layers=4, kv_heads=1, head_dim=16, codec=Codec.RAW16)
+FORMS = Forms(LAYOUT, LAYOUT, torch.bfloat16)
+BLOCK = LAYOUT.block_bytes
 NAMES = [BlockName(bytes([n + 1]) * 32) for n in range(6)]
 
 
@@ -25,70 +31,17 @@ def slot(number: int) -> SlotRef:
     return SlotRef(number, 1, number * BLOCK, TierKind.DRAM, 1)
 
 
-class ScriptedClient:
-    """Answers what a test told it to; remembers what was settled."""
-
-    def __init__(self) -> None:
-        self.arena = memoryview(bytearray(b"\x07") * (8 * BLOCK))
-        self.ready = 0
-        self.pending = 0
-        self.reserved: list[int] = []
-        self.arrives = 0
-        self.stale: set[int] = set()
-        self.error: KvStoreError | None = None
-        self.block: asyncio.Event | None = None
-        self.calls: list[str] = []
-        self.patience: list[int | None] = []
-        """Milliseconds that blocks from below were given, in asking and in waiting."""
-        self.settled: list[dict[str, list[Any]]] = []
-
-    async def acquire(self, names: Sequence[BlockName], **options: Any) -> Acquired:
-        self.calls.append("acquire")
-        self.patience.append(options.get("pending_ms"))
-        if self.error is not None:
-            raise self.error
-        found = [slot(n) for n in range(self.ready + self.pending)]
-        return Acquired(
-            lease=5,
-            lease_ms=1_000,
-            ready=found[: self.ready],
-            pending=found[self.ready :],
-            reserved=[Reserved(index, slot(index)) for index in self.reserved],
-            reason=MissReason.ABSENT,
-            reserve_reason=MissReason.NONE,
-            incarnation=1,
-        )
-
-    async def settle(self, *, deadline_ms: int, **lists: Iterable[Any]) -> None:
-        self.calls.append("settle")
-        if self.block is not None:
-            await self.block.wait()
-        if self.error is not None:
-            raise self.error
-        self.settled.append({name: list(items) for name, items in lists.items()})
-
-    async def wait_ready(self, refs: Sequence[SlotRef], *, deadline_ms: int) -> int:
-        self.patience.append(deadline_ms)
-        return min(self.arrives, len(refs))
-
-    def still(self, ref: SlotRef) -> bool:
-        return ref.slot not in self.stale
-
-    def view(self, ref: SlotRef) -> memoryview:
-        return self.arena[ref.offset : ref.offset + BLOCK]
-
-
 class Rig:
     def __init__(self, **config: int) -> None:
-        self.client = ScriptedClient()
+        self.client = ScriptedClient(BLOCK)
+        self.client.first_block = 10
         self.registry = CollectorRegistry()
         self.pool = torch.zeros((6, BLOCK), dtype=torch.uint8)
-        self.mover = Mover(self.pool)
+        self.mover = Mover(self.pool, FORMS)
         self.link = StoreLink(
             self.client,  # type: ignore[arg-type]
             self.mover,
             WorkerMetrics(self.registry),
-            block_bytes=BLOCK,
             config=StoreConfig(**config),
         )
         self.done = 0
@@ -116,12 +69,14 @@ async def rig(**config: int) -> AsyncIterator[Rig]:
 
 async def load(it: Rig, *, usable: int = 6, recompute_ms: float = 0.0) -> Any:
     return await it.link.load(
-        NAMES,
-        list(range(6)),
-        usable=usable,
-        first_block=10,
-        reserve=len(NAMES),
-        recompute_ms=recompute_ms,
+        Ask(
+            names=NAMES,
+            pages=list(range(6)),
+            usable=usable,
+            first_block=10,
+            reserve=len(NAMES),
+            recompute_ms=recompute_ms,
+        )
     )
 
 
@@ -132,7 +87,7 @@ async def test_ready_and_arriving_blocks_are_copied_and_the_rest_reserved() -> N
         result = await load(it)
         assert result.blocks == result.found == 4 and result.tiers == {TierKind.DRAM: 4}
         assert result.reserved == {14: slot(4), 15: slot(5)}
-        assert result.lease == 5 and result.reason is MissReason.ABSENT
+        assert result.leases == [5] and result.reason is MissReason.ABSENT
         assert it.pool[:, 0].tolist() == [7, 7, 7, 7, 0, 0]
 
 
@@ -190,7 +145,7 @@ async def test_a_refusal_is_a_miss_and_no_reason_to_stay_away() -> None:
 async def test_a_job_is_written_and_settled_in_one_call() -> None:
     async with rig() as it:
         it.pool[3] = 9
-        it.link.submit(it.job(writes=[(3, slot(6))], aborts=[slot(7)], lease=5, kept=[slot(1)]))
+        it.link.submit(it.job(writes=[(3, slot(6))], aborts=[slot(7)], leases=[5], kept=[slot(1)]))
         assert await it.link.drained(deadline_ms=5_000)
         assert it.client.calls == ["settle"] and it.done == 1
         (told,) = it.client.settled
@@ -234,7 +189,7 @@ async def test_too_many_jobs_are_dropped_and_counted() -> None:
     async with rig(max_jobs=2) as it:
         it.client.block = asyncio.Event()
         for _ in range(5):
-            it.link.submit(it.job(lease=5))
+            it.link.submit(it.job(leases=[5]))
             await asyncio.sleep(0)
         assert it.failures("store", "queue_full") == 2
         it.client.block.set()
@@ -246,7 +201,7 @@ async def test_closing_gives_back_the_pages_of_jobs_left() -> None:
     async with rig() as it:
         it.client.block = asyncio.Event()
         for _ in range(3):
-            it.link.submit(it.job(lease=5))
+            it.link.submit(it.job(leases=[5]))
         await asyncio.sleep(0)
         assert not await it.link.drained(deadline_ms=10)
         await it.link.close()

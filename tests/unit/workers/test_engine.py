@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +41,7 @@ class Rig:
     publisher: Publisher
     registry: CollectorRegistry
     model: Any
+    memory: torch.Tensor | None = None
 
     def metric(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -81,7 +82,12 @@ OVERLAP = False
 
 @asynccontextmanager
 async def rig(
-    loaded: LoadedModel, *, pages: int = 64, policy: Policy | None = None, **bounds: int
+    loaded: LoadedModel,
+    *,
+    pages: int = 64,
+    policy: Policy | None = None,
+    store: Callable[[], Any] = lambda: None,
+    **bounds: int,
 ) -> AsyncIterator[Rig]:
     memory = loaded.new_pool(pages)
     pool = PagePool(pages, block_bytes=memory.shape[1], policy=Lru() if policy is None else policy)
@@ -96,12 +102,12 @@ async def rig(
         Scheduler(config, pool),
         Reporter(publisher, WorkerMetrics(registry)),
         root=lambda: Root(b"r" * 32),
-        store=lambda: None,
+        store=store,
         overlap=OVERLAP,
     )
     engine.start()
     try:
-        yield Rig(engine, pool, publisher, registry, model)
+        yield Rig(engine, pool, publisher, registry, model, memory)
     finally:
         await engine.stop(drain_ms=0)
         pool.check()
@@ -270,7 +276,7 @@ async def test_pages_that_gave_rubbish_are_served_to_nobody(loaded: LoadedModel)
 async def test_a_loop_that_fails_leaves_nobody_waiting(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Scheduler) -> list[Work]:
+    def fail(self: Scheduler, follows: object) -> list[Work]:
         raise AssertionError("a bug")
 
     async with rig(loaded) as it:

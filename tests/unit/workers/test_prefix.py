@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from kvworkers.engine.cache import LoadResult, StoreJob
+from kvworkers.engine.cache import StoreJob
+from kvworkers.engine.loader import Ask, LoadResult
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import Rates
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.sequence import Request, Sequence
 from kvworkers.pages.pool import PagePool
+from kvworkers.stream.gate import Follower
 
 from kvstore.client import SlotRef
 from kvstore.core.names import Root, pack_tokens
@@ -25,12 +27,13 @@ class ScriptedLink:
         self.usable = True
         self.result = LoadResult()
         self.raises: Exception | None = None
-        self.asked: dict[str, Any] = {}
+        self.asked: Ask | None = None
+        self.follower: Follower | None = None
         self.jobs: list[StoreJob] = []
         self.unexpected = 0
 
-    async def load(self, names: Any, pages: Any, **options: Any) -> LoadResult:
-        self.asked = {"names": len(names), "pages": list(pages), **options}
+    async def load(self, ask: Ask, follower: Follower | None) -> LoadResult:
+        self.asked, self.follower = ask, follower
         if self.raises is not None:
             raise self.raises
         return self.result
@@ -90,10 +93,10 @@ async def test_a_fetch_asks_for_what_own_pages_lack() -> None:
     it.run.hbm_blocks = 1
     it.link.result = LoadResult(tiers={TierKind.DRAM: 1}, found=1, reserved={2: slot(2)})
     assert await it.store.fetch(it.run, it.link) == 1  # type: ignore[arg-type]
-    assert it.link.asked == {
-        "names": 3, "pages": it.run.pages[1:4], "usable": 3, "first_block": 1, "reserve": 3,
-        "recompute_ms": 0.0, "kind": "", "depth_cost": 0.0,
-    }  # fmt: skip
+    assert it.link.asked == Ask(
+        names=it.run.names[1:4], pages=it.run.pages[1:4], usable=3, first_block=1, reserve=3
+    )
+    assert it.link.follower is None
     assert it.run.stored == 3, "one found, one reserved, then a gap"
 
 
@@ -103,7 +106,8 @@ async def test_a_fetch_says_what_computing_would_take() -> None:
     it.rates = Rates(prefill_linear_s=0.001, prefill_quadratic_s=1e-5)
     await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
     # 48 tokens from position 16 on: 48 x (1 ms + 0.01 ms x (16 + 24)).
-    assert abs(it.link.asked["recompute_ms"] - 48 * 1.4) < 1e-6
+    assert it.link.asked is not None
+    assert abs(it.link.asked.recompute_ms - 48 * 1.4) < 1e-6
 
 
 async def test_a_bug_in_loading_is_counted_and_the_prompt_computed() -> None:
@@ -116,7 +120,7 @@ async def test_a_bug_in_loading_is_counted_and_the_prompt_computed() -> None:
 async def test_settling_commits_what_was_computed_and_aborts_the_rest() -> None:
     it = Rig()
     it.link.result = LoadResult(
-        tiers={TierKind.DRAM: 1}, found=1, lease=9, kept=[slot(0)],
+        tiers={TierKind.DRAM: 1}, found=1, leases=[9], kept=[slot(0)],
         reserved={1: slot(1), 2: slot(2), 3: slot(3)},
     )  # fmt: skip
     await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
@@ -126,7 +130,7 @@ async def test_settling_commits_what_was_computed_and_aborts_the_rest() -> None:
     it.store.settle_prompt(it.run)
     (job,) = it.link.jobs
     assert job.writes == [(it.run.pages[1], slot(1)), (it.run.pages[2], slot(2))]
-    assert job.aborts == [slot(3)] and job.lease == 9 and job.kept == [slot(0)]
+    assert job.aborts == [slot(3)] and job.leases == [9] and job.kept == [slot(0)]
     # The run ends first: its pages must not be given away while the copy reads them.
     it.pool.release(it.run.pages, now_ms=1.0)
     assert it.pool.use().held == 2
@@ -150,7 +154,7 @@ def test_the_replys_blocks_are_stored_at_the_end() -> None:
 async def test_a_run_without_names_in_its_pages_keeps_no_loaded_block() -> None:
     it = Rig()
     it.link.result = LoadResult(
-        tiers={TierKind.DRAM: 1}, found=1, lease=9, kept=[slot(0)], reserved={1: slot(1)}
+        tiers={TierKind.DRAM: 1}, found=1, leases=[9], kept=[slot(0)], reserved={1: slot(1)}
     )
     await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
     it.store.settle_prompt(it.run)  # its caller left, or its pages were disowned

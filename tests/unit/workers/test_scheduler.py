@@ -3,6 +3,7 @@ from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
 from kvworkers.engine.sequence import Request, Sequence, SequenceState
 from kvworkers.pages.pool import PagePool
+from kvworkers.stream.gate import Gate
 
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.names import Root, pack_tokens
@@ -243,3 +244,49 @@ def test_empty_and_ragged_prompts_are_refused() -> None:
         Request(request_id="", tokens=b"", sampling=sampling)
     with pytest.raises(BadInput, match="multiple of 4"):
         Request(request_id="", tokens=b"abc", sampling=sampling)
+
+
+def test_many_blocks_become_known_a_part_at_a_time() -> None:
+    scheduler, pool = make(pages=256, step_tokens=4096)
+    long = sequence(150 * 16 + 3)
+    scheduler.submit(long)
+    scheduler.admit(0.0)
+    scheduler.loaded(long, 150, now_ms=0.0)
+    assert (long.published, long.unnamed_blocks) == (64, 86)
+    assert pool.count_prefix(ROOT, long.names) == 64
+    scheduler.name_blocks(long, now_ms=1.0, limit=80)
+    assert (long.published, long.unnamed_blocks) == (144, 6)
+    scheduler.name_blocks(long, now_ms=2.0)
+    assert pool.count_prefix(ROOT, long.names) == 150 and long.unnamed_blocks == 0
+
+
+def test_who_waits_for_a_prefix_waits_until_all_of_it_is_known() -> None:
+    scheduler, _ = make(pages=512, step_tokens=4096)
+    first, second = sequence(100 * 16 + 3), sequence(100 * 16 + 3)
+    scheduler.submit(first)
+    scheduler.admit(0.0)
+    scheduler.submit(second)
+    scheduler.loaded(first, 0, now_ms=0.0)
+    assert scheduler.admit(0.0) == [], "the first is computing it"
+    run_step(scheduler)
+    assert scheduler.admit(0.0) == [], "and not all of its blocks have their names"
+    scheduler.name_blocks(first, now_ms=0.0)
+    assert scheduler.admit(0.0) == [second] and second.hbm_blocks == 100
+
+
+def test_a_load_that_is_followed_is_planned_when_asked_for() -> None:
+    scheduler, _ = make()
+    one = sequence(70)
+    scheduler.submit(one)
+    scheduler.admit(0.0)
+    gate = Gate(4, changed=lambda: None)
+    scheduler.loading(one, 4, gate)
+    assert scheduler.plan() == [] and scheduler.plan(lambda _: False) == []
+    (work,) = scheduler.plan(lambda sequence: sequence.gate is gate)
+    assert (work.start, work.count, work.samples) == (64, 6, True)
+    scheduler.launch([work])
+    one.in_step = 1
+    scheduler.loaded(one, 3, now_ms=0.0)
+    one.in_step = 0
+    scheduler.void(one)
+    assert run_step(scheduler) == [(48, 22)], "what the step took for given did not come"

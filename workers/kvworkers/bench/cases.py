@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from kvstore.core.errors import Corrupt
 from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import Fidelity
+from kvworkers.bench.hidden import hidden_share
 from kvworkers.bench.rig import Rig
 
 READ_GB_S: Final = 3_126.0
@@ -25,14 +27,24 @@ _APPEND_LIMIT: Final = (
     "the larger of weights and KV over 3,126 GB/s and layers' products at 700 TFLOP/s"
 )
 
+HIDDEN: Final = "32k + 256 arena hidden"
+
 Row = Callable[..., None]
+
+
+def lossy_case(fidelity: Fidelity) -> str:
+    """Return the name of the case over a store that keeps blocks so."""
+    return f"32k + 256 arena {fidelity}"
 
 
 class Cases:
     """Runs cases on one rig and hands rows to `emit`."""
 
     def __init__(self, rig: Rig, emit: Row, *, pattern: str, runs: int, scale: int) -> None:
-        """`scale` divides lengths and batches: for a device that is no H100."""
+        """`scale` divides lengths and batches: for a device that is no H100.
+
+        `pattern` chooses cases by their names, as a shell's.
+        """
         self._rig = rig
         self._emit = emit
         self._pattern = pattern
@@ -118,13 +130,10 @@ class Cases:
                 await self._row_of(name, step, limit=self._append_ms(new, len(prefix)))
 
     async def _long_prefix(self) -> None:
-        cases = ("32k + 256 hbm", "32k + 256 arena", "32k + 256 recompute")
+        cases = ("32k + 256 hbm", "32k + 256 arena", "32k + 256 recompute", HIDDEN)
         if not any(self._wants(case) for case in cases):
             return
-        prefix = self._fresh(32_768)
-        prefix = prefix[: len(prefix) // 16 * 16]
-        await self._rig.ask([*prefix, 1])
-        await self._rig.stored()
+        prefix = await self._long_stored()
         runs = max(1, self._runs // 6)
         ours = await self._times(self._recompute(prefix, 256), runs)
         base = statistics.median(ours)
@@ -134,6 +143,28 @@ class Cases:
         )  # fmt: skip
         await self._row_of(cases[0], self._hit(prefix, 256, "hbm"), against=base)
         await self._row_of(cases[1], self._hit(prefix, 256, "arena"), against=base)
+        if self._wants(HIDDEN):
+            share = await hidden_share(
+                self._rig, prefix, self._fresh, others=max(1, 16 // self._scale), runs=self._runs
+            )
+            self._emit(
+                HIDDEN, share, "ratio", limit=1.0, runs=self._runs,
+                limit_name="others lose no more beside a load than beside a hit in HBM",
+            )  # fmt: skip
+
+    async def run_kept_as(self, fidelity: Fidelity) -> None:
+        """Run what depends on how exactly the rig's store keeps blocks."""
+        case = lossy_case(fidelity)
+        if self._wants(case):
+            await self._row_of(case, self._hit(await self._long_stored(), 256, "arena"))
+
+    async def _long_stored(self) -> list[int]:
+        """Return a prompt of 32k tokens that pages and store hold."""
+        prefix = self._fresh(32_768)
+        prefix = prefix[: len(prefix) // 16 * 16]
+        await self._rig.ask([*prefix, 1])
+        await self._rig.stored()
+        return prefix
 
     def _recompute(self, prefix: list[int], count: int) -> Callable[[], Awaitable[float]]:
         async def once() -> float:
@@ -146,7 +177,7 @@ class Cases:
     def _hit(self, prefix: list[int], count: int, place: str) -> Callable[[], Awaitable[float]]:
         async def once() -> float:
             if place == "arena":
-                self._rig.empty_pages()
+                await self._rig.empty_pages()
             # Nothing of it is kept, so every run finds the same.
             reply = await self._rig.ask(prefix + self._fresh(count), no_store=place == "hbm")
             use = reply.first.cache

@@ -1,15 +1,24 @@
 """The command `kvstore bench worker`; without our CLI: `python -m kvworkers.bench`."""
 
 import asyncio
+import gc
 import json
-from typing import Any
+from collections.abc import Awaitable, Callable
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Final
 
 import click
 import torch
 
-from kvworkers.bench.cases import Cases
+from kvstore.core.heap import settle_heap
+from kvstore.core.names import Fidelity
+from kvworkers.bench.cases import Cases, lossy_case
 from kvworkers.bench.rig import rig
 from kvworkers.models.random_weights import SHAPES, random_model
+
+_LOSSY_GIB: Final = 6
+"""Arena of a node whose blocks are kept smaller: a prompt of 32k tokens fits in well."""
 
 
 @click.command(short_help="Measure the worker's engine with a real node beside it.")
@@ -55,14 +64,22 @@ async def _measure(
         click.echo(json.dumps(row) if as_json else f"{case:32} {row['value']:12} {unit}")
 
     scale = scale or (1 if gpu else 32)
-    async with rig(
-        loaded,
-        arena_bytes=(arena_gib or (24 if gpu else 1)) << 30,
-        step_tokens=4_096 // scale if gpu else 512,
-        batch=64 if gpu else 16,
-    ) as running:
-        click.echo(f"{running.pool.pages} pages of {running.pool.block_bytes} bytes", err=True)
-        await Cases(running, emit, pattern=pattern, runs=runs, scale=scale).run()
+    how = {"step_tokens": 4_096 // scale if gpu else 512, "batch": 64 if gpu else 16}
+
+    async def over(arena: int, run: Callable[[Cases], Awaitable[None]]) -> None:
+        # A function of its own: nothing of one rig may be held while the next takes its memory.
+        async with rig(loaded, arena_bytes=(arena if gpu else 1) << 30, **how) as running:
+            settle_heap()
+            click.echo(f"{running.pool.pages} pages of {running.pool.block_bytes} bytes", err=True)
+            await run(Cases(running, emit, pattern=pattern, runs=runs, scale=scale))
+        gc.unfreeze()  # An engine is in cycles, and so the memory of its pages.
+        gc.collect()
+
+    await over(arena_gib or 24, Cases.run)
+    for fidelity in (Fidelity.FP8, Fidelity.INT8, Fidelity.INT4):
+        if fnmatchcase(lossy_case(fidelity), pattern):
+            loaded.keep_as(fidelity)
+            await over(_LOSSY_GIB, partial(Cases.run_kept_as, fidelity=fidelity))
 
 
 def _row(

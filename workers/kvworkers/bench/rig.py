@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -20,7 +20,7 @@ from kvstore.observe.metrics import WorkerMetrics
 from kvstore.testing.node import start_node
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.engine.engine import Engine
-from kvworkers.engine.output import FirstTokens
+from kvworkers.engine.output import FirstTokens, Output
 from kvworkers.engine.report import Reporter
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
@@ -32,6 +32,8 @@ from kvworkers.stream.device_mover import DeviceMover, make_mover
 
 _REGISTER_S = 120.0
 _STORED_MS = 60_000
+_ENDED_S = 10.0
+"""After its last token a request gives its blocks their names."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,18 @@ class Rig:
         self, tokens: list[int], *, out: int = 1, no_read: bool = False, no_store: bool = False
     ) -> Reply:
         """Run one request to its end, greedy, whatever the model says."""
+        began, got, first = time.monotonic(), list[int](), None
+        async with self.stream(tokens, out=out, no_read=no_read, no_store=no_store) as outputs:
+            async for output in outputs:
+                got += output.tokens
+                first = output.first or first
+        assert first is not None
+        return Reply(got, first, time.monotonic() - began)
+
+    def stream(
+        self, tokens: list[int], *, out: int, no_read: bool = False, no_store: bool = False
+    ) -> "contextlib.aclosing[AsyncGenerator[Output, None]]":
+        """Begin such a request; what is entered gives its outputs, and ends it when left."""
         self.requests += 1
         request = Request(
             request_id=f"bench-{self.requests}",
@@ -66,25 +80,28 @@ class Rig:
             no_read=no_read,
             no_store=no_store,
         )
-        began, got, first = time.monotonic(), list[int](), None
-        async with contextlib.aclosing(self.engine.generate(request)) as outputs:
-            async for output in outputs:
-                got += output.tokens
-                first = output.first or first
-        assert first is not None
-        return Reply(got, first, time.monotonic() - began)
+        return contextlib.aclosing(self.engine.generate(request))
+
+    async def _ended(self, others: int) -> None:
+        async with asyncio.timeout(_ENDED_S):
+            while self.engine.load().running > others:  # noqa: ASYNC110 - nobody is told
+                await asyncio.sleep(0)
 
     async def stored(self) -> None:
         """Wait until the node holds what was computed. Raises `Unreachable` when it does not."""
+        await self._ended(0)
         if not await self.link.drained(deadline_ms=_STORED_MS):
             raise Unreachable("blocks were not stored in time")
         await asyncio.sleep(0)
 
-    def empty_pages(self) -> None:
-        """Drop every cached page of the device; nothing may be running."""
+    async def empty_pages(self, *, others: int = 0) -> None:
+        """Drop every cached page of the device once no more than `others` requests are in it."""
+        await self._ended(others)
         pages = self.pool.allocate(self.pool.available, now_ms=time.monotonic() * 1000)
         assert pages is not None
         self.pool.release(pages, now_ms=time.monotonic() * 1000)
+        # What was dropped is told to routers by the next step: not by the one to be timed.
+        await self.ask([1] * 17, no_read=True, no_store=True)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return a sample of the worker's metrics; 0 where there is none."""
@@ -116,27 +133,25 @@ async def rig(
         max_waiting=1_024,
     )
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(model.release)
         node = stack.enter_context(
             await asyncio.to_thread(start_node, arena_bytes=arena_bytes, deadline_s=120.0)
         )
         client = await AsyncClient.connect(
             node.run_dir,
             namespace=spec.namespace,
-            payload_bytes=spec.layout.payload_bytes,
+            payload_bytes=spec.forms.stored.payload_bytes,
             shares=spec.layout.kv_heads,
             config=ClientConfig(call_ms=10_000, connect_ms=30_000),
         )
         await stack.enter_async_context(client)
-        mover = make_mover(held.memory)
+        mover = make_mover(held.memory, spec.forms)
         stack.push_async_callback(asyncio.to_thread, mover.close)
         if isinstance(mover, DeviceMover) and not await asyncio.to_thread(
             mover.registered, client.arena, deadline_s=_REGISTER_S
         ):
             raise Unreachable("the arena could not be registered with CUDA")
-        link = StoreLink(
-            client, mover, metrics,
-            block_bytes=spec.layout.block_bytes, config=StoreConfig(call_ms=2_000),
-        )  # fmt: skip
+        link = StoreLink(client, mover, metrics, config=StoreConfig(call_ms=2_000))
         stack.push_async_callback(link.close)
         engine = Engine(
             model, held.view, pool, Scheduler(bounds, pool), Reporter(publisher, metrics),

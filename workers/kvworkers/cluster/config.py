@@ -9,6 +9,7 @@ from typing import Final
 
 from kvstore.cli.values import Address, parse_bytes
 from kvstore.core.errors import BadInput
+from kvstore.core.names import Fidelity, check_fidelity
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
@@ -38,17 +39,17 @@ class ClusterConfig:
     """One cluster. `model` is a prepared directory; `run_dir` holds every socket and log.
 
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
-    the worker and to the machine. `policy` evicts in every tier. `nvme` is a directory on a local
-    disk in which each node keeps a tier of `nvme_bytes`; None: there is none. `files` is a
-    directory that all nodes share, with `files_bytes` for all blocks in it. `cluster_key` is the
-    file that names are derived with, the same on every host; None: one is made, good for one host.
-    `events_redis` is the URL of a Redis that carries events from nodes and workers to frontends;
-    "": they use `Watch`. `trace` is the OTLP collector that every part sends spans to; empty: none
-    does. Frontend i listens on the ports of `http` and `grpc` plus i; 0 frontends stands for one on
-    every host, all on the same ports. Nodes, workers and controller listen on `loopback` or
-    on their `host`'s address, which needs `security`. A worker or frontend that is drained gets
-    `drain_ms`. `ray_address` is a running Ray cluster to join; empty: one of our own on this
-    machine.
+    the worker and to the machine. `fidelity` is how exactly workers' stores keep K and V. `policy`
+    evicts in every tier. `nvme` is a directory on a local disk in which each node keeps a tier of
+    `nvme_bytes`; None: there is none. `files` is a directory that all nodes share, with
+    `files_bytes` for all blocks in it. `cluster_key` is the file that names are derived with, the
+    same on every host; None: one is made, good for one host. `events_redis` is the URL of a Redis
+    that carries events from nodes and workers to frontends; "": they use `Watch`. `trace` is the
+    OTLP collector that every part sends spans to; empty: none does. Frontend i listens on the ports
+    of `http` and `grpc` plus i; 0 frontends stands for one on every host, all on the same ports.
+    Nodes, workers and controller listen on `loopback` or on their `host`'s address, which needs
+    `security`. A worker or frontend that is drained gets `drain_ms`. `ray_address` is a running Ray
+    cluster to join; empty: one of our own on this machine.
     Raises `BadInput` naming the flag at fault.
     """
 
@@ -58,6 +59,7 @@ class ClusterConfig:
     arena_bytes: int = 1 << 30
     pool_bytes: int = 0
     threads: int = 0
+    fidelity: str = Fidelity.EXACT.value
     policy: str = DEFAULT_POLICY
     nvme: Path | None = None
     nvme_bytes: int = 0
@@ -101,6 +103,7 @@ class ClusterConfig:
             raise BadInput(f"--ray-namespace {self.ray_namespace!r}: letters, digits and dashes")
         self._check_addresses()
         make_policy(self.policy)
+        check_fidelity("--fidelity", self.fidelity)
         check_redis("--events-redis", self.events_redis)
         BelowConfig(
             nvme=self.nvme,

@@ -70,6 +70,7 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "workers.count": ("workers", _integer),
     "workers.pool": ("pool_bytes", _size),
     "workers.threads": ("threads", _integer),
+    "workers.fidelity": ("fidelity", _text),
     "nodes.arena": ("arena_bytes", _size),
     "nodes.policy": ("policy", _text),
     "nodes.nvme": ("nvme", _text),
@@ -90,7 +91,8 @@ FLAGS: Final[Mapping[str, str]] = {
     "--spare": "ray.spare_cpus",
     "--listen": "listen", "--http": "frontends.http", "--grpc": "frontends.grpc",
     "--security": "security", "--nvme-bytes": "nodes.nvme_bytes", "--nvme": "nodes.nvme",
-    "--policy": "nodes.policy", "--files-bytes": "nodes.files_bytes", "--files": "nodes.files",
+    "--policy": "nodes.policy", "--fidelity": "workers.fidelity",
+    "--files-bytes": "nodes.files_bytes", "--files": "nodes.files",
     "--cluster-key-file": "cluster_key", "--events-redis": "events_redis",
     "--quota": "nodes.quotas",
 }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any, Final
 import click
 
 from kvstore.core.errors import Unreachable
+from kvstore.core.names import Fidelity
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.declared import load_declared
 from kvworkers.cluster.rundir import new_run_dir, user_dir
@@ -40,7 +41,7 @@ _READY_SECONDS: Final = 900.0
 
 _SAME_NAMES: Final = (
     "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
-    "security", "ray_namespace", "drain_ms", "trace", "events_redis",
+    "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 
@@ -52,6 +53,8 @@ _LOG_POLL_SECONDS: Final = 0.2
 @address_options("127.0.0.1:8000")
 @scope_options
 @click.option("--name", default="default", show_default=True, help="For `down` and `chat`.")
+@click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
+              show_default=True, help="How exactly workers' stores keep K and V.")  # fmt: skip
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 @click.option("--notify-fd", type=int, hidden=True, default=None)

@@ -10,17 +10,17 @@ a dead node costs one deadline and not one per request.
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from kvstore.client import AsyncClient, SlotRef
 from kvstore.core.errors import BadInput, KvStoreError, Refused, SessionLost, Unreachable
 from kvstore.core.names import BlockName
 from kvstore.core.outcomes import MissReason
-from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import WorkerMetrics
+from kvworkers.engine.loader import Ask, Loader, LoadResult
+from kvworkers.stream.gate import Follower
 from kvworkers.stream.mover import Mover
 
 _log = logging.getLogger(__name__)
@@ -41,34 +41,13 @@ class StoreConfig:
     """How long the store is left alone after a call failed."""
     max_jobs: int = 64
     """Stores waiting in the background; each holds its pages. More are dropped."""
+    grouped_bytes: int = 16 << 20
+    """Loads of so many bytes and more come in groups of layers, and a step may follow them."""
 
     def __post_init__(self) -> None:
-        for name in ("call_ms", "pending_ms", "circuit_ms", "max_jobs"):
+        for name in ("call_ms", "pending_ms", "circuit_ms", "max_jobs", "grouped_bytes"):
             if getattr(self, name) <= 0:
                 raise BadInput(f"store {name} must be positive, got {getattr(self, name)}")
-
-
-@dataclass(slots=True)
-class LoadResult:
-    """What the store gave for one prompt."""
-
-    tiers: dict[TierKind, int] = field(default_factory=dict)
-    """Blocks loaded, by where they came from."""
-    reason: MissReason = MissReason.ABSENT
-    """Why there were no more."""
-    found: int = 0
-    """Leading blocks that the store holds, loaded or not: they need no storing."""
-    lease: int = 0
-    """To be released with the settling; 0: none."""
-    kept: list[SlotRef] = field(default_factory=list)
-    """Slots that were loaded: the worker lists these blocks now."""
-    reserved: dict[int, SlotRef] = field(default_factory=dict)
-    """Block of the prompt → slot to be written with it."""
-
-    @property
-    def blocks(self) -> int:
-        """Blocks loaded."""
-        return sum(self.tiers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +61,7 @@ class StoreJob:
     writes: Sequence[tuple[int, SlotRef]] = ()
     """(page, reserved slot)."""
     aborts: Sequence[SlotRef] = ()
-    lease: int = 0
+    leases: Sequence[int] = ()
     kept: Sequence[SlotRef] = ()
     names: Sequence[BlockName] = ()
     """Blocks without slots yet: an Acquire reserves some; `pages[i]` holds `names[i]`."""
@@ -99,15 +78,23 @@ class StoreLink:
         mover: Mover,
         metrics: WorkerMetrics,
         *,
-        block_bytes: int,
         config: StoreConfig,
     ) -> None:
         self._client = client
         self._mover = mover
         self._metrics = metrics
-        self._block_bytes = block_bytes
+        self._block_bytes = mover.forms.stored.block_bytes
         self._config = config
         self._open_until = 0.0
+        self._loader = Loader(
+            client,
+            mover,
+            metrics,
+            call_ms=config.call_ms,
+            pending_ms=config.pending_ms,
+            grouped_bytes=config.grouped_bytes,
+            failed=self._failed,
+        )
         self._owed: list[SlotRef] = []
         self._jobs: asyncio.Queue[StoreJob] = asyncio.Queue(config.max_jobs)
         self._loop = asyncio.get_running_loop()
@@ -118,58 +105,9 @@ class StoreLink:
         """Whether asking makes sense at this moment."""
         return self._loop.time() >= self._open_until
 
-    async def load(
-        self, names: Sequence[BlockName], pages: Sequence[int], *, usable: int, first_block: int,
-        reserve: int, recompute_ms: float = 0.0, kind: str = "", depth_cost: float = 0.0,
-    ) -> LoadResult:  # fmt: skip
-        """Copy the longest cached prefix of `names` into `pages`, at most `usable` blocks.
-
-        `recompute_ms` is what computing them is predicted to take (0: unknown): blocks below DRAM
-        that would take longer to come stay there. Never raises for a fault of the store; blocks
-        beyond the answer's `blocks` are rubbish.
-        """
-        result = LoadResult()
-        patience_ms = self._patience_ms(recompute_ms)
-        try:
-            got = await self._client.acquire(
-                names,
-                reserve=reserve,
-                deadline_ms=self._config.call_ms,
-                pending_ms=patience_ms,
-                first_block=first_block,
-                kind=kind,
-                depth_cost=depth_cost,
-            )
-        except KvStoreError as error:
-            result.reason = self._failed("acquire", error)
-            return result
-        result.lease, result.reason = got.lease, got.reason
-        result.found = len(got.ready) + len(got.pending)
-        result.reserved = {first_block + entry.index: entry.slot for entry in got.reserved}
-        try:
-            good = await self._take(got.ready[:usable], pages)
-            result.kept = list(got.ready[:good])
-            wanted = got.pending[: max(0, usable - len(got.ready))]
-            if good == len(got.ready) and wanted:
-                arrived = await self._client.wait_ready(wanted, deadline_ms=patience_ms)
-                more = await self._take(wanted[:arrived], pages[good:])
-                result.kept += wanted[:more]
-                if more < len(wanted):
-                    result.reason = MissReason.LATE
-            elif good < len(got.ready[:usable]):
-                result.reason = MissReason.LATE
-        except KvStoreError as error:  # the arena went away under us: nothing copied counts
-            result.kept = []
-            result.reason = self._failed("load", error)
-        result.tiers = dict(Counter(ref.tier for ref in result.kept))
-        if result.reason in (MissReason.LATE, MissReason.UNREACHABLE):
-            result.found = result.blocks
-        return result
-
-    def _patience_ms(self, recompute_ms: float) -> int:
-        """Return how long blocks from below may take: no longer than computing them would."""
-        longest = self._config.pending_ms
-        return max(1, min(longest, int(recompute_ms))) if recompute_ms > 0 else longest
+    async def load(self, ask: Ask, follower: Follower | None = None) -> LoadResult:
+        """Load the longest cached prefix of a prompt: `Loader.load`."""
+        return await self._loader.load(ask, follower)
 
     def count_unexpected(self, call: str) -> None:
         """Count a failure that is a bug, not the store's."""
@@ -200,23 +138,6 @@ class StoreLink:
         while not self._jobs.empty():
             self._jobs.get_nowait().done()
 
-    async def _take(self, refs: Sequence[SlotRef], pages: Sequence[int]) -> int:
-        """Copy slots into pages; return how many, from the first, surely hold their blocks."""
-        if not refs:
-            return 0
-        arena = self._arena(refs[0])
-        refs = refs[: self._mover.reachable(arena, [ref.offset for ref in refs])]
-        if not refs:
-            return 0
-        began = self._loop.time()
-        await self._mover.load(arena, [ref.offset for ref in refs], pages[: len(refs)])
-        self._metrics.move_seconds.labels("load").observe(self._loop.time() - began)
-        # Only now: a slot that was given to another name meanwhile has another generation.
-        good = next((i for i, ref in enumerate(refs) if not self._client.still(ref)), len(refs))
-        self._metrics.moved_bytes.labels("load").inc(good * self._block_bytes)
-        self._metrics.void_blocks.inc(len(refs) - good)
-        return good
-
     async def _work(self) -> None:
         while True:
             job = await self._next_job()
@@ -244,7 +165,7 @@ class StoreLink:
             return await self._jobs.get()
 
     async def _carry_out(self, job: StoreJob) -> None:
-        writes, lease = list(job.writes), job.lease
+        writes, leases = list(job.writes), list(job.leases)
         reserved = [slot for _, slot in writes] + list(job.aborts)
         if not self.usable:
             self._owe(reserved)
@@ -257,7 +178,7 @@ class StoreLink:
                     deadline_ms=self._config.call_ms,
                     first_block=job.first_block,
                 )
-                lease = got.lease
+                leases += [got.lease] if got.lease else []
                 writes += [(job.pages[entry.index], entry.slot) for entry in got.reserved]
                 reserved += [entry.slot for entry in got.reserved]
             kept, left = self._reached(writes)
@@ -265,7 +186,7 @@ class StoreLink:
         except BaseException:
             self._owe(reserved)
             raise
-        await self._settle(kept, [*job.aborts, *left], lease, job.kept)
+        await self._settle(kept, [*job.aborts, *left], leases, job.kept)
 
     def _reached(
         self, writes: Sequence[tuple[int, SlotRef]]
@@ -302,17 +223,17 @@ class StoreLink:
         self,
         writes: Sequence[tuple[int, SlotRef]],
         aborts: Sequence[SlotRef],
-        lease: int,
+        leases: Sequence[int],
         kept: Sequence[SlotRef],
     ) -> None:
         owed, self._owed = self._owed, []
-        if not (writes or aborts or lease or kept or owed):
+        if not (writes or aborts or leases or kept or owed):
             return
         # After a failure the client gives unsettled slots back by itself.
         await self._client.settle(
             commit=[slot for _, slot in writes],
             abort=[*aborts, *owed],
-            release=[lease] if lease else [],
+            release=leases,
             kept_in_hbm=kept,
             deadline_ms=self._config.call_ms,
         )

@@ -15,17 +15,17 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
-import numpy as np
 from torch import Tensor
 
-from kvstore.core.errors import BadInput, KvStoreError, Refused, Unreachable
+from kvstore.core.errors import KvStoreError, Refused, Unreachable
 from kvstore.core.names import Root
 from kvstore.directory.events import Loaded
+from kvworkers.engine.active import Active, Actives, Flight
 from kvworkers.engine.cache import StoreLink
-from kvworkers.engine.output import FirstTokens, Output, OutputStream
+from kvworkers.engine.output import Output, OutputStream
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter, load_of, measure
@@ -33,37 +33,17 @@ from kvworkers.engine.sampling import Sampled, Sampler
 from kvworkers.engine.scheduler import Scheduler, Work
 from kvworkers.engine.sequence import FinishReason, Request
 from kvworkers.engine.sequence import Sequence as Run
-from kvworkers.engine.steps import Launched, StepRunner
+from kvworkers.engine.steps import StepRunner
 from kvworkers.models.loading import LoadedModel
 from kvworkers.pages.pool import PagePool
+from kvworkers.stream.gate import Follower
 
 _log = logging.getLogger(__name__)
 
 MAX_FAILING_STEPS: Final = 3
 """Steps in a row that may fail before the model counts as broken."""
-
-
-@dataclass(eq=False, slots=True)
-class _Active:
-    """One request in the engine."""
-
-    run: Run
-    sampler: Sampler
-    stream: OutputStream
-    load_task: "asyncio.Task[None] | None" = None
-    error: KvStoreError | None = None
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Flight:
-    """A step that was begun."""
-
-    works: Sequence[Work]
-    actives: Sequence[_Active]
-    launched: Launched
-    started_ms: float
-    ahead: bool
-    """Whether the next one may be begun before this one is waited for."""
+_NAMED_A_TURN: Final = 256
+"""Blocks that become known by name at once while nobody waits: a millisecond or two."""
 
 
 class Engine:
@@ -99,7 +79,7 @@ class Engine:
         self._prefix = PrefixStore(
             pool, store, changed=lambda: self._wake.set(), rates=lambda: self.rates.rates()
         )
-        self._actives: dict[Run, _Active] = {}
+        self._actives = Actives()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._draining = False
@@ -136,6 +116,8 @@ class Engine:
         await self._runner.close()
         for active in list(self._actives.values()):
             active.run.in_step = 0
+            while active.run.unnamed_blocks:
+                self._scheduler.name_blocks(active.run, now_ms=self._now_ms())
             self._retire(active)
 
     def load(self) -> Loaded:
@@ -172,19 +154,15 @@ class Engine:
         finally:
             self._end(active, FinishReason.ABORT)
 
-    def _submit(self, request: Request) -> _Active:
+    def _submit(self, request: Request) -> Active:
         if self._draining or self.broken.is_set():
             raise Refused("the worker is ending", retry_after_ms=1_000)
-        vocab = self._model.spec.vocab_size
         run = Run(request, self.root(), arrived_ms=self._now_ms())
-        if (worst := int(np.frombuffer(run.tokens, dtype=np.uint32).max())) >= vocab:
-            raise BadInput(f"token id {worst} is outside the vocabulary of {vocab}")
-        if bad := [t for t in request.sampling.stop_token_ids if t >= vocab]:
-            raise BadInput(f"stop token id {bad[0]} is outside the vocabulary of {vocab}")
+        run.check_tokens(self._model.spec.vocab_size)
         rate = self.rates.rates().prefill_tokens_per_s
         waits = self._scheduler.queued_tokens / rate * 1000 if rate else 1_000.0
         self._scheduler.submit(run, retry_after_ms=max(1, int(waits)))
-        active = _Active(run, Sampler(request.sampling), OutputStream())
+        active = Active(run, Sampler(request.sampling), OutputStream())
         self._actives[run] = active
         # A step may take a second: until its end routers would take this worker for idle.
         self._reporter.publish(self._pool, self.load())
@@ -199,44 +177,45 @@ class Engine:
             self._break(error)
 
     async def _run(self) -> None:
-        flight: _Flight | None = None
+        flight: Flight | None = None
         while True:
             self._wake.clear()
             now_ms = self._now_ms()
-            self._expire(now_ms)
+            for late in self._actives.expired(now_ms):
+                # Not an end of the reply: a cut one must never pass for a whole one.
+                self._fail(late, Unreachable("the request's deadline passed"))
             for run in self._scheduler.admit(now_ms):
                 self._begin(self._actives[run])
-            works = self._scheduler.plan()
-            if flight is not None and not self._runner.runs_ahead(self._samplers(works)):
+            works = self._scheduler.plan(self._follows)
+            if flight is not None and not self._ahead(works):
                 works = []  # What the step before chose is seen first.
             self._reporter.publish(self._pool, self.load())
             if works or flight is not None:
                 flight = await self._turn(works, flight)
-            else:
+            elif not self._actives.unnamed():
                 await self._rest(now_ms)
+            await self._name_some()
+
+    async def _name_some(self) -> None:
+        """Make some of the blocks known that had to wait until tokens were on their way."""
+        late = self._actives.unnamed()
+        if late is None:
+            return
+        await asyncio.sleep(0)
+        self._scheduler.name_blocks(late.run, now_ms=self._now_ms(), limit=_NAMED_A_TURN)
+        if late.over:
+            self._retire(late)
+        elif late.run.first_token_ms is not None:
+            self._settle(late.run)
 
     async def _rest(self, now_ms: float) -> None:
         """Sleep until something changes, a hold ends or a request's deadline passes."""
-        ends = [
-            active.run.arrived_ms + active.run.request.deadline_ms
-            for active in self._actives.values()
-            if active.run.request.deadline_ms
-        ]
-        if (hold := self._scheduler.next_hold_end_ms(now_ms)) is not None:
-            ends.append(hold)
-        seconds = max(0.0, min(ends) - now_ms) / 1000 if ends else None
+        seconds = self._actives.seconds_to_rest(now_ms, self._scheduler.next_hold_end_ms(now_ms))
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
 
-    def _expire(self, now_ms: float) -> None:
-        for active in list(self._actives.values()):
-            deadline_ms = active.run.request.deadline_ms
-            if deadline_ms and now_ms - active.run.arrived_ms >= deadline_ms:
-                # Not an end of the reply: a cut one must never pass for a whole one.
-                self._fail(active, Unreachable("the request's deadline passed"))
-
-    def _begin(self, active: _Active) -> None:
+    def _begin(self, active: Active) -> None:
         """Fetch what the store has for an admitted run, or let it compute at once."""
         link = self._prefix.wanted(active.run)
         if link is None:
@@ -245,9 +224,13 @@ class Engine:
         active.run.loading = True
         active.load_task = self._loop.create_task(self._load(active, link))
 
-    async def _load(self, active: _Active, link: StoreLink) -> None:
+    async def _load(self, active: Active, link: StoreLink) -> None:
         run = active.run
-        blocks = await self._prefix.fetch(run, link)
+        follower = None
+        if self._actives.alone:
+            # Beside others a load takes its time and leaves them the device.
+            follower = Follower(partial(self._scheduler.loading, run), self._wake.set)
+        blocks = await self._prefix.fetch(run, link, follower)
         run.loading = False
         try:
             if run.finish is None:
@@ -259,10 +242,19 @@ class Engine:
             self._break(error)
         self._wake.set()
 
-    def _samplers(self, works: Sequence[Work]) -> list[Sampler]:
-        return [self._actives[work.sequence].sampler for work in works if work.samples]
+    def _follows(self, run: Run) -> bool:
+        """Say whether a step of `run` is to begin behind its load now."""
+        return run.gate is not None and run.gate.lets_begin(alone=self._actives.alone)
 
-    async def _turn(self, works: Sequence[Work], before: _Flight | None) -> _Flight | None:
+    def _ahead(self, works: Sequence[Work]) -> bool:
+        """Say whether a step of `works` may be on the device together with its neighbours.
+
+        Not one that follows a load: whether its blocks are good is known when the load has ended.
+        """
+        follows = any(work.sequence.gate is not None for work in works)
+        return not follows and self._runner.runs_ahead(self._actives.samplers(works))
+
+    async def _turn(self, works: Sequence[Work], before: Flight | None) -> Flight | None:
         """Begin a step of `works`, if any; end the one before it; return what is still on."""
         flight = await self._launch(works, before) if works else None
         if before is not None:
@@ -272,13 +264,18 @@ class Engine:
             return None
         return flight
 
-    async def _launch(self, works: Sequence[Work], before: _Flight | None) -> _Flight | None:
+    async def _launch(self, works: Sequence[Work], before: Flight | None) -> Flight | None:
         started = self._now_ms()
         for work in works:
             work.sequence.in_step += 1
             if work.sequence.first_step_ms is None:
                 work.sequence.first_step_ms = started
-        actives, samplers = [self._actives[w.sequence] for w in works], self._samplers(works)
+        actives, samplers = (
+            [self._actives[w.sequence] for w in works],
+            self._actives.samplers(works),
+        )
+        ahead = self._ahead(works)
+        loads = [a.load_task for a in actives if a.run.gate is not None and a.load_task is not None]
         self._scheduler.launch(works)
         try:
             launched = await self._runner.launch(
@@ -287,28 +284,36 @@ class Engine:
         except Exception as error:  # task boundary: other requests go on
             self._step_failed(actives, error)
             return None
-        return _Flight(works, actives, launched, started, self._runner.runs_ahead(samplers))
+        return Flight(works, actives, launched, started, ahead, loads)
 
-    async def _collect(self, flight: _Flight) -> None:
+    async def _collect(self, flight: Flight) -> None:
         try:
             sampled = await self._runner.collect(flight.launched)
         except Exception as error:  # task boundary, as above
             self._step_failed(flight.actives, error)
             return
         self._failing_steps = 0
+        if flight.loads:
+            await asyncio.wait(flight.loads)
         now_ms = self._now_ms()
         seconds = (now_ms - max(flight.started_ms, self._ended_ms)) / 1000
-        measure(self._reporter, self.rates, flight.works, seconds)
+        if flight.loads:
+            self._reporter.step(seconds)  # It waited for them: that says nothing of the device.
+        else:
+            measure(self._reporter, self.rates, flight.works, seconds)
         self._ended_ms = now_ms
         drawn = iter(sampled)
         for active, work in zip(flight.actives, flight.works, strict=True):
             self._apply(active, work, next(drawn) if work.samples else None)
 
-    def _apply(self, active: _Active, work: Work, sampled: Sampled | None) -> None:
+    def _apply(self, active: Active, work: Work, sampled: Sampled | None) -> None:
         run, now_ms = active.run, self._now_ms()
         run.in_step -= 1
-        if run.finish is not None or active.error is not None:
+        if active.over:
             self._retire(active)
+            return
+        if run.computed < work.start:
+            self._scheduler.void(run)
             return
         if work.samples and sampled is None:
             # K and V of this prompt are as wrong as what came of them: keep none of them.
@@ -320,54 +325,47 @@ class Engine:
             return
         if run.first_token_ms is None:
             self._first_token(active, now_ms)
-        sampling, spec = run.request.sampling, self._model.spec
-        ends = sampled.token in sampling.stop_token_ids or (
-            sampled.token in spec.eos_token_ids and not sampling.ignore_eos
-        )
-        if ends:
+        if run.ends_with(sampled.token, self._model.spec.eos_token_ids):
             self._end(active, FinishReason.STOP)
             return
         run.tokens.append(sampled.token)
         run.extend_names()
         active.stream.push(sampled)
         self._reporter.token()
-        if run.generated >= sampling.max_tokens:
+        if run.generated >= run.request.sampling.max_tokens:
             self._end(active, FinishReason.LENGTH)
 
-    def _first_token(self, active: _Active, now_ms: float) -> None:
-        run = active.run
-        assert run.first_step_ms is not None
-        run.first_token_ms = now_ms
-        use = run.cache_use()
-        first = FirstTokens(
-            cache=use,
-            ttft_ms=now_ms - run.arrived_ms,
-            queue_ms=max(0.0, run.first_step_ms - run.arrived_ms - run.load_ms),
-            load_ms=run.load_ms,
-        )
+    def _first_token(self, active: Active, now_ms: float) -> None:
+        active.run.first_token_ms = now_ms
+        first = active.first_tokens(now_ms)
         active.stream.begin(first)
         self._reporter.first_token(first)
-        self._prefix.settle_prompt(run)
+        self._settle(active.run)
 
-    def _end(self, active: _Active, reason: FinishReason) -> None:
+    def _settle(self, run: Run) -> None:
+        """Tell the store what became of a prompt, once it is known by name as far as computed."""
+        if not run.unnamed_blocks:
+            self._prefix.settle_prompt(run)
+
+    def _end(self, active: Active, reason: FinishReason) -> None:
         """Finish a run now, or as soon as nothing writes its pages any more."""
-        if active.run.finish is not None or active.error is not None:
+        if active.over:
             return
         active.run.finish = reason
         active.stream.finish(reason)
         self._retire(active)
 
-    def _fail(self, active: _Active, error: KvStoreError) -> None:
-        if active.run.finish is not None or active.error is not None:
+    def _fail(self, active: Active, error: KvStoreError) -> None:
+        if active.over:
             return
         active.error = error
         active.run.finish = FinishReason.ABORT
         active.stream.fail(error)
         self._retire(active)
 
-    def _retire(self, active: _Active) -> None:
+    def _retire(self, active: Active) -> None:
         run = active.run
-        if run.in_step or run.loading or run not in self._actives:
+        if run.in_step or run.loading or run.unnamed_blocks or run not in self._actives:
             return
         del self._actives[run]
         self._prefix.settle_prompt(run)
@@ -380,7 +378,7 @@ class Engine:
             self._idle.set()
         self._wake.set()
 
-    def _step_failed(self, actives: Sequence[_Active], error: Exception) -> None:
+    def _step_failed(self, actives: Sequence[Active], error: Exception) -> None:
         _log.error("a step failed", exc_info=error)
         self._failing_steps += 1
         for active in actives:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.outcomes import MissReason
 from kvstore.observe.tracing import under
-from kvworkers.engine.cache import LoadResult, StoreJob, StoreLink
+from kvworkers.engine.cache import StoreJob, StoreLink
+from kvworkers.engine.loader import Ask, LoadResult
 from kvworkers.engine.rates import Rates
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.pages.pool import PagePool
+from kvworkers.stream.gate import Follower
 
 _log = logging.getLogger(__name__)
 
@@ -53,8 +55,11 @@ class PrefixStore:
             return None
         return link
 
-    async def fetch(self, run: Run, link: StoreLink) -> int:
-        """Copy what the store has into the run's pages; return how many blocks that was."""
+    async def fetch(self, run: Run, link: StoreLink, follower: Follower | None = None) -> int:
+        """Copy what the store has into the run's pages; return how many blocks that was.
+
+        `follower` as `Loader.load` takes it.
+        """
         started, own = time.monotonic(), run.hbm_blocks
         names = run.names[own : run.prompt_blocks]
         usable = run.hit_limit - own
@@ -62,9 +67,9 @@ class PrefixStore:
         recompute_ms = rates.prefill_ms(usable * BLOCK_TOKENS, own * BLOCK_TOKENS)
         try:
             with under(run.request.traceparent):
-                result = await link.load(
-                    names,
-                    run.pages[own : run.prompt_blocks],
+                ask = Ask(
+                    names=names,
+                    pages=run.pages[own : run.prompt_blocks],
                     usable=usable,
                     first_block=own,
                     reserve=len(names) if run.keeps else 0,
@@ -72,6 +77,7 @@ class PrefixStore:
                     kind=run.request.kind,
                     depth_cost=rates.depth_cost,
                 )
+                result = await link.load(ask, follower)
         except Exception:  # task boundary: without the cache the prompt is computed
             _log.exception("loading failed")
             link.count_unexpected("load")
@@ -94,14 +100,14 @@ class PrefixStore:
             (run.pages[block], slot) for block, slot in result.reserved.items() if block < done
         ]
         aborts = [slot for block, slot in result.reserved.items() if block >= done]
-        if not (writes or aborts or result.lease):
+        if not (writes or aborts or result.leases):
             return
         link.submit(
             StoreJob(
                 done=self._holding([page for page, _ in writes]),
                 writes=writes,
                 aborts=aborts,
-                lease=result.lease,
+                leases=result.leases,
                 kept=result.kept if self._listed(run, result) else (),
             )
         )

@@ -10,13 +10,16 @@ admission share the rest in chunks. Time is passed in as milliseconds of a monot
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.core.names import BlockName
 from kvworkers.engine.sequence import Sequence, SequenceState
 from kvworkers.pages.pool import PageKey, PagePool, PageUse
+from kvworkers.stream.gate import Gate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,14 @@ class Work:
     """Whether the last of them is the last known token, so that the next one is chosen."""
 
 
+def _never(sequence: Sequence) -> bool:
+    return False
+
+
+NAMED_AT_ONCE: Final = 64
+"""Blocks that become known by name on a token's way out: a third of a millisecond."""
+
+
 class Scheduler:
     """Decides; the engine executes and reports back by `advance` and `finish`."""
 
@@ -64,7 +75,8 @@ class Scheduler:
         self._pool = pool
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._computing: dict[PageKey, Sequence] = {}
+        self._computing: dict[BlockName, Sequence] = {}
+        """A name says its root, so it stands for both."""
 
     @property
     def waiting(self) -> int:
@@ -143,16 +155,17 @@ class Scheduler:
         ]
         return min((end for end in ends if end > now_ms), default=None)
 
-    def plan(self) -> list[Work]:
+    def plan(self, follows: Callable[[Sequence], bool] = _never) -> list[Work]:
         """Choose what the next step computes; empty when nothing is ready.
 
-        Steps that were begun (`launch`) and not ended count as computed.
+        Steps that were begun (`launch`) and not ended count as computed. `follows` is asked of a
+        sequence with a gate: whether a step is to begin behind its load.
         """
         budget = self.config.step_tokens
         ready = [
             (s, max(s.launched, s.computed), s.pending_tokens)
             for s in self._running
-            if s.state is SequenceState.RUNNING and s.finish is None
+            if s.finish is None and (s.state is SequenceState.RUNNING or (s.gate and follows(s)))
         ]
         works = [Work(s, start, 1, True) for s, start, pending in ready if pending == 1]
         budget -= len(works)
@@ -173,23 +186,44 @@ class Scheduler:
             work.sequence.launched = work.start + work.count
             work.sequence.coming = int(work.samples)
 
+    def loading(self, sequence: Sequence, blocks: int, gate: Gate) -> None:
+        """Take note that `blocks` more leading blocks are on their way, and a step may follow."""
+        assert sequence.state is SequenceState.LOADING and not sequence.in_step
+        assert sequence.hbm_blocks + blocks <= sequence.hit_limit
+        sequence.gate = gate
+        sequence.launched = (sequence.hbm_blocks + blocks) * BLOCK_TOKENS
+
     def loaded(self, sequence: Sequence, blocks: int, *, now_ms: float) -> None:
-        """Take note that `blocks` more leading blocks were copied into its pages."""
+        """Take note that `blocks` more leading blocks were copied into its pages.
+
+        Where a step has followed the load and there are fewer than it took for given, `void` it.
+        """
         assert sequence.state is SequenceState.LOADING
         assert sequence.hbm_blocks + blocks <= sequence.hit_limit
         sequence.computed = (sequence.hbm_blocks + blocks) * BLOCK_TOKENS
+        if not sequence.in_step:
+            sequence.launched = sequence.computed
+        sequence.gate = None
         sequence.state = SequenceState.RUNNING
-        self._publish(sequence, now_ms)
+        self.name_blocks(sequence, now_ms=now_ms)
 
     def advance(self, work: Work, *, now_ms: float) -> None:
-        """Take note that `work` was computed; full blocks become known by name."""
+        """Take note that `work` was computed; full blocks become known by name.
+
+        Only so many at once: `name_blocks` does the rest when tokens are on their way.
+        """
         sequence = work.sequence
         assert sequence.computed == work.start
         sequence.computed += work.count
         if work.samples and sequence.launched <= sequence.computed:
             sequence.coming = 0
         assert sequence.computed <= len(sequence.pages) * BLOCK_TOKENS
-        self._publish(sequence, now_ms)
+        self.name_blocks(sequence, now_ms=now_ms)
+
+    def void(self, sequence: Sequence) -> None:
+        """Take note that a step went on from blocks that never came: it is computed anew."""
+        assert not sequence.in_step
+        sequence.launched, sequence.coming = sequence.computed, 0
 
     def disown(self, sequence: Sequence) -> None:
         """Take away the names of everything that is in its pages: their bytes are not to be used.
@@ -224,7 +258,7 @@ class Scheduler:
         known = self._pool.count_prefix(sequence.root, sequence.names[: sequence.hit_limit])
         if known == sequence.hit_limit:
             return False
-        if PageKey(sequence.root, sequence.names[known]) not in self._computing:
+        if sequence.names[known] not in self._computing:
             return False
         if sequence.held_since_ms is None:
             sequence.held_since_ms = now_ms
@@ -246,13 +280,15 @@ class Scheduler:
         self._running.append(sequence)
         if sequence.keeps:
             for name in sequence.names[len(own) :]:
-                self._computing.setdefault(PageKey(sequence.root, name), sequence)
+                self._computing.setdefault(name, sequence)
         return True
 
-    def _publish(self, sequence: Sequence, now_ms: float) -> None:
+    def name_blocks(self, sequence: Sequence, *, now_ms: float, limit: int = NAMED_AT_ONCE) -> None:
+        """Make up to `limit` more full blocks known by name."""
         if not sequence.keeps:
             return
-        first, last = sequence.published, sequence.full_blocks
+        first = sequence.published
+        last = min(sequence.full_blocks, first + limit)
         if last > first:
             root, names = sequence.root, sequence.names
             self._pool.publish_run(
@@ -267,6 +303,5 @@ class Scheduler:
 
     def _forget_computing(self, sequence: Sequence, first: int, last: int | None = None) -> None:
         for name in sequence.names[first:last]:
-            key = PageKey(sequence.root, name)
-            if self._computing.get(key) is sequence:
-                del self._computing[key]
+            if self._computing.get(name) is sequence:
+                del self._computing[name]

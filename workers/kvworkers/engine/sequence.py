@@ -22,6 +22,7 @@ from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.rpc.convert import check_id
 from kvworkers.engine.sampling import SamplingParams
+from kvworkers.stream.gate import Gate
 
 
 class SequenceState(StrEnum):
@@ -144,6 +145,8 @@ class Sequence:
     """Steps that were begun and not ended: they may be writing its pages."""
     loading: bool = False
     """A load may be writing its pages."""
+    gate: Gate | None = None
+    """That load, where a step may begin behind it before its end."""
     _table: "NDArray[np.int32] | None" = None
 
     def __post_init__(self) -> None:
@@ -186,6 +189,11 @@ class Sequence:
         return self.computed // BLOCK_TOKENS
 
     @property
+    def unnamed_blocks(self) -> int:
+        """Full blocks that may be known by name and are not yet."""
+        return max(0, self.full_blocks - self.published) if self.keeps else 0
+
+    @property
     def pending_tokens(self) -> int:
         """Tokens that are known or about to be, and not begun: 1 while decoding, more in prefill.
 
@@ -205,6 +213,20 @@ class Sequence:
     def keeps(self) -> bool:
         """Whether its blocks may be kept under their names."""
         return not self.request.no_store
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise `BadInput` naming an id of the prompt or a stop token outside the vocabulary."""
+        if (worst := int(np.frombuffer(self.tokens, dtype=np.uint32).max())) >= vocab_size:
+            raise BadInput(f"token id {worst} is outside the vocabulary of {vocab_size}")
+        if bad := [t for t in self.request.sampling.stop_token_ids if t >= vocab_size]:
+            raise BadInput(f"stop token id {bad[0]} is outside the vocabulary of {vocab_size}")
+
+    def ends_with(self, token: int, eos_token_ids: tuple[int, ...]) -> bool:
+        """Say whether `token`, just chosen, ends the reply before it."""
+        sampling = self.request.sampling
+        return token in sampling.stop_token_ids or (
+            token in eos_token_ids and not sampling.ignore_eos
+        )
 
     def extend_names(self) -> None:
         """Name every full block of `tokens` that has no name yet."""

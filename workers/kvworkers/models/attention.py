@@ -82,6 +82,7 @@ def paged_attention(
         raise Unsupported("attention with a mask of the model's own is not served")
     now = _running.get()
     layer: Any = module.layer_idx
+    now.step.pass_layer(layer)
     ops.write_pages(
         key[0].transpose(0, 1), value[0].transpose(0, 1), now.pages, now.step.slots, layer
     )

@@ -5,6 +5,7 @@ matrix products, attention, and four launches around them. The weights stay the 
 merged ones are views into one tensor, so either way of computing uses the same memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from kvworkers.models.step import StepInputs
+from kvworkers.stream.gate import layer_groups
 
 KINDS: Final = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose layers are computed here; others run as transformers does."""
@@ -46,17 +48,23 @@ class FusedDecoder:
         self._module = module
         self._rotary = model.rotary_emb
         self._layers = [_merged(layer) for layer in model.layers]
+        self._later_groups = {group.start for group in layer_groups(len(self._layers))} - {0}
 
-    def __call__(self, step: StepInputs, pages: Tensor, plan: AttentionPlan) -> Tensor:
-        """Return logits [sampled rows, vocab] of a step on the device, and write K and V.
+    def parts(self, step: StepInputs, pages: Tensor, plan: AttentionPlan) -> Iterator[Tensor]:
+        """Compute a step on the device and write K and V, yielding after each group of layers.
 
-        Rows that nobody samples are left out behind the attention of the last layer.
+        What comes last are the logits, fp32 [sampled rows, vocab]. Loads that the step follows are
+        waited for in front of each group. Rows that nobody samples are left out behind the
+        attention of the last layer.
         """
         model, epsilon = self._module.model, self._epsilon
         hidden: Tensor = embedding(step.tokens, model.embed_tokens.weight)
         cosine, sine = (x[0] for x in self._rotary(hidden[None], step.positions[None]))
         residual: Tensor | None = None
         for index, layer in enumerate(self._layers):
+            if index in self._later_groups:
+                yield hidden
+            step.pass_layer(index)
             normed, residual = fused.add_rms_norm(
                 hidden, residual, layer.input_norm, epsilon=epsilon
             )
@@ -78,7 +86,7 @@ class FusedDecoder:
             normed, residual = fused.add_rms_norm(hidden, residual, layer.mlp_norm, epsilon=epsilon)
             hidden = linear(fused.gated_silu(linear(normed, layer.gate_up)), layer.down)
         normed, _ = fused.add_rms_norm(hidden, residual, model.norm.weight, epsilon=epsilon)
-        return linear(normed, self._module.lm_head.weight)
+        yield linear(normed, self._module.lm_head.weight).float()
 
 
 def fuses(module: Any) -> bool:

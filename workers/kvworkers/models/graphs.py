@@ -5,8 +5,10 @@ do not pay for the work list of long ones. Rows beyond the batch write to the po
 which no sequence ever gets, and attend to nothing.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from kvstore.core.limits import BLOCK_TOKENS
 from kvworkers.models.step import StepInputs, on_device
+from kvworkers.stream.gate import layer_groups
 
 BATCHES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 APPENDS: Final = (16, 64, 128, 256, 512)
@@ -23,13 +26,14 @@ CONTEXT_PAGES: Final = (256, 1_024, 4_096, 8_192)
 """Pages of the longest sequence: 4k, 16k, 64k and 128k tokens."""
 
 Plan = ReplayedDecode | ReplayedAppend
-Compute = Callable[[StepInputs, Tensor, Plan], Tensor]
-"""Logits fp32 of the sampled rows of a step whose plan is given."""
+Compute = Callable[[StepInputs, Tensor, Plan], Iterator[Tensor]]
+"""Computes a step whose plan is given, a group of layers at a time; logits come last."""
 
 
 @dataclass(slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    graphs: list[torch.cuda.CUDAGraph]
+    """One for a decode step, one for each part of an append: it may wait for loads between."""
     step: StepInputs
     plan: Plan
     logits: Tensor
@@ -38,9 +42,10 @@ class _Captured:
 class StepGraphs:
     """The graphs of one model over one pool; captured when first needed. For one thread."""
 
-    def __init__(self, compute: Compute, pages: Tensor) -> None:
+    def __init__(self, compute: Compute, pages: Tensor, *, layers: int) -> None:
         """`pages` as `page_view` gives them; the last one is scratch."""
         self._compute = compute
+        self._groups = layer_groups(layers)
         self._pages = pages
         self._scratch = (pages.shape[0] - 1) * BLOCK_TOKENS
         self._captured: dict[tuple[bool, int, int], _Captured] = {}
@@ -92,8 +97,17 @@ class StepGraphs:
         new = on_device(step.tokens, device)
         into.tokens[:tokens].copy_(new if step.carried is None else step.carried.into(new))
         plan.tables[:rows, :width].copy_(on_device(step.block_tables, device))
-        captured.graph.replay()
+        for graph, groups in zip(captured.graphs, self._waits(captured), strict=True):
+            for layers in groups:
+                step.pass_layer(layers.start)
+            graph.replay()
         return captured.logits[:rows]
+
+    def _waits(self, captured: _Captured) -> list[tuple[range, ...]]:
+        """Return which groups of layers have to be there in front of each graph."""
+        if len(captured.graphs) == 1:
+            return [self._groups]
+        return [(layers,) for layers in self._groups]
 
     def _of(self, decode: bool, tokens: int, width: int) -> _Captured:
         size = next(padded for padded in (BATCHES if decode else APPENDS) if padded >= tokens)
@@ -124,13 +138,24 @@ class StepGraphs:
         plan.tables.fill_(self._pages.shape[0] - 1)
         # Twice outside: kernels are compiled and the plan's work list is made by the first call.
         for _ in range(2):
-            self._compute(step, self._pages, plan)
+            parts = sum(1 for _ in self._compute(step, self._pages, plan))
             plan.cut()
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads copy blocks meanwhile; their calls are no part of this.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            plan.cut()
-            logits = self._compute(step, self._pages, plan)
-        self._memory = graph.pool()
-        return _Captured(graph, step, plan, logits)
+        return self._record(step, plan, parts, each=parts if decode else 1)
+
+    def _record(self, step: StepInputs, plan: Plan, parts: int, *, each: int) -> _Captured:
+        """Capture a step of so many parts, `each` of them to a graph."""
+        graphs: list[torch.cuda.CUDAGraph] = []
+        computed = self._compute(step, self._pages, plan)
+        logits = None
+        for _ in range(0, parts, each):
+            graph = torch.cuda.CUDAGraph()
+            # Other threads copy blocks meanwhile; their calls are no part of this.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+                if not graphs:
+                    plan.cut()
+                logits = deque(islice(computed, each), maxlen=1)[0]
+            self._memory = graph.pool()
+            graphs.append(graph)
+        assert logits is not None
+        return _Captured(graphs, step, plan, logits)

@@ -1,9 +1,10 @@
 """A loaded model: one ragged batch in, logits of the sampled rows out."""
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from kvkernels.plans import AttentionPlan
 from torch import Tensor
 
 from kvstore.core.errors import BadInput
+from kvstore.core.names import Fidelity
 from kvworkers.models import attention
 from kvworkers.models.spec import ModelSpec, read_spec
 from kvworkers.models.step import StepInputs
@@ -43,6 +45,11 @@ class LoadedModel:
             (pages, self.spec.layout.block_bytes), dtype=torch.uint8, device=self.device
         )
 
+    def keep_as(self, fidelity: Fidelity) -> None:
+        """Name blocks anew for a store that keeps them with `fidelity`."""
+        namespace = replace(self.spec.namespace, fidelity=fidelity)
+        self.spec = replace(self.spec, namespace=namespace)
+
     def page_view(self, pool: Tensor) -> Tensor:
         """Return a pool's pages as `forward` takes them, in the model's element type."""
         return ops.page_view(pool, self.spec.layout, getattr(torch, self.spec.dtype))
@@ -62,7 +69,7 @@ class LoadedModel:
         with torch.inference_mode():
             if self.graphs is not None and self.graphs.fits(step, pages):
                 return self.graphs.forward(step)
-            return self._compute(step.on(self.device), pages, None)
+            return last_of(self._parts(step.on(self.device), pages, None))
 
     def capture(self, pages: Tensor, *, batch: int, max_pages: int) -> None:
         """Capture short appends and decode steps of up to `batch` sequences over `pages`.
@@ -74,8 +81,12 @@ class LoadedModel:
         from kvworkers.models.graphs import StepGraphs  # needs triton
 
         with torch.inference_mode():
-            self.graphs = StepGraphs(self._compute, pages)
+            self.graphs = StepGraphs(self._parts, pages, layers=self.spec.layers)
             self.graphs.prepare(batch, max_pages=max_pages)
+
+    def release(self) -> None:
+        """Forget what was captured: its pages are given back once nobody else holds them."""
+        self.graphs = None
 
     def fuse(self) -> None:
         """Merge weights for `fused` on a GPU. On a CPU transformers' own order of sums stays."""
@@ -86,11 +97,17 @@ class LoadedModel:
         if fuses(self.module):
             self.fused = FusedDecoder(self.module)
 
-    def _compute(self, step: StepInputs, pages: Tensor, plan: AttentionPlan | None) -> Tensor:
-        """Run the module over a step that lies on the device."""
+    def _parts(
+        self, step: StepInputs, pages: Tensor, plan: AttentionPlan | None
+    ) -> Iterator[Tensor]:
+        """Run the module over a step that lies on the device, group of layers by group.
+
+        The last tensor is the logits. Modules of transformers are one group.
+        """
         if self.fused is not None:
             plan = plan or attention.plan_step(step, pages)
-            return self.fused(step, pages, plan).float()
+            yield from self.fused.parts(step, pages, plan)
+            return
         with attention.running(step, pages, plan):
             output = self.module(
                 input_ids=step.tokens.unsqueeze(0),
@@ -99,7 +116,12 @@ class LoadedModel:
                 logits_to_keep=step.sample_rows,
             )
         logits: Tensor = output.logits[0]
-        return logits.float()
+        yield logits.float()
+
+
+def last_of(parts: Iterator[Tensor]) -> Tensor:
+    """Compute every part of a step and return its logits."""
+    return deque(parts, maxlen=1)[0]
 
 
 _loading = threading.Lock()
@@ -127,11 +149,13 @@ def load_model(
     device: str = "cpu",
     threads: int | None = None,
     cache_dir: Path | None = None,
+    fidelity: Fidelity = Fidelity.EXACT,
 ) -> LoadedModel:
     """Load the Hugging Face directory `path` on `device`.
 
-    `threads` sets torch's intra-op threads for this process. Raises what `read_spec` raises, and
-    `Unsupported` for a device without kernels.
+    `fidelity` is how exactly a store may keep its blocks; `threads` sets torch's intra-op threads
+    for this process. Raises what `read_spec` raises, and `Unsupported` for a device without
+    kernels.
     """
     ops.implementation(torch.device(device).type)
     spec = read_spec(path, device=torch.device(device).type, cache_dir=cache_dir)
@@ -144,6 +168,7 @@ def load_model(
         module = _load_weights(spec)
     module.requires_grad_(False)
     model = LoadedModel(spec, torch.device(device), module.to(device).eval())
+    model.keep_as(fidelity)
     model.fuse()
     return model
 

@@ -11,7 +11,7 @@ import torch
 
 from kvstore.core.errors import BadInput
 from kvstore.core.layout import RAW_CODEC, BlockLayout
-from kvstore.core.names import Namespace
+from kvstore.core.names import Fidelity, Namespace
 from kvworkers.models import attention
 from kvworkers.models.digest import canonical
 from kvworkers.models.loading import LoadedModel, quiet_loading
@@ -52,11 +52,17 @@ SHAPES: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 
 
 def random_model(
-    name: str, *, device: str, seed: int = 0, layers: int | None = None
+    name: str,
+    *,
+    device: str,
+    seed: int = 0,
+    layers: int | None = None,
+    fidelity: Fidelity = Fidelity.EXACT,
 ) -> LoadedModel:
     """Return a model of shape `name`, its weights drawn from `seed` on `device`.
 
-    `layers` cuts its depth. Raises `BadInput` for an unknown shape.
+    `layers` cuts its depth; `fidelity` as `load_model` takes it. Raises `BadInput` for an unknown
+    shape.
     """
     if name not in SHAPES:
         raise BadInput(f"model shape {name!r} is unknown; there are {', '.join(sorted(SHAPES))}")
@@ -76,8 +82,8 @@ def random_model(
             config, dtype=getattr(torch, dtype), attn_implementation=attention.IMPLEMENTATION
         )
     module.requires_grad_(False)
-    spec = _spec(name, config, dtype, seed)
-    model = LoadedModel(spec, torch.device(device), module.eval())
+    model = LoadedModel(_spec(name, config, dtype, seed), torch.device(device), module.eval())
+    model.keep_as(fidelity)
     model.fuse()
     return model
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS
+from kvworkers.stream.gate import Gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class StepInputs:
     """int64 [S]: rows of the batch whose logits are wanted; may be empty."""
     carried: Carried | None = None
     """Where some of `tokens` come from the step before; any number stands in their places."""
+    gates: tuple[Gate, ...] = ()
+    """Loads that are still bringing in what the step attends to, layer by layer."""
 
     def on(self, device: torch.device) -> "StepInputs":
         """Return the step with what kernels read on `device`.
@@ -79,6 +82,11 @@ class StepInputs:
             block_tables=on_device(self.block_tables, device),
             sample_rows=on_device(self.sample_rows, device),
         )
+
+    def pass_layer(self, layer: int) -> None:
+        """Hold the thread or stream that computes until what `layer` attends to is there."""
+        for gate in self.gates:
+            gate.pass_layer(layer)
 
     def check(self, *, pages: int, vocab_size: int, max_model_tokens: int) -> None:
         """Raise `BadInput` naming the field whose values lie outside pool or model.

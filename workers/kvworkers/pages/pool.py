@@ -130,7 +130,8 @@ class PagePool:
             return None
         if count > len(self._free):
             self._evict(count - len(self._free), now_ms=now_ms)
-        taken = [self._free.pop() for _ in range(count)]
+        taken = self._free[len(self._free) - count :][::-1]
+        del self._free[len(self._free) - count :]
         for page in taken:
             assert self._references[page] == 0 and self._keys[page] is None
             self._references[page] = 1

@@ -1,38 +1,54 @@
 """The mover of a CUDA device: asynchronous copies on streams of their own.
 
-Loads and stores have a stream and threads each: the link carries both directions at once, and
+Loads and stores have a stream and a thread each: the link carries both directions at once, and
 a store never stands before a load. A copy counts as done when its event has completed, so whoever
 awaits it may commit slots, check generations or let a step read the pages.
+
+Whole blocks of one form go by the copy engine where nobody else computes. Parts of blocks, blocks
+that change on the way, and loads beside other requests go by kernels that read and write the
+arena in place (DESIGN D2).
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import torch
+from kvkernels import ops
+from kvkernels.movement import Movement
 from torch import Tensor
 
 from kvstore.core.errors import BadInput
-from kvworkers.stream.mover import SLICE_BYTES, Mover
+from kvworkers.stream.forms import STORE_PROGRAMS, Forms
+from kvworkers.stream.gate import Gate
+from kvworkers.stream.mover import Mover, to_the_end
 from kvworkers.stream.registration import Registration
 
 _IN_FLIGHT: Final = 2
 """Slices of one job at a time: the next one is queued before the link falls idle."""
 
-_Copy = Callable[[Tensor, Tensor], object]
-"""(block of the arena, page)."""
+_LOADS_FIRST: Final = -1
+"""Priority of the loads' stream: their kernels are few programs, and a step may be waiting."""
+
+_T = TypeVar("_T")
+
+_Slice = Callable[[], object]
+"""Queues a part of a job on the current stream."""
+_Queued = Callable[[Any], object]
+"""Told the event behind a slice once it is queued."""
 
 
 class DeviceMover(Mover):
     """Moves whole blocks between a registered arena and `pool`, uint8 [pages, block_bytes]."""
 
-    def __init__(self, pool: Tensor) -> None:
-        super().__init__(pool)
+    def __init__(self, pool: Tensor, forms: Forms) -> None:
+        super().__init__(pool, forms)
         self._registration: Registration | None = None
-        self._load = _Lane(pool, "load")
-        self._store = _Lane(pool, "store")
+        self._loads = _Lane(pool.device, "load", priority=_LOADS_FIRST)
+        self._stores = _Lane(pool.device, "store", priority=0)
 
     @property
     def reachable_bytes(self) -> int:
@@ -49,22 +65,41 @@ class DeviceMover(Mover):
         The first call for a mapping begins its registration.
         """
         known = self._known(arena)
-        ends = known.registered_bytes - self._block_bytes
+        ends = known.registered_bytes - self.forms.stored.block_bytes
         return next((at for at, offset in enumerate(offsets) if offset > ends), len(offsets))
 
     def registered(self, arena: memoryview, *, deadline_s: float) -> bool:
         """Wait until all of `arena` can be used; False when it cannot be at the deadline."""
         return self._known(arena).wait(deadline_s=deadline_s)
 
-    async def load(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
+    async def load(
+        self,
+        arena: memoryview,
+        offsets: Sequence[int],
+        pages: Sequence[int],
+        *,
+        alone: bool = False,
+    ) -> None:
         """Copy arena blocks at `offsets` (bytes) into `pages`; `BadInput` for places outside."""
         self._check(arena, offsets, pages)
-        await self._load.run(_copy_in, arena, offsets, pages)
+        queue = partial(self._load_there, alone)
+        await self._loads.run(self._jobs(queue, arena, offsets, pages))
+
+    async def load_groups(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], gate: Gate
+    ) -> None:
+        """As `load`, group after group of layers; opens `gate` for each, ends it in any case."""
+        try:
+            self._check(arena, offsets, pages)
+            movement = await self._loads.call(partial(self._movement, arena, offsets, pages))
+            await self._loads.run(self._grouped(movement, gate))
+        finally:
+            gate.end()
 
     async def store(self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int]) -> None:
         """Copy `pages` to the arena blocks at `offsets` (bytes); errors as `load`."""
         self._check(arena, offsets, pages)
-        await self._store.run(_copy_out, arena, offsets, pages)
+        await self._stores.run(self._jobs(self._store_there, arena, offsets, pages))
 
     def forget(self) -> None:
         """Unregister the arena: its mapping is about to end, and no copy is running."""
@@ -74,10 +109,59 @@ class DeviceMover(Mover):
 
     def close(self) -> None:
         """Let the copies in progress end, take no more, and unregister."""
-        self._load.close()
-        self._store.close()
+        self._loads.close()
+        self._stores.close()
         self.forget()
         super().close()
+
+    def _jobs(
+        self,
+        queue: Callable[[memoryview, Sequence[int], Sequence[int]], None],
+        arena: memoryview,
+        offsets: Sequence[int],
+        pages: Sequence[int],
+    ) -> Iterator[tuple[_Slice, _Queued]]:
+        for at, rows in self._slices(offsets, pages):
+            yield partial(queue, arena, at, rows), _nobody
+
+    def _grouped(self, movement: Movement, gate: Gate) -> Iterator[tuple[_Slice, _Queued]]:
+        for layers in gate.groups:
+            parts = list(movement.slices(layers))
+            for part in parts:
+                queue = partial(
+                    ops.load_layers,
+                    movement,
+                    layers,
+                    blocks=part,
+                    programs=self.forms.load_programs,
+                )
+                yield queue, gate.come if part is parts[-1] else _nobody
+
+    def _load_there(
+        self, alone: bool, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
+    ) -> None:
+        if self.forms.transcodes or not alone:
+            forms = self.forms
+            programs = forms.load_programs if alone else forms.beside_programs
+            ops.load_layers(self._movement(arena, offsets, pages), programs=programs)
+            return
+        for block, page in self._pairs(arena, offsets, pages):
+            page.copy_(block, non_blocking=True)
+
+    def _store_there(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
+        if self.forms.transcodes:
+            movement = self._movement(arena, offsets, pages)
+            ops.store_layers(movement, programs=STORE_PROGRAMS)
+            return
+        for block, page in self._pairs(arena, offsets, pages):
+            block.copy_(page, non_blocking=True)
+
+    def _pairs(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        memory, size = torch.frombuffer(arena, dtype=torch.uint8), self._pool.shape[1]
+        for offset, page in zip(offsets, pages, strict=True):
+            yield memory[offset : offset + size], self._pool[page]
 
     def _known(self, arena: memoryview) -> Registration:
         if self._registration is None or not self._registration.is_of(arena):
@@ -90,7 +174,7 @@ class DeviceMover(Mover):
         if len(offsets) != len(pages):
             raise BadInput(f"{len(offsets)} offsets for {len(pages)} pages")
         for name, values, last in (
-            ("offsets", offsets, arena.nbytes - self._block_bytes),
+            ("offsets", offsets, arena.nbytes - self.forms.stored.block_bytes),
             ("pages", pages, self._pool.shape[0] - 1),
         ):
             if values and not (min(values) >= 0 and max(values) <= last):
@@ -100,57 +184,69 @@ class DeviceMover(Mover):
 
 
 class _Lane:
-    """One direction: a stream, and threads that queue slices on it and wait for their ends."""
+    """One direction: a stream, and a thread that queues slices on it and waits for their ends.
 
-    def __init__(self, pool: Tensor, name: str) -> None:
-        self._pool = pool
-        self._stream = torch.cuda.Stream(pool.device)  # type: ignore[no-untyped-call]
-        self._threads = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix=f"mover-{name}")
+    One thread, so that slices of a job are queued in their order; jobs take turns slice by slice.
+    """
 
-    async def run(
-        self, copy: _Copy, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
-    ) -> None:
-        """Copy slice by slice; when cancelled, what was begun is awaited to its end."""
-        loop = asyncio.get_running_loop()
-        step = max(1, SLICE_BYTES // self._pool.shape[1])
+    def __init__(self, device: torch.device, name: str, *, priority: int) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"mover-{name}")
+
+    async def call(self, work: Callable[[], _T]) -> _T:
+        """Run `work` on the thread with the stream as the current one."""
+        return await to_the_end(self._begin(partial(self._there, work)))
+
+    async def run(self, slices: Iterable[tuple[_Slice, _Queued]]) -> None:
+        """Queue slice by slice; when cancelled, what was begun is awaited to its end."""
         jobs: deque[asyncio.Future[None]] = deque()
+        before: list[Any] = []
         try:
-            for start in range(0, len(pages), step):
+            for queue, queued in slices:
                 if len(jobs) == _IN_FLIGHT:
                     await asyncio.shield(jobs[0])
                     jobs.popleft()
-                at, rows = offsets[start : start + step], pages[start : start + step]
-                jobs.append(loop.run_in_executor(self._threads, self._slice, copy, arena, at, rows))
+                jobs.append(self._begin(partial(self._slice, queue, queued, before)))
             while jobs:
                 await asyncio.shield(jobs[0])
                 jobs.popleft()
         finally:
             if jobs:
                 await asyncio.wait(jobs)
+            await to_the_end(self._begin(partial(_await, before)))
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True)
+        self._thread.shutdown(wait=True)
 
-    def _slice(
-        self, copy: _Copy, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
-    ) -> None:
-        memory, size = torch.frombuffer(arena, dtype=torch.uint8), self._pool.shape[1]
-        with torch.cuda.device(self._pool.device), torch.cuda.stream(self._stream):
-            for offset, page in zip(offsets, pages, strict=True):
-                copy(memory[offset : offset + size], self._pool[page])
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    def _begin(self, work: Callable[[], _T]) -> "asyncio.Future[_T]":
+        return asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _there(self, work: Callable[[], _T]) -> _T:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            return work()
+
+    def _slice(self, queue: _Slice, queued: _Queued, before: list[Any]) -> None:
+        """Queue one slice, then wait for the one before it: never more than two are under way."""
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            queue()
+            done: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record()
-        done.synchronize()
+        queued(done)
+        _await(before)
+        before.append(done)
 
 
-def _copy_in(block: Tensor, page: Tensor) -> object:
-    return page.copy_(block, non_blocking=True)
+def _await(events: list[Any]) -> None:
+    """Wait for the events of a job that nobody has waited for, and drop them."""
+    while events:
+        events.pop().synchronize()
 
 
-def _copy_out(block: Tensor, page: Tensor) -> object:
-    return block.copy_(page, non_blocking=True)
+def _nobody(event: object) -> None:
+    """Stand in for whoever wants to know that a slice was queued."""
 
 
-def make_mover(pool: Tensor) -> Mover:
+def make_mover(pool: Tensor, forms: Forms) -> Mover:
     """Return the mover for the device that holds `pool`."""
-    return DeviceMover(pool) if pool.device.type == "cuda" else Mover(pool)
+    return DeviceMover(pool, forms) if pool.device.type == "cuda" else Mover(pool, forms)

@@ -8,42 +8,64 @@ a copy that was begun is always awaited to its end: nobody may reuse its places 
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 import torch
 from kvkernels import ops
+from kvkernels.movement import Movement
 from torch import Tensor
+
+from kvworkers.stream.forms import Forms
+from kvworkers.stream.gate import Gate
 
 SLICE_BYTES: Final = 64 << 20
 """Bytes moved in one go (DESIGN D2)."""
 
-Copy = Callable[[Tensor, Tensor, Tensor], None]
+_T = TypeVar("_T")
 
 
 class Mover:
-    """Moves whole blocks; `pool` is uint8 [pages, block_bytes]."""
+    """Moves whole blocks; `pool` is uint8 [pages, block_bytes of `forms.pages`]."""
 
-    def __init__(self, pool: Tensor) -> None:
+    def __init__(self, pool: Tensor, forms: Forms) -> None:
+        self.forms = forms
         self._pool = pool
-        self._block_bytes = pool.shape[1]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mover")
         self._met_bytes = 0
 
-    async def load(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
-        """Copy arena blocks at `offsets` (bytes) into `pages`."""
+    async def load(
+        self,
+        arena: memoryview,
+        offsets: Sequence[int],
+        pages: Sequence[int],
+        *,
+        alone: bool = False,
+    ) -> None:
+        """Copy arena blocks at `offsets` (bytes) into `pages`, decoding where forms differ.
 
-        def copy(memory: Tensor, at: Tensor, rows: Tensor) -> None:
-            ops.load_blocks(memory, at, self._pool, rows)
+        `alone`: no other request computes meanwhile, so the copy may take what it needs.
+        """
+        for at, rows in self._slices(offsets, pages):
+            await self._do(partial(self._load, arena, at, rows))
 
-        await self._run(copy, arena, offsets, pages)
+    async def load_groups(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], gate: Gate
+    ) -> None:
+        """As `load`, group after group of layers; opens `gate` for each, ends it in any case."""
+        try:
+            movement = await self._do(partial(self._movement, arena, offsets, pages))
+            for layers in gate.groups:
+                for part in movement.slices(layers):
+                    await self._do(partial(ops.load_layers, movement, layers, blocks=part))
+                gate.come()
+        finally:
+            gate.end()
 
     async def store(self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int]) -> None:
-        """Copy `pages` to the arena blocks at `offsets` (bytes)."""
-
-        def copy(memory: Tensor, at: Tensor, rows: Tensor) -> None:
-            ops.store_blocks(self._pool, rows, memory, at)
-
-        await self._run(copy, arena, offsets, pages)
+        """Copy `pages` to the arena blocks at `offsets` (bytes), encoding where forms differ."""
+        for at, rows in self._slices(offsets, pages):
+            await self._do(partial(self._store, arena, at, rows))
 
     @property
     def reachable_bytes(self) -> int:
@@ -65,31 +87,51 @@ class Mover:
         """Let the copy in progress end and take no more."""
         self._thread.shutdown(wait=True)
 
-    async def _run(
-        self, copy: Copy, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
-    ) -> None:
+    def _slices(
+        self, offsets: Sequence[int], pages: Sequence[int]
+    ) -> list[tuple[Sequence[int], Sequence[int]]]:
         assert len(offsets) == len(pages)
+        step = max(1, SLICE_BYTES // self.forms.stored.block_bytes)
+        return [
+            (offsets[at : at + step], pages[at : at + step]) for at in range(0, len(pages), step)
+        ]
+
+    def _movement(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
+    ) -> Movement:
+        return ops.plan_movement(
+            torch.frombuffer(arena, dtype=torch.uint8),
+            self.forms.stored,
+            torch.tensor(offsets, dtype=torch.int64),
+            self._pool,
+            self.forms.pages,
+            torch.tensor(pages, dtype=torch.int64),
+            element=self.forms.element,
+        )
+
+    def _load(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
+        if self.forms.transcodes:
+            ops.load_layers(self._movement(arena, offsets, pages))
+            return
+        memory = torch.frombuffer(arena, dtype=torch.uint8)
+        ops.load_blocks(memory, torch.tensor(offsets), self._pool, torch.tensor(pages))
+
+    def _store(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
+        if self.forms.transcodes:
+            ops.store_layers(self._movement(arena, offsets, pages))
+            return
+        memory = torch.frombuffer(arena, dtype=torch.uint8)
+        ops.store_blocks(self._pool, torch.tensor(pages), memory, torch.tensor(offsets))
+
+    async def _do(self, work: Callable[[], _T]) -> _T:
         loop = asyncio.get_running_loop()
-        step = max(1, SLICE_BYTES // self._block_bytes)
-        for start in range(0, len(pages), step):
-            at, rows = offsets[start : start + step], pages[start : start + step]
-            job = loop.run_in_executor(self._thread, _copy, copy, arena, at, rows)
-            await _to_the_end(job)
+        return await to_the_end(loop.run_in_executor(self._thread, work))
 
 
-def _copy(copy: Copy, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
-    memory = torch.frombuffer(arena, dtype=torch.uint8)
-    copy(
-        memory,
-        torch.tensor(offsets, dtype=torch.int64),
-        torch.tensor(pages, dtype=torch.int64),
-    )
-
-
-async def _to_the_end(job: "asyncio.Future[None]") -> None:
+async def to_the_end(job: "asyncio.Future[_T]") -> _T:
     """Await `job` even when cancelled: its thread is writing memory that others would get."""
     try:
-        await asyncio.shield(job)
+        return await asyncio.shield(job)
     except asyncio.CancelledError:
         if not job.done():
             await asyncio.wait([job])
