@@ -2,8 +2,10 @@ import json
 from typing import Any
 
 import pytest
-from kvworkers.frontends.generation import SamplingChoice
-from kvworkers.frontends.openai_wire import FieldError, failure, parse
+from kvworkers.frontends.generation import FieldError, Generation, SamplingChoice
+from kvworkers.frontends.openai.chat import ChatBody
+from kvworkers.frontends.openai.errors import failure
+from kvworkers.frontends.openai.fields import parse
 from kvworkers.frontends.tokenizer import Message
 
 from kvstore.core.errors import (
@@ -26,6 +28,12 @@ def body(**fields: Any) -> bytes:
     return json.dumps(HELLO | fields).encode()
 
 
+def read(raw: bytes) -> Generation:
+    """Return the request in a chat body."""
+    (made,) = parse(raw, ChatBody).generations("r")
+    return made
+
+
 def test_a_body_becomes_a_request() -> None:
     raw = body(
         messages=[
@@ -37,7 +45,7 @@ def test_a_body_becomes_a_request() -> None:
         logprobs=True, top_logprobs=4, top_k=-1, user="someone",
         kvstore={"no_store": True, "cache_salt": "s"},
     )  # fmt: skip
-    made = parse(raw).generation("r")
+    made = read(raw)
     assert made.messages == [
         Message("system", "be brief"), Message("user", "ab"), Message("assistant", "")
     ]  # fmt: skip
@@ -45,21 +53,23 @@ def test_a_body_becomes_a_request() -> None:
         max_tokens=9, temperature=0.0, top_p=0.5, seed=3, logprobs=4
     )
     assert (made.stop, made.no_store, made.no_read, made.cache_salt) == (("x",), True, False, b"s")
-    assert parse(body()).generation("r").sampling == SamplingChoice()
-    assert parse(body(logprobs=True)).generation("r").sampling.logprobs == 1
-    assert parse(body(stop=["a", "b"])).generation("r").stop == ("a", "b")
+    assert read(body()).sampling == SamplingChoice()
+    assert read(body(logprobs=True)).sampling.logprobs == 1
+    assert read(body(stop=["a", "b"])).stop == ("a", "b")
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
-    parse(
+    read(
         body(n=1, tools=[], logit_bias={}, presence_penalty=0.0, response_format={"type": "text"})
-    ).generation("r")
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"best_of": 2}, "best_of"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -75,7 +85,7 @@ def test_what_asks_for_nothing_is_accepted() -> None:
 )
 def test_bad_fields_are_named(fields: dict[str, Any], param: str | None) -> None:
     with pytest.raises(FieldError) as error:
-        parse(body(**fields)).generation("r")
+        read(body(**fields))
     if param is not None:
         assert failure(error.value)[1]["error"]["param"] == param
         assert param in str(error.value)
@@ -86,7 +96,7 @@ def test_bad_fields_are_named(fields: dict[str, Any], param: str | None) -> None
 )
 def test_what_is_no_request_is_refused(raw: bytes) -> None:
     with pytest.raises(BadInput):
-        parse(raw)
+        read(raw)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from kvstore.core.errors import KvStoreError, TooLarge
 from kvstore.rpc.gate import Gate
 from kvstore.rpc.identity import Principal, Role
 from kvworkers.frontends.door import Door, Draining
-from kvworkers.frontends.openai_wire import failure
+from kvworkers.frontends.openai.errors import failure
 
 OPEN_PATHS: Final = frozenset({"/health"})
 """Probes come without credentials and learn whether a worker is ready."""

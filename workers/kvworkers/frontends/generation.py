@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kvstore.core.errors import BadInput, TooLarge
@@ -20,6 +20,14 @@ _MAX_U32: Final = (1 << 32) - 1
 MAX_LOGPROBS: Final = 20
 """As OpenAI's API has it."""
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+
+
+class FieldError(BadInput):
+    """A caller's mistake in one named field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +104,14 @@ class Generation:
     """Whose queue it waits in; empty: the frontend's own. The server decides, never the caller."""
     traceparent: str = ""
     """Whose trace it belongs to; empty: one of its own, where tracing is on."""
+
+    def sibling(self, number: int) -> "Generation":
+        """Return the request for another reply to the same prompt: `number` further in its seed."""
+        seed = self.sampling.seed
+        if seed is not None and seed + number >= 1 << 64:
+            seed -= 1 << 64
+        sampling = replace(self.sampling, seed=None if seed is None else seed + number)
+        return replace(self, request_id=f"{self.request_id}-{number}", sampling=sampling)
 
     def __post_init__(self) -> None:
         given = sum(part is not None for part in (self.messages, self.text, self.tokens))

@@ -9,7 +9,7 @@ Nothing here decides where a request goes (the router does) or what a token is (
 
 import time
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -240,21 +240,27 @@ class Pipeline:
 
         domain = running.request.share_domain or self._config.share_domain
 
-        def prompt(exclude: Sequence[str]) -> Prompt:
+        def prompt(exclude: Sequence[str], among: Collection[str]) -> Prompt:
             return Prompt(
-                running.offer.root, names, tokens, frozenset(exclude), running.offer.workers,
+                running.offer.root, names, tokens, frozenset(exclude), among,
                 keeps, domain=domain, priority=running.request.priority,
             )  # fmt: skip
 
-        left_ms = running.left_s * 1_000
+        everyone, left_ms = running.offer.workers, running.left_s * 1_000
+        preferred, running.prefer = running.prefer, ""
+        if preferred in everyone and not failed:
+            with suppress(Refused):  # it is full, or gone: then whoever is best
+                one = prompt((), {preferred})
+                return await self._router.route(one, wait_ms=0, deadline_ms=0)
         if failed:
             try:
                 wait_ms = min(self._config.other_wait_ms, left_ms)
-                return await self._router.route(prompt(sorted(failed)), wait_ms=wait_ms)
+                return await self._router.route(prompt(sorted(failed), everyone), wait_ms=wait_ms)
             except Refused:
                 failed.clear()
         alive_ms = min(self._config.wait_ms, left_ms)
-        return await self._router.route(prompt(()), wait_ms=alive_ms, deadline_ms=left_ms)
+        anyone = prompt((), everyone)
+        return await self._router.route(anyone, wait_ms=alive_ms, deadline_ms=left_ms)
 
     def _count_failure(
         self, running: Running, decision: Decision, error: KvStoreError, failed: set[str]
