@@ -76,13 +76,14 @@ async def test_a_stream_carries_each_choice_and_ends_with_the_usage(
         model="scripted", prompt=["ab", "cd"], max_tokens=64, n=2, echo=True, stream=True,
         stream_options={"include_usage": True},
     )  # fmt: skip
-    texts, reasons, usages = [""] * 4, [""] * 4, []
+    texts, usages = [""] * 4, []
+    reasons: list[str | None] = [None] * 4
     async for event in stream:
         usages += [event.usage] if event.usage else []
         for choice in event.choices:
             assert not usages, "nothing comes behind the usage"
             texts[choice.index] += choice.text
-            reasons[choice.index] += choice.finish_reason or ""
+            reasons[choice.index] = choice.finish_reason
     assert texts == ["ab" + TEXT, "ab" + TEXT, "cd" + TEXT, "cd" + TEXT]
     assert reasons == ["stop"] * 4
     assert [(one.prompt_tokens, one.completion_tokens) for one in usages] == [(4, 4 * SAID)]

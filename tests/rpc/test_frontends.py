@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,11 @@ import grpc.aio
 import httpx
 import openai
 import pytest
-from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
+from kvworkers.frontends.server import FrontendConfig, FrontendServer
 from kvworkers.frontends.tokenizer import ChatTokenizer
 
 from kvstore.core.errors import BadInput, NotFound, Refused
 from kvstore.core.names import pack_tokens
-from kvstore.router.members import Member
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2

@@ -59,9 +59,7 @@ def test_a_body_becomes_a_request() -> None:
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
-    read(
-        body(n=1, tools=[], logit_bias={}, presence_penalty=0.0, response_format={"type": "text"})
-    )
+    read(body(n=1, tools=[], logit_bias={}, presence_penalty=0.0, response_format={"type": "text"}))
 
 
 @pytest.mark.parametrize(

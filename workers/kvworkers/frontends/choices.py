@@ -1,8 +1,8 @@
 """Several replies of one request, side by side: one stream of chunks, each with its number.
 
-    first   ──prefill──▶ first token ──▶ …
-    others                    └─begin─▶ …      they find the first one's pages: the prompt is
-                                               computed once
+first   ──prefill──▶ first token ──▶ …
+others                    └─begin─▶ …      they find the first one's pages: the prompt is
+                                           computed once
 """
 
 import asyncio

@@ -23,6 +23,7 @@ from kvworkers.frontends.openai.completions import CompletionBody
 from kvworkers.frontends.openai.errors import failure
 from kvworkers.frontends.openai.events import DONE, EventStream, event, read_body, unless_gone
 from kvworkers.frontends.openai.fields import parse
+from kvworkers.frontends.openai.tokens import DetokenizeBody, TokenizeBody
 from kvworkers.frontends.pipeline import Pipeline
 from kvworkers.frontends.replies import Started, begin, whole
 from kvworkers.frontends.running import Running
@@ -91,6 +92,16 @@ def make_app(
     async def completions(request: Request) -> Response:
         """Continue texts, in one piece or as server-sent events."""
         return await serving.answer(request, lambda raw: parse(raw, CompletionBody))
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        """Say which tokens a text or a conversation is."""
+        return await serving.tell(request, TokenizeBody)
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        """Say what tokens mean."""
+        return await serving.tell(request, DetokenizeBody)
 
     _add_reports(app, pipeline, metrics=metrics, ready=ready, door=door, created=created)
     return app
@@ -171,6 +182,16 @@ class _Serving:
             close=started.close,
             seconds=groups[0][0].left_s + LAST_WORDS_SECONDS,
         )
+
+    async def tell(
+        self, request: Request, kind: type[TokenizeBody] | type[DetokenizeBody]
+    ) -> Response:
+        """Return what needs no worker: the tokenizer is here."""
+        try:
+            raw = await read_body(request, self.max_body_bytes)
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED)
+        return JSONResponse(await parse(raw, kind).answer(self.pipeline))
 
     async def _prepare(self, request: Request, body: Body) -> list[list[Running]]:
         """Return the choices of each prompt, checked and ready to run."""

@@ -56,15 +56,13 @@ class LegacyLogprobs:
             made["token_logprobs"].append(one.logprob)
             likeliest = [(one.token, one.logprob), *one.top[1 : self._top + 1]]
             made["top_logprobs"].append(
-                {self._name(token): logprob for token, logprob in likeliest}
-                if self._top
-                else None
+                {self._name(token): logprob for token, logprob in likeliest} if self._top else None
             )
             made["text_offset"].append(self._offset)
             self._offset += len(self._tokenizer.show(one.token))
         return made
 
     def _name(self, token: int) -> str:
-        """Return the token's text, or its id where it is a part of a character: keys must differ."""
+        """Return the token's text, or its id where it is part of a character: keys must differ."""
         text = self._tokenizer.show(token)
         return f"token_id:{token}" if REPLACEMENT in text else text
