@@ -52,6 +52,11 @@ class Running:
         return [self, *others]
 
     @property
+    def warms(self) -> bool:
+        """Whether it only brings its prompt into the caches."""
+        return self.request.sampling.max_tokens == 0
+
+    @property
     def left_s(self) -> float:
         """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()

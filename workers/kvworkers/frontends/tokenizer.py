@@ -4,25 +4,18 @@ import asyncio
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 from kvstore.core.errors import BadInput
+from kvworkers.frontends.messages import Message, Tool
+from kvworkers.frontends.toolcalls import OPENING, as_text, as_turns
 
 INLINE_CHARACTERS: Final = 2_048
 """Up to this length a text is tokenised in place (under a millisecond); longer in a thread."""
 
 Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 class ChatTokenizer:
@@ -47,6 +40,10 @@ class ChatTokenizer:
             token for token in [self._tokenizer.eos_token_id] if token is not None
         )
         """Tokens that end a reply."""
+        template = str(getattr(self._tokenizer, "chat_template", None) or "")
+        self.takes_tools = "tools" in template and OPENING in template
+        """Whether the model's template tells of tools itself, in the form that replies are read in;
+        for others their definitions go into the system message."""
 
     @property
     def vocabulary(self) -> int:
@@ -54,14 +51,14 @@ class ChatTokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     async def conversation(
-        self, messages: Sequence[Message], *, opened: bool = True
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, opened: bool = True
     ) -> "array[int]":
         """Return the prompt of a conversation; `opened`: up to where the assistant speaks.
 
         Raises `BadInput` when the model's template refuses it.
         """
-        size = sum(len(message.content) for message in messages)
-        return await _somewhere(size, self._conversation, messages, opened)
+        size = sum(len(message.content) for message in messages) + INLINE_CHARACTERS * bool(tools)
+        return await _somewhere(size, self._conversation, messages, tools, opened)
 
     async def text(self, text: str, *, special: bool = True) -> "array[int]":
         """Return the tokens of a text; `special`: with the special ones the model starts with."""
@@ -79,13 +76,16 @@ class ChatTokenizer:
         """Return one token for people, special ones included."""
         return str(self._backend.decode([token], skip_special_tokens=False))
 
-    def _conversation(self, messages: Sequence[Message], opened: bool) -> "array[int]":
+    def _conversation(
+        self, messages: Sequence[Message], tools: Sequence[Tool], opened: bool
+    ) -> "array[int]":
         from jinja2 import TemplateError
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = as_turns(messages) if self.takes_tools else as_text(messages, tools)
+        given = [tool.as_json() for tool in tools] if self.takes_tools and tools else None
         try:
             rendered = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=opened
+                turns, tools=given, tokenize=False, add_generation_prompt=opened
             )
         except TemplateError as error:
             raise BadInput(f"messages: the model's chat template refuses them: {error}") from error

@@ -3,14 +3,24 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from kvworkers.frontends.generation import Chunk, FieldError, Generation
+from kvworkers.frontends.generation import Chunk, FieldError, Generation, Shape
+from kvworkers.frontends.grammars import json_shape
+from kvworkers.frontends.messages import Message, Tool
 from kvworkers.frontends.openai.chances import chat_logprobs
 from kvworkers.frontends.openai.fields import SharedFields
+from kvworkers.frontends.openai.tools import (
+    Choice,
+    MessageCall,
+    SaidAndCalled,
+    ToolDefinition,
+    offered,
+    shape_of,
+)
 from kvworkers.frontends.openai.usage import Usage, by_choice, extension
 from kvworkers.frontends.running import Running
-from kvworkers.frontends.tokenizer import ChatTokenizer, Message
+from kvworkers.frontends.tokenizer import ChatTokenizer
 
 
 class TextPart(BaseModel):
@@ -25,13 +35,46 @@ class ChatMessage(BaseModel):
 
     role: str
     content: str | list[TextPart] | None = None
+    tool_calls: list[MessageCall] | None = None
 
-    def turn(self) -> Message:
-        """Return the turn; the newer name of the system role becomes the one templates know."""
+    def turn(self, at: int) -> Message:
+        """Return the turn; the newer name of the system role becomes the one templates know.
+
+        `at` is its place among the messages. Raises `FieldError` for a call that is none.
+        """
         content = self.content or ""
         if not isinstance(content, str):
             content = "".join(part.text for part in content)
-        return Message("system" if self.role == "developer" else self.role, content)
+        calls = tuple(
+            call.call(f"messages.{at}.tool_calls.{place}")
+            for place, call in enumerate(self.tool_calls or ())
+        )
+        return Message("system" if self.role == "developer" else self.role, content, calls)
+
+
+class NamedSchema(BaseModel):
+    """A JSON schema, as `response_format` has it."""
+
+    name: str = ""
+    schema_: Any = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What the reply has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    def shape(self) -> Shape | None:
+        """Return what the reply has to follow; raises `FieldError` where the schema is missing."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return json_shape({"type": "object"}, "response_format")
+        if self.json_schema is None:
+            place = "response_format.json_schema"
+            raise FieldError(f"{place} is missing", place)
+        return json_shape(self.json_schema.schema_, "response_format.json_schema.schema")
 
 
 class ChatBody(SharedFields):
@@ -39,13 +82,7 @@ class ChatBody(SharedFields):
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "best_of": (1,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
-        "tools": ([],),
         "functions": ([],),
-        "tool_choice": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
     }
@@ -54,6 +91,10 @@ class ChatBody(SharedFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[ToolDefinition] = Field(default_factory=list)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = None
 
     def generations(self, request_id: str) -> list[Generation]:
         """Return the one request that this body asks for; raises `BadInput` naming a field."""
@@ -65,9 +106,12 @@ class ChatBody(SharedFields):
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs needs logprobs to be true", "top_logprobs")
         newer = self.max_completion_tokens
+        tools = offered(self.tools, self.tool_choice)
         made = Generation(
             request_id=request_id,
-            messages=[message.turn() for message in self.messages],
+            messages=[message.turn(at) for at, message in enumerate(self.messages)],
+            tools=tools,
+            shape=self._shape(tools),
             sampling=self.sampling(
                 self.max_tokens if newer is None else newer,
                 max(1, self.top_logprobs or 0) if self.logprobs else 0,
@@ -75,6 +119,13 @@ class ChatBody(SharedFields):
             **self.shared(),
         )
         return [made]
+
+    def _shape(self, tools: Sequence[Tool]) -> Shape | None:
+        wanted = self.response_format.shape() if self.response_format is not None else None
+        calls = shape_of(tools, self.tool_choice, parallel=self.parallel_tool_calls is not False)
+        if wanted is not None and calls is not None:
+            raise FieldError("response_format with tools is not supported", "response_format")
+        return wanted or calls
 
     def reply(
         self, groups: Sequence[Sequence[Running]], tokenizer: ChatTokenizer, *, created: int
@@ -100,24 +151,34 @@ class ChatReply:
         self._top = body.top_logprobs or 0
         self._tokenizer = tokenizer
         self._usage = Usage([len(first.prompt)], len(runs))
+        self._heard = [SaidAndCalled() if one.request.tools else None for one in runs]
+        """Where there are tools: what each choice says and calls."""
 
     def opening(self) -> list[dict[str, Any]]:
         """Return the first pieces of a stream: who speaks."""
         who = {"role": "assistant", "content": ""}
-        return [self._piece(number, who, None, None) for number in range(self._choices)]
+        return [self._piece(number, who) for number in range(self._choices)]
 
     def pieces(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
         """Return a stream's pieces of a chunk; a choice's last one has the cache's account."""
         self._usage.note(number, chunk)
+        heard, reason = self._heard[number], chunk.finish_reason or None
+        if heard is None:
+            deltas = [{"content": chunk.text}] if chunk.text else []
+        else:
+            deltas = heard.push(chunk.text, last=reason is not None)
+            reason = reason and heard.ended(reason)
         # Half a character is no text yet; clients need no empty piece for it.
-        if not (chunk.text or chunk.finish_reason or chunk.chances):
-            return []
-        delta = {"content": chunk.text} if chunk.text else {}
+        if not deltas and (reason or chunk.chances):
+            deltas = [{}]
         logprobs = chat_logprobs(chunk.chances, self._tokenizer, self._top)
-        made = self._piece(number, delta, chunk.finish_reason or None, logprobs)
-        if chunk.finish_reason:
-            made["kvstore"] = extension(chunk)
-        return [made]
+        made = [self._piece(number, delta) for delta in deltas]
+        if made:
+            made[0]["choices"][0]["logprobs"] = logprobs
+        if reason:
+            made[-1]["choices"][0]["finish_reason"] = reason
+            made[-1]["kvstore"] = extension(chunk)
+        return made
 
     def usage_piece(self) -> dict[str, Any]:
         """Return the piece after the last, for `stream_options.include_usage`."""
@@ -139,17 +200,22 @@ class ChatReply:
     def _choice(self, number: int, chunks: Sequence[Chunk]) -> dict[str, Any]:
         text = "".join(chunk.text for chunk in chunks)
         said = [chance for chunk in chunks for chance in chunk.chances]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        heard, reason = self._heard[number], chunks[-1].finish_reason
+        if heard is not None:
+            heard.push(text, last=True)
+            reason = heard.ended(reason)
+            message["content"] = heard.text
+            if heard.calls:
+                message |= {"content": heard.text or None, "tool_calls": heard.calls}
         made = {
             "index": number,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": chunks[-1].finish_reason,
+            "message": message,
+            "finish_reason": reason,
             "logprobs": chat_logprobs(said, self._tokenizer, self._top),
         }
         return made | ({"kvstore": extension(chunks[-1])} if self._choices > 1 else {})
 
-    def _piece(
-        self, number: int, delta: dict[str, Any], reason: str | None,
-        logprobs: dict[str, Any] | None,
-    ) -> dict[str, Any]:  # fmt: skip
-        choice = {"index": number, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+    def _piece(self, number: int, delta: dict[str, Any]) -> dict[str, Any]:
+        choice = {"index": number, "delta": delta, "finish_reason": None, "logprobs": None}
         return self._base | {"object": "chat.completion.chunk", "choices": [choice]}

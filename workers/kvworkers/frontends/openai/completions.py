@@ -19,9 +19,6 @@ class CompletionBody(SharedFields):
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "best_of": (1,),
         "suffix": ("",),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
         "prompt_logprobs": (),
     }
 

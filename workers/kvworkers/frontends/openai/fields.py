@@ -55,6 +55,10 @@ class SharedFields(BaseModel):
     stop: str | list[str] | None = None
     stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    min_p: float | None = None
+    logit_bias: dict[int, float] | None = None
     kvstore: CacheOptions = Field(default_factory=CacheOptions)
 
     @property
@@ -97,6 +101,10 @@ class SharedFields(BaseModel):
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            min_p=self.min_p or 0.0,
+            logit_bias=tuple((self.logit_bias or {}).items()),
             logprobs=logprobs,
         )
 

@@ -8,6 +8,7 @@ from kvstore.core.errors import TooLarge
 from kvstore.core.limits import MAX_PROMPT_TOKENS
 from kvworkers.frontends.generation import FieldError, Generation
 from kvworkers.frontends.openai.chat import ChatMessage
+from kvworkers.frontends.openai.tools import ToolDefinition, offered
 from kvworkers.frontends.pipeline import Pipeline
 
 
@@ -22,6 +23,7 @@ class TokenizeBody(BaseModel):
     """Of a prompt: with those that the model starts with. A template writes its own."""
     add_generation_prompt: bool = True
     """Of messages: up to where the assistant speaks."""
+    tools: list[ToolDefinition] = Field(default_factory=list)
     return_token_strs: bool = False
 
     async def answer(self, pipeline: Pipeline) -> dict[str, Any]:
@@ -30,9 +32,10 @@ class TokenizeBody(BaseModel):
             raise FieldError("give exactly one of prompt and messages", "prompt")
         offer, tokenizer = pipeline.fleet.offer(self.model), pipeline.tokenizer
         if self.messages is not None:
-            turns = [message.turn() for message in self.messages]
+            turns = [message.turn(at) for at, message in enumerate(self.messages)]
+            tools = offered(self.tools, None)
             Generation(request_id="", messages=turns)  # checked like one that is to be answered
-            tokens = await tokenizer.conversation(turns, opened=self.add_generation_prompt)
+            tokens = await tokenizer.conversation(turns, tools, opened=self.add_generation_prompt)
         else:
             assert self.prompt is not None, "one of both, checked above"
             if self.prompt:
