@@ -75,7 +75,7 @@ async def test_a_reply_is_what_its_schema_says(served: Served, how: dict[str, An
 async def test_a_json_object_is_one_and_others_in_the_batch_say_what_they_would(
     served: Served,
 ) -> None:
-    free = {"prompt": "Free", "max_tokens": 60, "temperature": 1, "seed": 4}
+    free: dict[str, Any] = {"prompt": "Free", "max_tokens": 60, "temperature": 1, "seed": 4}
     alone = await served.ask(**free)
     held = served.ask(
         "/v1/chat/completions", messages=HELLO, max_tokens=900, temperature=2, seed=2,
@@ -93,6 +93,7 @@ async def test_a_named_tool_is_called_with_arguments_that_fit(served: Served, st
         "tools": [CLOCK, WEATHER],
         "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
     }  # fmt: skip
+    made: tuple[str, ...]
     if not stream:
         reply = await served.chat(**asked)
         message, reason = reply.choices[0].message, reply.choices[0].finish_reason
@@ -100,7 +101,7 @@ async def test_a_named_tool_is_called_with_arguments_that_fit(served: Served, st
         (call,) = message.tool_calls
         made = (call.id, call.type, call.function.name, call.function.arguments)
     else:
-        made, reason = ("", "", "", ""), None
+        made, reason = ("",) * 4, None
         async for event in await served.chat(**asked, stream=True):
             (choice,) = event.choices
             assert not choice.delta.content
@@ -200,6 +201,19 @@ async def test_a_worker_goes_on_in_a_form_and_in_penalties_that_another_began(
                 served, begun, **fields, reply_tokens=done, 
             )  # fmt: skip
             assert whole[:done] + left[: len(whole) - done] == whole
+
+
+async def test_a_reply_that_cannot_be_followed_to_its_end_does_not_pass_for_whole(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvworkers.engine.grammar.STEP_ITEMS", 30)
+    body = {"model": served.model, "messages": HELLO, "max_tokens": 400, "seed": 1}
+    names = {str(at): {"type": "string", "maxLength": 3} for at in range(60)}
+    wide = {"type": "object", "properties": names, "additionalProperties": False}
+    body |= {"response_format": {"type": "json_schema", "json_schema": {"schema": wide}}}
+    reply = await served.http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["message"].startswith("grammar: ")
 
 
 async def test_what_a_worker_cannot_follow_is_a_typed_error(served: Served) -> None:

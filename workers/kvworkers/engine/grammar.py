@@ -3,7 +3,6 @@
 llguidance says which tokens may come next; how one of them is chosen is the sampler's own affair.
 """
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.core.errors import BadInput, Refused, TooLarge, Unsupported
+from kvstore.core.errors import BadInput, TooLarge, Unsupported
+from kvworkers.few_threads import FewThreads
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -23,6 +23,10 @@ KEPT: Final = 64
 """Compiled grammars that are remembered: most requests of an application share one."""
 COMPILERS: Final = 2
 """Grammars compiled at once; each takes milliseconds, the library's own bounds see to that."""
+STEP_FUEL: Final = 200_000
+"""For the lexer, each token: 14 ms by the library's account. Beyond it the reply fails."""
+STEP_ITEMS: Final = 50_000
+"""For the parser, each token: 3 ms likewise."""
 COMPILE_SECONDS: Final = 30.0
 """For the wait behind others and for the first one's tokenizer."""
 
@@ -64,7 +68,7 @@ class Grammars:
         self._ends = tuple(eos_token_ids)
         self._tokenizer: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._slots = asyncio.Semaphore(COMPILERS)
+        self._threads = FewThreads("compiling of grammars", COMPILERS)
 
     async def follow(self, text: str, said: Sequence[int]) -> Following:
         """Return the place behind the tokens `said` in a grammar.
@@ -77,7 +81,10 @@ class Grammars:
             raise TooLarge(f"a grammar of {len(text)} characters; {MAX_GRAMMAR_BYTES} allowed")
         compiled = self._compiled.get(text)
         if compiled is None:
-            compiled = await self._compile_soon(text)
+            # Off the loop: other requests' tokens go on meanwhile.
+            compiled = await self._threads.run(
+                lambda: self._compile(text), within_s=COMPILE_SECONDS
+            )
             self._compiled[text] = compiled
             while len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
@@ -87,20 +94,16 @@ class Grammars:
             raise BadInput("grammar: the reply so far does not follow it")
         return Following(matcher, self._ends)
 
-    async def _compile_soon(self, text: str) -> "LLMatcher":
-        try:
-            async with asyncio.timeout(COMPILE_SECONDS), self._slots:
-                # Off the loop: other requests' tokens go on meanwhile.
-                return await asyncio.to_thread(self._compile, text)
-        except TimeoutError:
-            raise Refused("too many grammars are being compiled", retry_after_ms=1_000) from None
-
     def _compile(self, text: str) -> "LLMatcher":
         from llguidance import LLMatcher, LLParserLimits
 
         if self._tokenizer is None:
             self._tokenizer = self._read_tokenizer()
-        limits = LLParserLimits(verbose_errors=False)  # they would repeat the text to whoever reads
+        limits = LLParserLimits(
+            step_lexer_fuel=STEP_FUEL,
+            step_max_items=STEP_ITEMS,
+            verbose_errors=False,  # they would repeat the text to whoever reads
+        )
         grammar = LLMatcher.grammar_from_lark(text)
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():

@@ -3,13 +3,13 @@
 Workers compile the same text again, with their model's tokens (`kvworkers.engine.grammar`).
 """
 
-import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from kvstore.core.errors import Refused, TooLarge
+from kvstore.core.errors import TooLarge
+from kvworkers.few_threads import FewThreads
 from kvworkers.frontends.generation import FieldError, Shape
 
 MAX_SCHEMA_BYTES: Final = 128 << 10
@@ -45,17 +45,13 @@ class ShapeChecks:
 
     def __init__(self) -> None:
         self._good: OrderedDict[str, None] = OrderedDict()
-        self._one = asyncio.Semaphore(1)
+        self._threads = FewThreads("checking of grammars", 1)
 
     async def check(self, shape: Shape) -> None:
         """Raise `FieldError` naming the place in a schema, or `Refused` behind too many others."""
         if shape.grammar not in self._good:
-            try:
-                async with asyncio.timeout(CHECK_SECONDS), self._one:
-                    # Off the loop: it takes as long as the schema is twisted.
-                    await asyncio.to_thread(_check, shape)
-            except TimeoutError:
-                raise Refused("too many grammars are being checked", 1_000) from None
+            # Off the loop: it takes as long as the schema is twisted.
+            await self._threads.run(lambda: _check(shape), within_s=CHECK_SECONDS)
             self._good[shape.grammar] = None
             while len(self._good) > KEPT:
                 self._good.popitem(last=False)
