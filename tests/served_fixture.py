@@ -38,7 +38,8 @@ class Served:
 
     async def chat(self, **fields: Any) -> Any:
         """Return what the openai client makes of a reply, or of a stream."""
-        return await self.client.chat.completions.create(**{"model": self.model} | fields)
+        asked: dict[str, Any] = {"model": self.model, **fields}
+        return await self.client.chat.completions.create(**asked)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
