@@ -16,11 +16,12 @@ from kvworkers.frontends.server import FrontendServer
 from kvstore.core.errors import Unsupported
 from kvstore.core.names import pack_tokens
 from kvstore.router.members import Member
-from tests.frontend_fixture import TEXT, eventually
+from tests.frontend_fixture import TEXT, Shared, eventually
 from tests.frontend_fixture import client as client
 from tests.frontend_fixture import frontend as frontend
 from tests.frontend_fixture import http as http
 from tests.frontend_fixture import model as model
+from tests.frontend_fixture import shared as shared
 from tests.frontend_fixture import worker as worker
 from tests.scripted_worker import ScriptedWorker
 
@@ -30,11 +31,10 @@ PROMPT = "Lyon lies where two rivers meet: the Rhone and the"
 pytestmark = pytest.mark.timeout(60)
 
 
-async def test_a_text_is_continued_as_the_openai_client_asks(
-    client: openai.AsyncOpenAI, worker: ScriptedWorker
-) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_text_is_continued_as_the_openai_client_asks(shared: Shared) -> None:
     for cached in (0, 48):
-        reply = await client.completions.create(
+        reply = await shared.client.completions.create(
             model="scripted", prompt=PROMPT, max_tokens=40, seed=7, stop="Ende", echo=cached > 0
         )
         (choice,) = reply.choices
@@ -45,21 +45,20 @@ async def test_a_text_is_continued_as_the_openai_client_asks(
         assert reply.usage.prompt_tokens == len(PROMPT)
         assert reply.usage.prompt_tokens_details.cached_tokens == cached
         assert reply.model_extra is not None and reply.model_extra["kvstore"]["worker"] == "w"
-    sampling = worker.requests[-1].sampling
+    sampling = shared.worker.requests[-1].sampling
     assert (sampling.max_tokens, sampling.seed, sampling.has_seed) == (40, 7, True)
-    assert worker.requests[-1].tokens == pack_tokens(PROMPT.encode())
+    assert shared.worker.requests[-1].tokens == pack_tokens(PROMPT.encode())
 
 
-async def test_every_kind_of_prompt_is_taken_and_choices_are_numbered(
-    client: openai.AsyncOpenAI, worker: ScriptedWorker
-) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_every_kind_of_prompt_is_taken_and_choices_are_numbered(shared: Shared) -> None:
     prompts: list[tuple[Any, list[str]]] = [
         ([76, 121], ["Ly"]),
         (["ab", "cd", "ef"], ["ab", "cd", "ef"]),
         ([[97], [98, 99]], ["a", "bc"]),
     ]
     for prompt, texts in prompts:
-        reply = await client.completions.create(
+        reply = await shared.client.completions.create(
             model="scripted", prompt=prompt, max_tokens=64, echo=True
         )
         assert [choice.index for choice in reply.choices] == list(range(len(texts)))
@@ -69,10 +68,9 @@ async def test_every_kind_of_prompt_is_taken_and_choices_are_numbered(
         assert reply.usage.completion_tokens == SAID * len(texts)
 
 
-async def test_a_stream_carries_each_choice_and_ends_with_the_usage(
-    client: openai.AsyncOpenAI,
-) -> None:
-    stream = await client.completions.create(
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_stream_carries_each_choice_and_ends_with_the_usage(shared: Shared) -> None:
+    stream = await shared.client.completions.create(
         model="scripted", prompt=["ab", "cd"], max_tokens=64, n=2, echo=True, stream=True,
         stream_options={"include_usage": True},
     )  # fmt: skip
@@ -89,19 +87,21 @@ async def test_a_stream_carries_each_choice_and_ends_with_the_usage(
     assert [(one.prompt_tokens, one.completion_tokens) for one in usages] == [(4, 4 * SAID)]
 
 
-async def test_log_probabilities_come_in_the_older_form(http: httpx.AsyncClient) -> None:
+@pytest.mark.asyncio(loop_scope="module")
+async def test_log_probabilities_come_in_the_older_form(shared: Shared) -> None:
     asked = {"model": "scripted", "prompt": "a", "max_tokens": 5, "logprobs": 1}
-    reply = (await http.post("/v1/completions", json=asked)).json()
+    reply = (await shared.http.post("/v1/completions", json=asked)).json()
     found = reply["choices"][0]["logprobs"]
     # `ü` is two tokens and neither a text of its own: their names are their ids.
     assert found["tokens"] == ["G", "r", "token_id:195", "token_id:188", "token_id:195"]
     assert found["token_logprobs"] == [-0.5] * 5
     assert found["top_logprobs"][0] == {"G": -0.5}
     assert found["text_offset"] == [0, 1, 2, 3, 4]
-    plain = (await http.post("/v1/completions", json=asked | {"logprobs": None})).json()
+    plain = (await shared.http.post("/v1/completions", json=asked | {"logprobs": None})).json()
     assert plain["choices"][0]["logprobs"] is None
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -122,9 +122,11 @@ async def test_log_probabilities_come_in_the_older_form(http: httpx.AsyncClient)
     ],
 )
 async def test_what_cannot_be_done_is_refused_by_name(
-    http: httpx.AsyncClient, fields: dict[str, Any], param: str | None
+    shared: Shared, fields: dict[str, Any], param: str | None
 ) -> None:
-    reply = await http.post("/v1/completions", json={"model": "scripted", "prompt": "a"} | fields)
+    reply = await shared.http.post(
+        "/v1/completions", json={"model": "scripted", "prompt": "a"} | fields
+    )
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert reply.json()["error"]["param"] == param
