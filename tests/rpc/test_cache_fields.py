@@ -127,6 +127,10 @@ async def test_what_a_request_says_of_the_cache_holds_over_http(served: Served) 
         assert await hits(cache_salt="a") == 0, "a salt has names of its own"
         assert await hits(cache_salt="a") >= HITS
         assert await hits(cache_salt="b") == 0
+        # vLLM's place for it, which must not be ignored: who sends it wants to be kept apart.
+        beside = await served.ask(path, **plain, **asked, cache_salt="a")
+        assert cached(beside) >= HITS
+        assert cached(await served.ask(path, **plain, **asked, cache_salt="c")) == 0
 
 
 async def test_what_a_request_says_of_the_cache_holds_over_grpc(
@@ -150,3 +154,6 @@ async def test_the_caches_fields_are_checked(served: Served) -> None:
         asked = {"model": served.model, "prompt": "a", "kvstore": options}
         reply = await served.http.post("/v1/completions", json=asked)
         assert reply.status_code == 400, reply.text
+    asked = {"model": served.model, "prompt": "a", "kvstore": {"cache_salt": "a"}}
+    reply = await served.http.post("/v1/completions", json=asked | {"cache_salt": "b"})
+    assert reply.json()["error"]["param"] == "cache_salt"

@@ -148,6 +148,8 @@ async def test_a_bad_form_is_refused_by_place_before_any_work(served: Served) ->
         assert reply.json()["error"]["param"] == param
         assert "Invalid type: strin" in reply.json()["error"]["message"]
     assert served.prompt_tokens("computed") == computed
+    page = (await served.http.get("/metrics")).text
+    assert 'kvstore_requests_total{outcome="BadInput"}' in page and "FieldError" not in page
 
 
 async def test_grpc_takes_a_schema_or_a_grammar(served: Served) -> None:

@@ -98,6 +98,8 @@ async def test_a_stream_that_breaks_ends_with_an_error(
         "", "G", "r",
     ]  # fmt: skip
     assert json.loads(lines[-1][6:])["error"]["type"] == "service_unavailable"
+    # What each is told of the reply so far: penalties and grammars go on behind it.
+    assert [one.reply_tokens for one in worker.requests] == [0, 1, 2, 3]
 
 
 @pytest.mark.asyncio(loop_scope="module")

@@ -35,7 +35,7 @@ from kvworkers.frontends.attempt import attempt
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.generation import CacheAccount, Chunk, Generation
 from kvworkers.frontends.grammars import ShapeChecks
-from kvworkers.frontends.ledger import Ledger
+from kvworkers.frontends.ledger import Ledger, outcome_of
 from kvworkers.frontends.running import Running
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
@@ -113,7 +113,7 @@ class Pipeline:
                 raise Refused(f"{running} requests are running here already", 1_000)
             return await self._prepare(request)
         except KvStoreError as error:
-            self.ledger.refused(type(error).__name__)
+            self.ledger.refused(outcome_of(error))
             raise
         finally:
             self._preparing -= 1
@@ -171,7 +171,7 @@ class Pipeline:
                     outcome = chunk.finish_reason or outcome
                     yield chunk
         except KvStoreError as error:
-            outcome = type(error).__name__
+            outcome = outcome_of(error)
             raise
         finally:
             self._in_flight -= 1

@@ -39,7 +39,9 @@ def calls_shape(tools: Sequence[Tool], *, required: bool, parallel: bool, only: 
         head = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
         if only not in ("", tool.name):
             continue
-        rules.append(f'call{at}: {head} {embedded(tool.parameters, place)} "}}"')
+        rules.append(
+            f'call{at}: {head} {embedded({"type": "object", **tool.parameters}, place)} "}}"'
+        )
     may = [at for at, tool in enumerate(tools) if only in ("", tool.name)]
     names = " | ".join(f"call{at}" for at in may)
     body = f'"\\n" ( {names} ) "\\n{CLOSING}"'

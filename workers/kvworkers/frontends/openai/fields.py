@@ -59,6 +59,8 @@ class SharedFields(BaseModel):
     presence_penalty: float | None = None
     min_p: float | None = None
     logit_bias: dict[int, float] | None = None
+    cache_salt: str | None = None
+    """As vLLM has it; the same as `kvstore.cache_salt`."""
     kvstore: CacheOptions = Field(default_factory=CacheOptions)
 
     @property
@@ -79,6 +81,8 @@ class SharedFields(BaseModel):
                 raise FieldError(f"{name} {value!r} is not supported", name)
         if not 1 <= self.choices <= MAX_CHOICES:
             raise FieldError(f"n must lie in 1 to {MAX_CHOICES}, got {self.n}", "n")
+        if self.cache_salt and self.kvstore.cache_salt not in ("", self.cache_salt):
+            raise FieldError("cache_salt differs from kvstore.cache_salt", "cache_salt")
 
     def shared(self) -> dict[str, Any]:
         """Return the fields of a `Generation` that both endpoints fill alike."""
@@ -88,7 +92,7 @@ class SharedFields(BaseModel):
             "no_store": self.kvstore.no_store,
             "kind": self.kvstore.kind,
             "no_read": self.kvstore.no_read,
-            "cache_salt": self.kvstore.cache_salt.encode(),
+            "cache_salt": (self.cache_salt or self.kvstore.cache_salt).encode(),
         }
 
     def sampling(self, max_tokens: int | None, logprobs: int) -> SamplingChoice:

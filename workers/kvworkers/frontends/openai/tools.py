@@ -87,6 +87,9 @@ def offered(tools: Sequence[ToolDefinition], choice: Choice | None) -> tuple[Too
     for at, name in enumerate(names):
         if name in names[:at]:
             raise FieldError(f"tools.{at}.function.name: {name!r} is there twice", "tools")
+        if made[at].parameters.get("type", "object") != "object":
+            place = f"tools.{at}.function.parameters.type"
+            raise FieldError(f"{place}: arguments are an object", place)
     if choice == "none":
         return ()
     if not made and choice not in (None, "auto"):
