@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
 CLOCK: dict[str, Any] = {"name": "clock", "description": "Tells the time.", "parameters": {}}
 TOOLS = [{"type": "function", "function": CLOCK}]
 CALL = '<tool_call>\n{"name": "clock", "arguments": {"zone": "Köln"}}\n</tool_call>'
+LIST = {"type": "array"}
 SAID = f"Let me look.\n{CALL}\n{CALL}"
 ARGUMENTS = '{"zone": "Köln"}'
 
@@ -100,8 +101,8 @@ async def test_what_asks_for_tools_wrongly_is_refused_by_name(shared: Shared) ->
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
         ({"tools": [{"type": "function", "function": CLOCK | {"name": "a b"}}]}, "tools"),
         (
-            {"tools": [{"type": "function", "function": CLOCK | {"parameters": {"type": 1}}}]},
-            "tool",
+            {"tools": [{"type": "function", "function": CLOCK | {"parameters": LIST}}]},
+            "tools.0.function.parameters.type",
         ),
     ):
         with pytest.raises(openai.BadRequestError) as error:

@@ -28,7 +28,7 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-TOOLS = [Tool("weather", "", CITY), Tool("clock", "", {"type": "object", "properties": {}})]
+TOOLS = [Tool("weather", "", CITY), Tool("clock", "", {})]
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Lyon"}}\n</tool_call>'
 CLOCK = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 
@@ -97,6 +97,7 @@ async def test_the_sampler_chooses_among_what_may_come(grammars: Grammars) -> No
         (WEATHER.replace("weather", "whether"), 23),
         (WEATHER.replace('"city"', '"town"'), 47),
         (WEATHER.replace('"Lyon"', "7"), 54),
+        (CLOCK.replace("{}", "[]"), CLOCK.index("{}")),
     ],
 )
 async def test_a_call_has_its_form_wherever_it_begins(
