@@ -166,6 +166,7 @@ async def test_a_warm_prompt_is_found_by_the_other_worker(
     assert replies[0].cache.dram_tokens == (tokens["count"] - 1) // 16 * 16
 
 
+@pytest.mark.slow
 async def test_a_real_model_answers_in_a_form_and_calls_tools(frontend: FrontendServer) -> None:
     schema = {
         "type": "object",
