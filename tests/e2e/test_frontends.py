@@ -1,6 +1,8 @@
 """Frontends over a real node and real workers: real text, real hits, a real death."""
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -11,7 +13,10 @@ import openai
 import pytest
 from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 
+from kvstore.core.names import pack_tokens
 from kvstore.router.members import Member
+from kvstore.rpc.channel import open_channel
+from kvstore.rpc.v1 import worker_pb2, worker_pb2_grpc
 from kvstore.testing.node import RunningNode, start_node
 from tests.model_fixture import model_dir as model_dir
 from tests.processes import Started, started
@@ -24,6 +29,7 @@ SYSTEM = (
     " Mondays it stays closed. It keeps astrolabes, quadrants, sea charts and the log books of"
     " several expeditions. Tickets cost six euros, and children under twelve enter free."
 )
+OTHER = "Of quadrants. " + SYSTEM
 QUESTION = "When does the museum open, and what does a ticket cost?"
 
 
@@ -37,6 +43,22 @@ def node() -> Iterator[RunningNode]:
 def workers(node: RunningNode, model_dir: Path) -> Iterator[list[Started]]:
     with ExitStack() as stack:
         yield [stack.enter_context(start_worker(node, model_dir, f"w{at}")) for at in range(2)]
+
+
+async def create(client: openai.AsyncOpenAI, **fields: Any) -> Any:
+    return await client.chat.completions.create(**fields)
+
+
+async def prompt_tokens(workers: list[Started]) -> tuple[float, float]:
+    """Return how many prompt tokens the workers computed and found in their pages, all together."""
+    found = dict.fromkeys(("computed", "hbm"), 0.0)
+    async with httpx.AsyncClient(trust_env=False) as http:
+        for worker in workers:
+            page = (await http.get(f"http://{worker.ready['metrics']}/metrics")).text
+            for source in found:
+                counted = rf'^kvstore_worker_prompt_tokens_total{{source="{source}"}} (\S+)$'
+                found[source] += sum(map(float, re.findall(counted, page, flags=re.M)))
+    return found["computed"], found["hbm"]
 
 
 def start_worker(node: RunningNode, model: Path, name: str) -> AbstractContextManager[Started]:
@@ -96,6 +118,102 @@ async def test_a_repeated_prompt_hits_and_says_the_same(frontend: FrontendServer
         assert cold == hit == plain
         assert account["cached_tokens"]["hbm"] >= 96
         assert account["computed_tokens"] <= 32
+
+
+async def test_several_replies_share_one_prompt(
+    frontend: FrontendServer, workers: list[Started]
+) -> None:
+    before = await prompt_tokens(workers)
+    async with connect(frontend) as client:
+        reply = await client.completions.create(
+            model=await only_model(client), prompt=OTHER, n=3, max_tokens=4, seed=3
+        )
+        single = await client.completions.create(
+            model=await only_model(client), prompt=OTHER, max_tokens=4, seed=4
+        )
+    assert reply.usage is not None and single.usage is not None
+    texts = [choice.text for choice in reply.choices]
+    assert len(set(texts)) > 1
+    assert single.choices[0].text == texts[1], "each reply is what its own seed gives"
+    length = single.usage.prompt_tokens
+    assert reply.usage.prompt_tokens == length
+    rest = length - (length - 1) // 16 * 16
+    computed, found = await prompt_tokens(workers)
+    # Four replies to one text; the engines say that all but its last tokens was computed once.
+    assert computed - before[0] == length + 3 * rest
+    assert found - before[1] == 3 * (length - rest)
+
+
+async def test_a_warm_prompt_is_found_by_the_other_worker(
+    frontend: FrontendServer, workers: list[Started]
+) -> None:
+    messages = [{"role": "user", "content": "Sea charts, log books and quadrants. " * 12}]
+    body: dict[str, Any] = {"messages": messages, "temperature": 0}
+    url = f"http://{frontend.http_address}"
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
+        body["model"] = (await http.get("/v1/models")).json()["data"][0]["id"]
+        asked = await http.post("/v1/chat/completions", json=body | {"max_tokens": 0})
+        warm = asked.json()
+        assert warm["usage"]["completion_tokens"] == 0
+        assert warm["choices"][0]["finish_reason"] == "length"
+        (other,) = [one for one in workers if one.ready["worker"] != warm["kvstore"]["worker"]]
+        tokens = (await http.post("/tokenize", json={"messages": messages})).json()
+        assert tokens["count"] == warm["usage"]["prompt_tokens"]
+    packed = pack_tokens(tokens["tokens"])
+    request = worker_pb2.RunRequest(tokens=packed, sampling=worker_pb2.Sampling(max_tokens=1))
+    async with open_channel(other.ready["address"]) as channel:
+        replies = [one async for one in worker_pb2_grpc.WorkerStub(channel).Run(request)]
+    assert replies[0].cache.dram_tokens == (tokens["count"] - 1) // 16 * 16
+
+
+@pytest.mark.slow
+async def test_a_real_model_answers_in_a_form_and_calls_tools(frontend: FrontendServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"euros": {"type": "integer", "minimum": 1, "maximum": 99}},
+        "required": ["euros"],
+        "additionalProperties": False,
+    }
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "book_ticket",
+            "description": "Books tickets for the museum.",
+            "parameters": {
+                "type": "object",
+                "properties": {"count": {"type": "integer", "minimum": 1, "maximum": 9}},
+                "required": ["count"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    system = {"role": "system", "content": SYSTEM}
+    asking: dict[str, Any] = {"temperature": 0, "max_tokens": 48}
+    async with connect(frontend) as client:
+        asking["model"] = await only_model(client)
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        question = {"role": "user", "content": QUESTION + " Answer in JSON."}
+        reply = await create(client, messages=[system, question], response_format=form, **asking)
+        assert 1 <= json.loads(reply.choices[0].message.content)["euros"] <= 99
+        booking = {"role": "user", "content": "Book two tickets, please."}
+        reply = await create(client,
+            messages=[system, booking], tools=[tool], tool_choice="required",
+            parallel_tool_calls=False, **asking,
+        )  # fmt: skip
+        (call,) = reply.choices[0].message.tool_calls
+        assert reply.choices[0].finish_reason == "tool_calls"
+        assert call.function.name == "book_ticket"
+        assert 1 <= json.loads(call.function.arguments)["count"] <= 9
+        said = {"role": "assistant", "tool_calls": [call.model_dump()]}
+        result = {"role": "tool", "tool_call_id": call.id, "content": '{"booked": true}'}
+        reply = await create(
+            client,
+            messages=[system, booking, said, result],
+            tools=[tool],
+            **asking | {"max_tokens": 2},
+        )
+        choice = reply.choices[0]
+        assert choice.message.content or choice.message.tool_calls
 
 
 async def test_a_lost_worker_costs_nothing_but_a_retry(

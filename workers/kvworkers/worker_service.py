@@ -4,6 +4,7 @@ What a caller sends can be anything; nothing reaches the engine unchecked, and e
 typed error that names the field.
 """
 
+from array import array
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import grpc.aio
 
-from kvstore.core.errors import BadInput, Forbidden, TooLarge
+from kvstore.core.errors import BadInput, Forbidden, TooLarge, Unsupported
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_PROMPT_TOKENS
 from kvstore.core.names import Root, pack_tokens
 from kvstore.directory.events import TierKind
@@ -21,8 +22,9 @@ from kvstore.rpc.convert import check_id, namespace_to_proto
 from kvstore.rpc.v1 import types_pb2, watch_pb2, worker_pb2, worker_pb2_grpc
 from kvstore.rpc.watch_server import serve_watch
 from kvworkers.engine.engine import Engine
+from kvworkers.engine.grammar import Following, Grammars
 from kvworkers.engine.output import FirstTokens, Output
-from kvworkers.engine.sampling import SamplingParams
+from kvworkers.engine.sampling import Constraint, SamplingParams
 from kvworkers.engine.sequence import CacheUse, Request
 from kvworkers.models.spec import ModelSpec
 
@@ -80,11 +82,20 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
         worker = self._worker
         parent = from_metadata(dict(context.invocation_metadata() or ()))
         with worker.tracing.begin("worker", parent, request=request.request_id) as span:
-            checked = request_from_wire(request, traceparent=span.traceparent)
+            following = await _following(request, worker.grammars)
+            checked = request_from_wire(
+                request,
+                vocab_size=worker.spec.vocab_size,
+                constraint=following,
+                traceparent=span.traceparent,
+            )
             async with aclosing(worker.engine.generate(checked)) as outputs:
                 async for output in outputs:
                     if output.first is not None:
                         _note_first(span, output.first)
+                    if output.finish is not None and following is not None and following.error:
+                        # Not an end of the reply: what does not follow must not pass for it.
+                        raise Unsupported(f"grammar: {following.error}")
                     yield reply_of(output, host=worker.identity.host)
 
     async def Watch(
@@ -114,13 +125,38 @@ class WorkerState:
         self.publisher = publisher
         self.capacity_tokens = capacity_tokens
         self.tracing = tracing
+        self.grammars = Grammars(
+            spec.path, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids
+        )
 
     def root(self) -> Root:
         """Return the root that new requests are named under."""
         return self.engine.root()
 
 
-def request_from_wire(message: worker_pb2.RunRequest, *, traceparent: str = "") -> Request:
+async def _following(message: worker_pb2.RunRequest, grammars: Grammars) -> Following | None:
+    """Return where a reply stands in its grammar; None for one that has none."""
+    if not message.sampling.grammar:
+        return None
+    if message.sampling.ignore_eos:
+        raise BadInput("ignore_eos with a grammar: its end could not be said")
+    return await grammars.follow(message.sampling.grammar, _said(message))
+
+
+def _said(message: worker_pb2.RunRequest) -> tuple[int, ...]:
+    """Return the tokens of the reply that a prompt ends with."""
+    if message.reply_tokens > len(message.tokens) // 4:
+        raise BadInput(f"reply_tokens {message.reply_tokens} is over the number of tokens")
+    return tuple(array("I", message.tokens[len(message.tokens) - 4 * message.reply_tokens :]))
+
+
+def request_from_wire(
+    message: worker_pb2.RunRequest,
+    *,
+    vocab_size: int = 1 << 32,
+    constraint: Constraint | None = None,
+    traceparent: str = "",
+) -> Request:
     """Return the checked request; raises `BadInput` or `TooLarge` naming the field at fault."""
     check_id(message.request_id, "request_id")
     if len(message.tokens) // 4 > MAX_PROMPT_TOKENS:
@@ -130,7 +166,9 @@ def request_from_wire(message: worker_pb2.RunRequest, *, traceparent: str = "") 
     return Request(
         request_id=message.request_id,
         tokens=message.tokens,
-        sampling=sampling_from_wire(message.sampling),
+        sampling=sampling_from_wire(
+            message.sampling, vocab_size=vocab_size, said=_said(message), constraint=constraint
+        ),
         no_store=message.no_store,
         kind=message.kind,
         no_read=message.no_read,
@@ -140,8 +178,16 @@ def request_from_wire(message: worker_pb2.RunRequest, *, traceparent: str = "") 
     )
 
 
-def sampling_from_wire(message: worker_pb2.Sampling) -> SamplingParams:
+def sampling_from_wire(
+    message: worker_pb2.Sampling,
+    *,
+    vocab_size: int = 1 << 32,
+    said: tuple[int, ...] = (),
+    constraint: Constraint | None = None,
+) -> SamplingParams:
     """Return checked sampling parameters; the wire's zero of `top_p` means 1."""
+    if (worst := max(message.logit_bias, default=0)) >= vocab_size:
+        raise BadInput(f"logit_bias: token id {worst} is outside the vocabulary of {vocab_size}")
     return SamplingParams(
         max_tokens=message.max_tokens,
         temperature=message.temperature,
@@ -151,6 +197,12 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> SamplingParams:
         stop_token_ids=frozenset(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
         logprobs=message.logprobs,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        min_p=message.min_p,
+        logit_bias=tuple(message.logit_bias.items()),
+        said=said,
+        constraint=constraint,
     )
 
 

@@ -29,7 +29,7 @@ class TokenIds(_message.Message):
     def __init__(self, packed: _Optional[bytes] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "messages", "text", "tokens", "sampling", "stop", "no_store", "no_read", "cache_salt", "deadline_ms", "priority", "kind")
+    __slots__ = ("model", "messages", "text", "tokens", "sampling", "stop", "no_store", "no_read", "cache_salt", "deadline_ms", "priority", "kind", "json_schema", "prefill_only")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,8 @@ class GenerateRequest(_message.Message):
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ONLY_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: Messages
     text: str
@@ -54,7 +56,9 @@ class GenerateRequest(_message.Message):
     deadline_ms: int
     priority: int
     kind: str
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_worker_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., kind: _Optional[str] = ...) -> None: ...
+    json_schema: str
+    prefill_only: bool
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_worker_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., kind: _Optional[str] = ..., json_schema: _Optional[str] = ..., prefill_only: bool = ...) -> None: ...
 
 class GenerateReply(_message.Message):
     __slots__ = ("text", "tokens", "finish_reason", "cache", "ttft_ms", "worker", "output_tokens", "retries", "logprobs")

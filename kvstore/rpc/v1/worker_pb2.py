@@ -26,25 +26,29 @@ from kvstore.rpc.v1 import types_pb2 as kvstore_dot_rpc_dot_v1_dot_types__pb2
 from kvstore.rpc.v1 import watch_pb2 as kvstore_dot_rpc_dot_v1_dot_watch__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvstore/rpc/v1/worker.proto\x12\x0ekvstore.rpc.v1\x1a\x1akvstore/rpc/v1/types.proto\x1a\x1akvstore/rpc/v1/watch.proto\"\'\n\x0f\x44\x65scribeRequest\x12\x14\n\x0cshare_domain\x18\x01 \x01(\t\"\xf6\x01\n\rDescribeReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12,\n\tnamespace\x18\x05 \x01(\x0b\x32\x19.kvstore.rpc.v1.Namespace\x12\x0c\n\x04root\x18\x06 \x01(\x0c\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x08 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\t \x01(\x04\x12\x0c\n\x04role\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\"\xaf\x01\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x10\n\x08has_seed\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x10\n\x08logprobs\x18\t \x01(\r\"\xde\x01\n\nRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.kvstore.rpc.v1.Sampling\x12\x14\n\x0cshare_domain\x18\x04 \x01(\t\x12\x10\n\x08no_store\x18\x05 \x01(\x08\x12\x0f\n\x07no_read\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x10\n\x08priority\x18\t \x01(\r\x12\x0c\n\x04kind\x18\x0c \x01(\t\"\xc2\x01\n\x08RunReply\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12/\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1d.kvstore.rpc.v1.TokenLogprobs\x12*\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x1b.kvstore.rpc.v1.CacheReport\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x0f\n\x07load_ms\x18\x06 \x01(\x01\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\"4\n\rTokenLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x32\xd8\x01\n\x06Worker\x12J\n\x08\x44\x65scribe\x12\x1f.kvstore.rpc.v1.DescribeRequest\x1a\x1d.kvstore.rpc.v1.DescribeReply\x12=\n\x03Run\x12\x1a.kvstore.rpc.v1.RunRequest\x1a\x18.kvstore.rpc.v1.RunReply0\x01\x12\x43\n\x05Watch\x12\x1c.kvstore.rpc.v1.WatchRequest\x1a\x1a.kvstore.rpc.v1.WatchReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvstore/rpc/v1/worker.proto\x12\x0ekvstore.rpc.v1\x1a\x1akvstore/rpc/v1/types.proto\x1a\x1akvstore/rpc/v1/watch.proto\"\'\n\x0f\x44\x65scribeRequest\x12\x14\n\x0cshare_domain\x18\x01 \x01(\t\"\xf6\x01\n\rDescribeReply\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12,\n\tnamespace\x18\x05 \x01(\x0b\x32\x19.kvstore.rpc.v1.Namespace\x12\x0c\n\x04root\x18\x06 \x01(\x0c\x12\x13\n\x0b\x62lock_bytes\x18\x07 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x08 \x01(\r\x12\x1a\n\x12kv_capacity_tokens\x18\t \x01(\x04\x12\x0c\n\x04role\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\"\xf3\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x10\n\x08has_seed\x18\x06 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x10\n\x08logprobs\x18\t \x01(\r\x12\x0f\n\x07grammar\x18\n \x01(\t\x12\x19\n\x11\x66requency_penalty\x18\x0b \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0c \x01(\x02\x12\r\n\x05min_p\x18\r \x01(\x02\x12;\n\nlogit_bias\x18\x0e \x03(\x0b\x32\'.kvstore.rpc.v1.Sampling.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\xf4\x01\n\nRunRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12*\n\x08sampling\x18\x03 \x01(\x0b\x32\x18.kvstore.rpc.v1.Sampling\x12\x14\n\x0cshare_domain\x18\x04 \x01(\t\x12\x10\n\x08no_store\x18\x05 \x01(\x08\x12\x0f\n\x07no_read\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x08 \x01(\r\x12\x10\n\x08priority\x18\t \x01(\r\x12\x14\n\x0creply_tokens\x18\n \x01(\r\x12\x0c\n\x04kind\x18\x0c \x01(\t\"\xc2\x01\n\x08RunReply\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x12/\n\x08logprobs\x18\x02 \x03(\x0b\x32\x1d.kvstore.rpc.v1.TokenLogprobs\x12*\n\x05\x63\x61\x63he\x18\x03 \x01(\x0b\x32\x1b.kvstore.rpc.v1.CacheReport\x12\x0f\n\x07ttft_ms\x18\x04 \x01(\x01\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x0f\n\x07load_ms\x18\x06 \x01(\x01\x12\x15\n\rfinish_reason\x18\x07 \x01(\t\"4\n\rTokenLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x32\xd8\x01\n\x06Worker\x12J\n\x08\x44\x65scribe\x12\x1f.kvstore.rpc.v1.DescribeRequest\x1a\x1d.kvstore.rpc.v1.DescribeReply\x12=\n\x03Run\x12\x1a.kvstore.rpc.v1.RunRequest\x1a\x18.kvstore.rpc.v1.RunReply0\x01\x12\x43\n\x05Watch\x12\x1c.kvstore.rpc.v1.WatchRequest\x1a\x1a.kvstore.rpc.v1.WatchReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore.rpc.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_DESCRIBEREQUEST']._serialized_start=103
   _globals['_DESCRIBEREQUEST']._serialized_end=142
   _globals['_DESCRIBEREPLY']._serialized_start=145
   _globals['_DESCRIBEREPLY']._serialized_end=391
   _globals['_SAMPLING']._serialized_start=394
-  _globals['_SAMPLING']._serialized_end=569
-  _globals['_RUNREQUEST']._serialized_start=572
-  _globals['_RUNREQUEST']._serialized_end=794
-  _globals['_RUNREPLY']._serialized_start=797
-  _globals['_RUNREPLY']._serialized_end=991
-  _globals['_TOKENLOGPROBS']._serialized_start=993
-  _globals['_TOKENLOGPROBS']._serialized_end=1045
-  _globals['_WORKER']._serialized_start=1048
-  _globals['_WORKER']._serialized_end=1264
+  _globals['_SAMPLING']._serialized_end=765
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=717
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=765
+  _globals['_RUNREQUEST']._serialized_start=768
+  _globals['_RUNREQUEST']._serialized_end=1012
+  _globals['_RUNREPLY']._serialized_start=1015
+  _globals['_RUNREPLY']._serialized_end=1209
+  _globals['_TOKENLOGPROBS']._serialized_start=1211
+  _globals['_TOKENLOGPROBS']._serialized_end=1263
+  _globals['_WORKER']._serialized_start=1266
+  _globals['_WORKER']._serialized_end=1482
 # @@protoc_insertion_point(module_scope)

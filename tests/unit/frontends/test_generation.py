@@ -10,7 +10,7 @@ from kvworkers.frontends.generation import (
     TokenChance,
 )
 from kvworkers.frontends.grpc_frontend import generation_of, reply_of
-from kvworkers.frontends.tokenizer import Message
+from kvworkers.frontends.messages import Message
 
 from kvstore.core.errors import BadInput
 from kvstore.core.outcomes import MissReason
@@ -21,7 +21,7 @@ from kvstore.rpc.v1 import inference_pb2, types_pb2, worker_pb2
 @pytest.mark.parametrize(
     "bad",
     [
-        {"max_tokens": 0}, {"max_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")},
+        {"max_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")},
         {"temperature": 2.1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")},
         {"top_k": -1}, {"top_k": 1 << 32}, {"seed": 1 << 64}, {"logprobs": 21},
         {"stop_token_ids": (-1,)}, {"stop_token_ids": tuple(range(65))},

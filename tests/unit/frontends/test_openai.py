@@ -5,10 +5,11 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from kvworkers.frontends import openai as module
 from kvworkers.frontends.door import Door
 from kvworkers.frontends.generation import Chunk
-from kvworkers.frontends.openai import EventStream, make_app
+from kvworkers.frontends.openai import events as module
+from kvworkers.frontends.openai.app import make_app
+from kvworkers.frontends.openai.events import EventStream
 from kvworkers.frontends.replies import Started, begin
 from prometheus_client import CollectorRegistry
 
@@ -51,7 +52,7 @@ async def test_a_client_that_reads_nothing_does_not_hold_its_request_for_ever() 
         finally:
             closed.set()
 
-    async def events(started: Started) -> AsyncGenerator[bytes, None]:
+    async def events(started: Started[Chunk]) -> AsyncGenerator[bytes, None]:
         async for chunk in started.chunks():
             yield chunk.text.encode()
 
@@ -64,7 +65,7 @@ async def test_a_client_that_reads_nothing_does_not_hold_its_request_for_ever() 
             await asyncio.Event().wait()  # its window is full, and stays so
 
     started = await begin(chunks())
-    response = EventStream(started, events(started), seconds=0.05)
+    response = EventStream(events(started), close=started.close, seconds=0.05)
     await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
     assert closed.is_set()
 

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,46 @@ def test_logprobs_are_the_models_own_and_name_the_choice_first() -> None:
 def test_senseless_parameters_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(BadInput, match=field):
         SamplingParams(**{"max_tokens": 1, field: value})  # type: ignore[arg-type]
+
+
+def test_penalties_count_what_was_generated_and_what_another_worker_said() -> None:
+    logits = torch.tensor([3.0, 2.5, 2.0])
+
+    def greedy(**how: Any) -> list[int]:
+        sampler = Sampler(SamplingParams(max_tokens=9, **how))
+        return [sampler.sample(logits, position=at).token for at in range(6)]
+
+    assert greedy() == [0] * 6
+    assert greedy(presence_penalty=0.7) == [0, 1, 0, 0, 0, 0], "once for all"
+    assert greedy(frequency_penalty=0.4) == [0, 0, 1, 0, 1, 2], "for each time"
+    assert greedy(frequency_penalty=0.4, said=(0, 0, 1)) == [0, 1, 2, 0, 1, 2]
+    assert greedy(frequency_penalty=-1.0) == [0] * 6
+    assert logits.tolist() == [3.0, 2.5, 2.0], "the model's own stay as they are"
+
+
+def test_biases_move_single_tokens() -> None:
+    logits = torch.tensor([3.0, 2.5, 2.0])
+    params = SamplingParams(max_tokens=1, logit_bias=((0, -100.0), (2, 1.0)))
+    assert not params.only_id
+    assert Sampler(params).sample(logits, position=0).token == 2
+
+
+def test_min_p_leaves_out_what_is_much_less_likely_than_the_likeliest() -> None:
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.3, 0.1]))
+    sampler = Sampler(SamplingParams(max_tokens=1, temperature=1.0, min_p=0.5, seed=1))
+    assert {sampler.sample(logits, position=at).token for at in range(200)} == {1, 2}
+    alone = Sampler(SamplingParams(max_tokens=1, temperature=1.0, min_p=1.0, seed=1))
+    assert {alone.sample(logits, position=at).token for at in range(50)} == {1}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"frequency_penalty": 2.1}, {"presence_penalty": math.nan}, {"min_p": -0.1},
+        {"min_p": math.nan}, {"logit_bias": ((1, 101.0),)}, {"logit_bias": ((1, math.nan),)},
+        {"logit_bias": tuple((token, 0.0) for token in range(1_025))},
+    ],
+)  # fmt: skip
+def test_what_shapes_logits_is_checked(bad: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=next(iter(bad))):
+        SamplingParams(max_tokens=1, **bad)

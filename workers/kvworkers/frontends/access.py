@@ -14,11 +14,16 @@ from kvstore.core.errors import KvStoreError, TooLarge
 from kvstore.rpc.gate import Gate
 from kvstore.rpc.identity import Principal, Role
 from kvworkers.frontends.door import Door, Draining
-from kvworkers.frontends.openai_wire import failure
+from kvworkers.frontends.openai.errors import failure
 
 OPEN_PATHS: Final = frozenset({"/health"})
 """Probes come without credentials and learn whether a worker is ready."""
-PREFIXES: Final[tuple[tuple[str, Role], ...]] = (("/v1/", Role.CLIENT), ("/admin/", Role.ADMIN))
+PREFIXES: Final[tuple[tuple[str, Role], ...]] = (
+    ("/v1/", Role.CLIENT),
+    ("/tokenize", Role.CLIENT),
+    ("/detokenize", Role.CLIENT),
+    ("/admin/", Role.ADMIN),
+)
 MAX_HEADER_BYTES: Final = 32 << 10
 PRINCIPAL: Final = "kvstore_principal"
 """Where handlers find the caller in a request's scope."""

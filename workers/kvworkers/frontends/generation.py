@@ -2,24 +2,33 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_EXTRA_KEY_BYTES
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.rpc.v1 import types_pb2, worker_pb2
-from kvworkers.frontends.tokenizer import Message
+from kvworkers.frontends.messages import Message, Tool
 
 MAX_STOPS: Final = 16
 MAX_STOP_CHARACTERS: Final = 256
 MAX_MESSAGES: Final = 4_096
 MAX_STOP_TOKENS: Final = 64
 _MAX_U32: Final = (1 << 32) - 1
+MAX_BIASES: Final = 1_024
 MAX_LOGPROBS: Final = 20
 """As OpenAI's API has it."""
 ROLES: Final = frozenset({"system", "user", "assistant", "tool"})
+
+
+class FieldError(BadInput):
+    """A caller's mistake in one named field."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +36,8 @@ class SamplingChoice:
     """How tokens are chosen. Raises `BadInput` naming the field at fault."""
 
     max_tokens: int | None = None
-    """None: the frontend's default, as far as the model's context allows."""
+    """None: the frontend's default, as far as the model's context allows. 0: the prompt is computed
+    and kept, nothing is generated."""
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
@@ -38,10 +48,14 @@ class SamplingChoice:
     ignore_eos: bool = False
     logprobs: int = 0
     """How many top log-probabilities come with each token and its own; 0: none at all."""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise BadInput(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise BadInput(f"max_tokens must not be negative, got {self.max_tokens}")
         if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 2):
             raise BadInput(f"temperature must lie in 0 to 2, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -56,9 +70,25 @@ class SamplingChoice:
             raise BadInput("seed does not fit 64 bits")
         if not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise BadInput(f"top_logprobs must lie in 0 to {MAX_LOGPROBS}, got {self.logprobs}")
+        self._check_shaping()
 
-    def to_proto(self, max_tokens: int) -> worker_pb2.Sampling:
-        """Return the wire form with the tokens still wanted."""
+    def _check_shaping(self) -> None:
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise FieldError(f"{name} must lie in -2 to 2, got {getattr(self, name)}", name)
+        if not 0 <= self.min_p <= 1:
+            raise FieldError(f"min_p must lie in 0 to 1, got {self.min_p}", "min_p")
+        if len(self.logit_bias) > MAX_BIASES:
+            many = f"logit_bias has {len(self.logit_bias)} tokens; {MAX_BIASES} allowed"
+            raise FieldError(many, "logit_bias")
+        for token, bias in self.logit_bias:
+            if not 0 <= token <= _MAX_U32:
+                raise FieldError(f"logit_bias: {token} is no token id", "logit_bias")
+            if not -100 <= bias <= 100:
+                raise FieldError(f"logit_bias must lie in -100 to 100, got {bias}", "logit_bias")
+
+    def to_proto(self, max_tokens: int, grammar: str = "") -> worker_pb2.Sampling:
+        """Return the wire form with the tokens still wanted, and what they have to follow."""
         return worker_pb2.Sampling(
             max_tokens=max_tokens,
             temperature=self.temperature,
@@ -70,7 +100,24 @@ class SamplingChoice:
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
+            grammar=grammar,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            min_p=self.min_p,
+            logit_bias=dict(self.logit_bias),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a reply's text has to follow."""
+
+    grammar: str
+    """In llguidance's Lark."""
+    schemas: tuple[tuple[str, Any], ...] = ()
+    """JSON schemas that it is made of, each with its place in the request."""
+    place: str = "grammar"
+    """Of the whole in the request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +132,10 @@ class Generation:
     tokens: Sequence[int] | None = None
     sampling: SamplingChoice = field(default_factory=SamplingChoice)
     stop: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    """What the prompt says may be called."""
+    shape: Shape | None = None
+    """What the reply has to follow; None: nothing."""
     no_store: bool = False
     kind: str = ""
     no_read: bool = False
@@ -96,6 +147,14 @@ class Generation:
     """Whose queue it waits in; empty: the frontend's own. The server decides, never the caller."""
     traceparent: str = ""
     """Whose trace it belongs to; empty: one of its own, where tracing is on."""
+
+    def sibling(self, number: int) -> "Generation":
+        """Return the request for another reply to the same prompt: `number` further in its seed."""
+        seed = self.sampling.seed
+        if seed is not None and seed + number >= 1 << 64:
+            seed -= 1 << 64
+        sampling = replace(self.sampling, seed=None if seed is None else seed + number)
+        return replace(self, request_id=f"{self.request_id}-{number}", sampling=sampling)
 
     def __post_init__(self) -> None:
         given = sum(part is not None for part in (self.messages, self.text, self.tokens))
@@ -111,6 +170,8 @@ class Generation:
             raise BadInput(f"{len(self.stop)} stop strings; {MAX_STOPS} allowed")
         if any(not 0 < len(stop) <= MAX_STOP_CHARACTERS for stop in self.stop):
             raise BadInput(f"a stop string has 1 to {MAX_STOP_CHARACTERS} characters")
+        if self.shape is not None and self.sampling.ignore_eos:
+            raise FieldError("ignore_eos: a reply with a form has to end", "ignore_eos")
         if len(self.cache_salt) > MAX_EXTRA_KEY_BYTES:
             raise TooLarge(f"cache_salt is over {MAX_EXTRA_KEY_BYTES} bytes")
         if not 0 <= self.deadline_ms <= MAX_DEADLINE_MS:

@@ -1,5 +1,6 @@
 """The gRPC service that users call: `Inference`."""
 
+import json
 import uuid
 from array import array
 from collections.abc import AsyncIterator
@@ -13,10 +14,11 @@ from kvstore.rpc.identity import Identity
 from kvstore.rpc.interceptors import Context
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from kvworkers.frontends.door import Door
-from kvworkers.frontends.generation import Chunk, Generation, SamplingChoice
+from kvworkers.frontends.generation import Chunk, FieldError, Generation, SamplingChoice, Shape
+from kvworkers.frontends.grammars import json_shape
+from kvworkers.frontends.messages import Message
 from kvworkers.frontends.pipeline import Pipeline
 from kvworkers.frontends.tenancy import for_tenant
-from kvworkers.frontends.tokenizer import Message
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):  # type: ignore[misc]
@@ -76,7 +78,8 @@ def generation_of(request: inference_pb2.GenerateRequest) -> Generation:
         messages=messages,
         text=text,
         tokens=tokens,
-        sampling=_sampling(request.sampling),
+        sampling=_sampling(request.sampling, prefill_only=request.prefill_only),
+        shape=_shape(request),
         stop=tuple(request.stop),
         no_store=request.no_store,
         kind=request.kind,
@@ -116,10 +119,25 @@ def _tokens(packed: bytes) -> "array[int]":
     return array("I", packed)
 
 
-def _sampling(sampling: worker_pb2.Sampling) -> SamplingChoice:
+def _shape(request: inference_pb2.GenerateRequest) -> Shape | None:
+    """Return what the reply has to follow; raises `FieldError` for two things at once."""
+    if request.json_schema and request.sampling.grammar:
+        raise FieldError("give one of json_schema and sampling.grammar", "json_schema")
+    if request.sampling.grammar:
+        return Shape(request.sampling.grammar, place="sampling.grammar")
+    if not request.json_schema:
+        return None
+    try:
+        schema = json.loads(request.json_schema)
+    except ValueError as error:
+        raise FieldError(f"json_schema is no JSON: {error}", "json_schema") from None
+    return json_shape(schema, "json_schema")
+
+
+def _sampling(sampling: worker_pb2.Sampling, *, prefill_only: bool) -> SamplingChoice:
     """Return the choice in a message, where 0 stands for what was not said."""
     return SamplingChoice(
-        max_tokens=sampling.max_tokens or None,
+        max_tokens=0 if prefill_only else sampling.max_tokens or None,
         temperature=sampling.temperature,
         top_p=sampling.top_p or 1.0,
         top_k=sampling.top_k,
@@ -127,4 +145,8 @@ def _sampling(sampling: worker_pb2.Sampling) -> SamplingChoice:
         stop_token_ids=tuple(sampling.stop_token_ids),
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        min_p=sampling.min_p,
+        logit_bias=tuple(sampling.logit_bias.items()),
     )

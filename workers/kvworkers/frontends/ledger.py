@@ -10,14 +10,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvstore.core.errors import BadInput, KvStoreError
 from kvstore.directory.events import TierKind
 from kvstore.observe.bounded import BoundedLabels
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.router.placement import Decision
-from kvworkers.frontends.generation import CacheAccount
+from kvworkers.frontends.generation import CacheAccount, FieldError
 
 KEPT: Final = 256
 """Requests remembered: what an operator scrolls through, about 1 MB."""
+
+
+def outcome_of(error: KvStoreError) -> str:
+    """Return a failure's name in metrics: the tree's, where a room has one of its own."""
+    return BadInput.__name__ if isinstance(error, FieldError) else type(error).__name__
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ Nothing here decides where a request goes (the router does) or what a token is (
 
 import time
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Final
@@ -34,7 +34,8 @@ from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.generation import CacheAccount, Chunk, Generation
-from kvworkers.frontends.ledger import Ledger
+from kvworkers.frontends.grammars import ShapeChecks
+from kvworkers.frontends.ledger import Ledger, outcome_of
 from kvworkers.frontends.running import Running
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
@@ -94,6 +95,7 @@ class Pipeline:
         self._tracing = tracing
         self._router = router
         self._metrics = metrics
+        self._shapes = ShapeChecks()
         self._in_flight = 0
         self._preparing = 0
 
@@ -111,7 +113,7 @@ class Pipeline:
                 raise Refused(f"{running} requests are running here already", 1_000)
             return await self._prepare(request)
         except KvStoreError as error:
-            self.ledger.refused(type(error).__name__)
+            self.ledger.refused(outcome_of(error))
             raise
         finally:
             self._preparing -= 1
@@ -119,6 +121,8 @@ class Pipeline:
     async def _prepare(self, request: Generation) -> Running:
         arrived = time.monotonic()
         offer = await self.fleet.offered(request.model, wait_ms=self._config.wait_ms)
+        if request.shape is not None:
+            await self._shapes.check(request.shape)
         prompt = await self._tokenise(request)
         room = offer.max_model_tokens - len(prompt)
         asked = request.sampling.max_tokens
@@ -133,7 +137,8 @@ class Pipeline:
             request=request,
             offer=offer,
             prompt=prompt,
-            max_tokens=asked or min(self._config.default_max_tokens, room),
+            # One token is chosen even where none is wanted, and not given out: it costs nothing.
+            max_tokens=min(self._config.default_max_tokens, room) if asked is None else asked or 1,
             arrived=arrived,
             deadline=arrived + deadline_ms / 1_000,
             detokeniser=Detokeniser(self.tokenizer.decode),
@@ -166,7 +171,7 @@ class Pipeline:
                     outcome = chunk.finish_reason or outcome
                     yield chunk
         except KvStoreError as error:
-            outcome = type(error).__name__
+            outcome = outcome_of(error)
             raise
         finally:
             self._in_flight -= 1
@@ -177,7 +182,7 @@ class Pipeline:
 
     async def _tokenise(self, request: Generation) -> "array[int]":
         if request.messages is not None:
-            return await self.tokenizer.conversation(request.messages)
+            return await self.tokenizer.conversation(request.messages, request.tools)
         if request.text is not None:
             return await self.tokenizer.text(request.text)
         assert request.tokens is not None, "checked when the request was made"
@@ -240,21 +245,27 @@ class Pipeline:
 
         domain = running.request.share_domain or self._config.share_domain
 
-        def prompt(exclude: Sequence[str]) -> Prompt:
+        def prompt(exclude: Sequence[str], among: Collection[str]) -> Prompt:
             return Prompt(
-                running.offer.root, names, tokens, frozenset(exclude), running.offer.workers,
+                running.offer.root, names, tokens, frozenset(exclude), among,
                 keeps, domain=domain, priority=running.request.priority,
             )  # fmt: skip
 
-        left_ms = running.left_s * 1_000
+        everyone, left_ms = running.offer.workers, running.left_s * 1_000
+        preferred, running.prefer = running.prefer, ""
+        if preferred in everyone and not failed:
+            with suppress(Refused):  # it is full, or gone: then whoever is best
+                one = prompt((), {preferred})
+                return await self._router.route(one, wait_ms=0, deadline_ms=0)
         if failed:
             try:
                 wait_ms = min(self._config.other_wait_ms, left_ms)
-                return await self._router.route(prompt(sorted(failed)), wait_ms=wait_ms)
+                return await self._router.route(prompt(sorted(failed), everyone), wait_ms=wait_ms)
             except Refused:
                 failed.clear()
         alive_ms = min(self._config.wait_ms, left_ms)
-        return await self._router.route(prompt(()), wait_ms=alive_ms, deadline_ms=left_ms)
+        anyone = prompt((), everyone)
+        return await self._router.route(anyone, wait_ms=alive_ms, deadline_ms=left_ms)
 
     def _count_failure(
         self, running: Running, decision: Decision, error: KvStoreError, failed: set[str]
@@ -278,7 +289,11 @@ class Pipeline:
         run = worker_pb2.RunRequest(
             request_id=request.request_id,
             tokens=(running.prompt + running.output).tobytes(),
-            sampling=request.sampling.to_proto(running.max_tokens - len(running.output)),
+            sampling=request.sampling.to_proto(
+                running.max_tokens - len(running.output),
+                request.shape.grammar if request.shape is not None else "",
+            ),
+            reply_tokens=len(running.output),
             share_domain=self._config.share_domain,
             no_store=request.no_store,
             kind=request.kind,
@@ -327,6 +342,8 @@ class Pipeline:
 
     def _chunk(self, running: Running, worker: str, reply: worker_pb2.RunReply) -> Chunk | None:
         """Return what one message of the worker adds; None when it adds nothing."""
+        if running.warms:
+            _withhold(reply)
         tokens = array("I", reply.tokens)
         if reply.HasField("cache") and running.cache is None:
             running.cache = CacheAccount.from_proto(reply.cache)
@@ -346,3 +363,11 @@ class Pipeline:
         if not tokens:
             return None
         return running.piece(worker, text, reply, first=first)
+
+
+def _withhold(reply: worker_pb2.RunReply) -> None:
+    """Take out of a worker's message what was generated though nothing was wanted."""
+    reply.ClearField("tokens")
+    reply.ClearField("logprobs")
+    if reply.finish_reason:
+        reply.finish_reason = "length"

@@ -2,18 +2,19 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Generic, TypeVar
 
-from kvworkers.frontends.generation import Chunk
+Piece = TypeVar("Piece")
 
 
-class Started:
+class Started(Generic[Piece]):
     """A reply whose first chunk is there: a failure before it can still become a status code."""
 
-    def __init__(self, first: Chunk, rest: AsyncGenerator[Chunk, None]) -> None:
+    def __init__(self, first: Piece, rest: AsyncGenerator[Piece, None]) -> None:
         self.first = first
         self._rest = rest
 
-    async def chunks(self) -> AsyncGenerator[Chunk, None]:
+    async def chunks(self) -> AsyncGenerator[Piece, None]:
         """Yield every chunk, the first included."""
         yield self.first
         async for chunk in self._rest:
@@ -24,12 +25,12 @@ class Started:
         await self._rest.aclose()
 
 
-async def begin(chunks: AsyncGenerator[Chunk, None]) -> Started:
+async def begin(chunks: AsyncGenerator[Piece, None]) -> Started[Piece]:
     """Wait for the first chunk of a reply."""
     return Started(await anext(chunks), chunks)
 
 
-async def whole(chunks: AsyncGenerator[Chunk, None]) -> list[Chunk]:
+async def whole(chunks: AsyncGenerator[Piece, None]) -> list[Piece]:
     """Return every chunk of a reply that is wanted in one piece."""
     async with aclosing(chunks):
         return [chunk async for chunk in chunks]

@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvstore.observe.tracing import Span
@@ -10,7 +10,7 @@ from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.fleet import Offer
 from kvworkers.frontends.generation import CacheAccount, Chunk, Generation, chances_of
 from kvworkers.frontends.ledger import Entry
-from kvworkers.frontends.text import Detokeniser, StopMatcher
+from kvworkers.frontends.text import Decode, Detokeniser, StopMatcher
 
 
 @dataclass(slots=True)
@@ -33,6 +33,28 @@ class Running:
     retries: int = 0
     ttft_ms: float = 0.0
     cache: CacheAccount | None = None
+    prefer: str = ""
+    """The worker that has just computed its prompt, to be asked first; empty: whichever is best."""
+
+    def siblings(self, count: int, decode: Decode) -> "list[Running]":
+        """Return `count` replies to this prompt, itself the first. Before any of them runs."""
+        others = [
+            replace(
+                self,
+                request=self.request.sibling(number),
+                detokeniser=Detokeniser(decode),
+                matcher=StopMatcher(self.request.stop),
+                output=array("I"),
+                span=Span(),
+            )
+            for number in range(1, count)
+        ]
+        return [self, *others]
+
+    @property
+    def warms(self) -> bool:
+        """Whether it only brings its prompt into the caches."""
+        return self.request.sampling.max_tokens == 0
 
     @property
     def left_s(self) -> float:

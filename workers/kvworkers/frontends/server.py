@@ -29,7 +29,7 @@ from kvworkers.frontends.console import Console, add_console, is_loopback_addres
 from kvworkers.frontends.door import Door
 from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.grpc_frontend import InferenceServicer
-from kvworkers.frontends.openai import make_app
+from kvworkers.frontends.openai.app import make_app
 from kvworkers.frontends.pipeline import Pipeline, PipelineConfig
 from kvworkers.frontends.tokenizer import ChatTokenizer
 

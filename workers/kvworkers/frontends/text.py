@@ -83,7 +83,7 @@ class StopMatcher:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max(_beginning(text, stop) for stop in self._stops)
+        keep = max(beginning(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -93,7 +93,7 @@ class StopMatcher:
         return held
 
 
-def _beginning(text: str, stop: str) -> int:
+def beginning(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that could begin `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

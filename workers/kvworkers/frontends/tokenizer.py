@@ -3,23 +3,19 @@
 import asyncio
 import json
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 from kvstore.core.errors import BadInput
+from kvworkers.frontends.messages import Message, Tool
+from kvworkers.frontends.toolcalls import OPENING, as_text, as_turns
 
 INLINE_CHARACTERS: Final = 2_048
 """Up to this length a text is tokenised in place (under a millisecond); longer in a thread."""
 
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
 
 
 class ChatTokenizer:
@@ -44,23 +40,33 @@ class ChatTokenizer:
             token for token in [self._tokenizer.eos_token_id] if token is not None
         )
         """Tokens that end a reply."""
+        template = str(getattr(self._tokenizer, "chat_template", None) or "")
+        self.takes_tools = "tools" in template and OPENING in template
+        """Whether the model's template tells of tools itself, in the form that replies are read in;
+        for others their definitions go into the system message."""
 
     @property
     def vocabulary(self) -> int:
         """Return the number of token ids, added ones included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    async def conversation(self, messages: Sequence[Message]) -> "array[int]":
-        """Return the prompt of a conversation, up to where the assistant speaks.
+    async def conversation(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), *, opened: bool = True
+    ) -> "array[int]":
+        """Return the prompt of a conversation; `opened`: up to where the assistant speaks.
 
         Raises `BadInput` when the model's template refuses it.
         """
-        size = sum(len(message.content) for message in messages)
-        return await self._somewhere(size, self._conversation, messages)
+        size = sum(len(message.content) for message in messages) + INLINE_CHARACTERS * bool(tools)
+        return await _somewhere(size, self._conversation, messages, tools, opened)
 
-    async def text(self, text: str) -> "array[int]":
-        """Return the tokens of a text as it is, with the special tokens the model starts with."""
-        return await self._somewhere(len(text), self._text, text)
+    async def text(self, text: str, *, special: bool = True) -> "array[int]":
+        """Return the tokens of a text; `special`: with the special ones the model starts with."""
+        return await _somewhere(len(text), self._text, text, special)
+
+    async def shown(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return await _somewhere(len(tokens), self._shown, tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -70,18 +76,16 @@ class ChatTokenizer:
         """Return one token for people, special ones included."""
         return str(self._backend.decode([token], skip_special_tokens=False))
 
-    async def _somewhere(self, size: int, work: Any, argument: Any) -> "array[int]":
-        if size <= INLINE_CHARACTERS:
-            return work(argument)  # type: ignore[no-any-return]
-        return await asyncio.to_thread(work, argument)
-
-    def _conversation(self, messages: Sequence[Message]) -> "array[int]":
+    def _conversation(
+        self, messages: Sequence[Message], tools: Sequence[Tool], opened: bool
+    ) -> "array[int]":
         from jinja2 import TemplateError
 
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = as_turns(messages) if self.takes_tools else as_text(messages, tools)
+        given = [tool.as_json() for tool in tools] if self.takes_tools and tools else None
         try:
             rendered = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                turns, tools=given, tokenize=False, add_generation_prompt=opened
             )
         except TemplateError as error:
             raise BadInput(f"messages: the model's chat template refuses them: {error}") from error
@@ -90,8 +94,20 @@ class ChatTokenizer:
         # The template wrote the special tokens already.
         return array("I", self._backend.encode(rendered, add_special_tokens=False).ids)
 
-    def _text(self, text: str) -> "array[int]":
-        return array("I", self._backend.encode(text, add_special_tokens=True).ids)
+    def _text(self, text: str, special: bool) -> "array[int]":
+        return array("I", self._backend.encode(text, add_special_tokens=special).ids)
+
+    def _shown(self, tokens: Sequence[int]) -> str:
+        return str(self._backend.decode(list(tokens), skip_special_tokens=False))
+
+
+async def _somewhere(
+    size: int, work: Callable[Arguments, Made], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Made:
+    """Return what `work` makes of its arguments: here when they are short, else in a thread."""
+    if size <= INLINE_CHARACTERS:
+        return work(*args, **kwargs)
+    return await asyncio.to_thread(work, *args, **kwargs)
 
 
 def _eos_token_ids(path: Path) -> frozenset[int]:

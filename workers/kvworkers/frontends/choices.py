@@ -1,0 +1,81 @@
+"""Several replies of one request, side by side: one stream of chunks, each with its number.
+
+first   ──prefill──▶ first token ──▶ …
+others                    └─begin─▶ …      they find the first one's pages: the prompt is
+                                           computed once
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Final
+
+from kvworkers.frontends.generation import Chunk
+from kvworkers.frontends.pipeline import Pipeline
+from kvworkers.frontends.running import Running
+
+AT_ONCE: Final = 8
+"""Replies of one request that run at the same time: others' requests want room as well."""
+MAX_UNREAD: Final = 64
+"""Chunks that wait for whoever reads them; then their replies wait, as a single one does."""
+
+Numbered = tuple[int, Chunk]
+
+
+async def side_by_side(
+    pipeline: Pipeline, groups: Sequence[Sequence[Running]]
+) -> AsyncGenerator[Numbered, None]:
+    """Yield the chunks of every reply, numbered through the groups in order.
+
+    A group has the replies to one prompt. What `Pipeline.run` raises for any of them ends them all;
+    closing the generator does, too.
+    """
+    if [len(group) for group in groups] == [1]:
+        async with aclosing(pipeline.run(groups[0][0])) as chunks:
+            async for chunk in chunks:
+                yield 0, chunk
+        return
+    together = _Together(pipeline)
+    tasks: list[asyncio.Task[None]] = []
+    try:
+        for group in groups:
+            worker: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            for place, running in enumerate(group):
+                one = together.one(len(tasks), running, worker, first=place == 0)
+                tasks.append(asyncio.create_task(one))
+        running_still = len(tasks)
+        while running_still:
+            # Bounded by the replies' own deadlines: each ends with a last chunk or an error.
+            came = await together.unread.get()
+            if isinstance(came, Exception):
+                raise came
+            yield came
+            running_still -= bool(came[1].finish_reason)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Together:
+    """What the replies of one request share."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._slots = asyncio.Semaphore(AT_ONCE)
+        self.unread: asyncio.Queue[Numbered | Exception] = asyncio.Queue(MAX_UNREAD)
+
+    async def one(
+        self, number: int, running: Running, worker: "asyncio.Future[str]", *, first: bool
+    ) -> None:
+        """Run one reply; `worker` becomes known with the first token of its group's first one."""
+        try:
+            if not first:
+                running.prefer = await asyncio.shield(worker)
+            async with self._slots, aclosing(self._pipeline.run(running)) as chunks:
+                async for chunk in chunks:
+                    if first and not worker.done():
+                        worker.set_result(chunk.worker)
+                    await self.unread.put((number, chunk))
+        except Exception as error:  # task boundary: raised where the chunks are read
+            await self.unread.put(error)
