@@ -72,13 +72,13 @@ async def _measure(
             settle_heap()
             click.echo(f"{running.pool.pages} pages of {running.pool.block_bytes} bytes", err=True)
             await run(Cases(running, emit, pattern=pattern, runs=runs, scale=scale))
-        gc.unfreeze()  # An engine is in cycles, and so the memory of its pages.
-        gc.collect()
 
     await over(arena_gib or 24, Cases.run)
     for fidelity in (Fidelity.FP8, Fidelity.INT8, Fidelity.INT4):
         if fnmatchcase(lossy_case(fidelity), pattern):
             loaded.keep_as(fidelity)
+            gc.unfreeze()  # An engine is in cycles, and with it the memory of its pages.
+            gc.collect()
             await over(_LOSSY_GIB, partial(Cases.run_kept_as, fidelity=fidelity))
 
 

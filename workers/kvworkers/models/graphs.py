@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from kvkernels.triton.replayed import ReplayedAppend, ReplayedDecode
@@ -33,10 +33,21 @@ Compute = Callable[[StepInputs, Tensor, Plan], Iterator[Tensor]]
 @dataclass(slots=True)
 class _Captured:
     graphs: list[torch.cuda.CUDAGraph]
-    """One for a decode step, one for each part of an append: it may wait for loads between."""
+    """One; or one for each part of a step that may wait for loads between."""
     step: StepInputs
     plan: Plan
     logits: Tensor
+
+
+class _Key(NamedTuple):
+    """What a capture is good for."""
+
+    decode: bool
+    apart: bool
+    """In parts, for an append that follows a load: each start of a graph costs the others time."""
+    tokens: int
+    pages: int
+    """Of the longest sequence."""
 
 
 class StepGraphs:
@@ -48,7 +59,7 @@ class StepGraphs:
         self._groups = layer_groups(layers)
         self._pages = pages
         self._scratch = (pages.shape[0] - 1) * BLOCK_TOKENS
-        self._captured: dict[tuple[bool, int, int], _Captured] = {}
+        self._captured: dict[_Key, _Captured] = {}
         self._memory: Any = None
 
     def fits(self, step: StepInputs, pages: Tensor) -> bool:
@@ -64,9 +75,10 @@ class StepGraphs:
     def prepare(self, batches: int, *, max_pages: int) -> None:
         """Capture every padded size up to `batches` sequences, for contexts of `max_pages`."""
         for tokens in APPENDS:
-            self._of(False, tokens, max_pages)
+            for apart in (False, True):
+                self._of(tokens, max_pages, decode=False, apart=apart)
         for size in BATCHES:
-            self._of(True, size, max_pages)
+            self._of(size, max_pages, decode=True, apart=False)
             if size >= batches:
                 return
 
@@ -77,7 +89,8 @@ class StepGraphs:
         """
         rows, width = step.block_tables.shape
         tokens = step.tokens.shape[0]
-        captured = self._of(tokens == rows, tokens, width)
+        decode = tokens == rows
+        captured = self._of(tokens, width, decode=decode, apart=bool(step.gates) and not decode)
         into, plan = captured.step, captured.plan
         size, longest = into.tokens.shape[0], plan.contexts.shape[0]
         numbers = torch.empty(3, max(size, longest), dtype=torch.int64, pin_memory=True)
@@ -109,16 +122,17 @@ class StepGraphs:
             return [self._groups]
         return [(layers,) for layers in self._groups]
 
-    def _of(self, decode: bool, tokens: int, width: int) -> _Captured:
+    def _of(self, tokens: int, width: int, *, decode: bool, apart: bool) -> _Captured:
         size = next(padded for padded in (BATCHES if decode else APPENDS) if padded >= tokens)
         longest = next(pages for pages in CONTEXT_PAGES if pages >= width)
-        found = self._captured.get((decode, size, longest))
+        key = _Key(decode, apart, size, longest)
+        found = self._captured.get(key)
         if found is None:
-            found = self._captured[decode, size, longest] = self._capture(decode, size, longest)
+            found = self._captured[key] = self._capture(key)
         return found
 
-    def _capture(self, decode: bool, tokens: int, longest: int) -> _Captured:
-        device = self._pages.device
+    def _capture(self, key: _Key) -> _Captured:
+        device, decode, tokens, longest = self._pages.device, key.decode, key.tokens, key.pages
         plan: Plan = (
             ReplayedDecode(tokens, longest, device)
             if decode
@@ -141,7 +155,7 @@ class StepGraphs:
             parts = sum(1 for _ in self._compute(step, self._pages, plan))
             plan.cut()
         torch.cuda.synchronize(device)
-        return self._record(step, plan, parts, each=parts if decode else 1)
+        return self._record(step, plan, parts, each=1 if key.apart else parts)
 
     def _record(self, step: StepInputs, plan: Plan, parts: int, *, each: int) -> _Captured:
         """Capture a step of so many parts, `each` of them to a graph."""
