@@ -58,6 +58,15 @@ class Actual:
     """Tokens found, by the tier they came from."""
 
 
+class _Overlap(NamedTuple):
+    """Fading sums over answers that waited and loaded."""
+
+    hidden_s: float
+    """Of the shorter of both, what passed during the longer."""
+    both_s: float
+    """The shorter of both."""
+
+
 @dataclass(slots=True)
 class _Trust:
     value: float
@@ -70,6 +79,7 @@ class Learned:
     def __init__(self) -> None:
         self._corrections: dict[tuple[str, bool], float] = {}
         self._loads: dict[tuple[str, TierKind], float] = {}
+        self._overlaps: dict[str, _Overlap] = {}
         self._trust: dict[str, _Trust] = {}
         self.version = 0
         """Changes with every correction."""
@@ -85,6 +95,11 @@ class Learned:
     def load_s_per_token(self, worker: str, tier: TierKind) -> float:
         """Return the seconds to load a token into a worker; 0 when nothing is known."""
         return self._loads.get((worker, tier), 0.0)
+
+    def overlaps(self, worker: str) -> bool:
+        """Say whether a worker loads while a request waits; so ours do, so it is assumed."""
+        known = self._overlaps.get(worker)
+        return known is None or known.hidden_s >= known.both_s / 2
 
     def trust(self, publisher: str, now_ms: float) -> float:
         """Return the share of a publisher's claims that are believed, 0 to 1."""
@@ -111,6 +126,7 @@ class Learned:
         for measured in (False, True):
             self._corrections.pop((name, measured), None)
         self._trust.pop(name, None)
+        self._overlaps.pop(name, None)
         self.version += 1
         for key in [key for key in self._loads if key[0] == name]:
             del self._loads[key]
@@ -119,6 +135,7 @@ class Learned:
         """Learn from one answer."""
         self._observe_hits(expected, actual, now_ms)
         self._observe_load(worker, actual)
+        self._observe_overlap(worker, expected, actual)
         self._observe_prefill(worker, expected, actual)
 
     def _observe_hits(self, expected: Expected, actual: Actual, now_ms: float) -> None:
@@ -147,6 +164,24 @@ class Learned:
         ((tier, tokens),) = loaded
         each, old = actual.load_ms / 1_000 / tokens, self._loads.get((worker, tier))
         self._loads[worker, tier] = each if old is None else old + NEWEST * (each - old)
+
+    def _observe_overlap(self, worker: str, expected: Expected, actual: Actual) -> None:
+        """Learn whether loads hide behind the queue, from an answer that had both.
+
+        The worker counts as queue what is left of the time before its turn without the load. So
+        both add up to the longer of the expected queue and the load, or to their sum.
+        """
+        if not actual.load_ms or actual.queue_ms is None:
+            return
+        queue_s, load_s = expected.queue_s, actual.load_ms / 1_000
+        both_s = min(queue_s, load_s)
+        if both_s < MIN_LEARNT_S:
+            return
+        hidden_s = min(both_s, max(0.0, queue_s - actual.queue_ms / 1_000))
+        old, kept = self._overlaps.get(worker, _Overlap(0.0, 0.0)), 1.0 - NEWEST
+        self._overlaps[worker] = _Overlap(
+            old.hidden_s * kept + hidden_s, old.both_s * kept + both_s
+        )
 
     def _observe_prefill(self, worker: str, expected: Expected, actual: Actual) -> None:
         """Learn from the part of the time that was neither queue nor load."""

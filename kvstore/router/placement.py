@@ -248,12 +248,14 @@ class Placement:
             ]
         load_ms = seat.known.load_ms if seat.known is not None else 0.0
         queued = self._bookings.queued(seat.name, load_ms=load_ms)
+        waiting = seat.load.waiting + self._bookings.waiting(seat.name)
         if reported := seat.reported.tokens:
             depths = queued.token_depths + seat.reported.token_depths
             queued = Work(queued.tokens + reported, depths)
         return Candidate(
             seat.name, own * BLOCK_TOKENS, sources, seat.pace, queued, seat.running, seat.kv_used,
-            below * BLOCK_TOKENS,
+            below * BLOCK_TOKENS, waiting,
+            not sources or self.learned.overlaps(seat.name),
         )  # fmt: skip
 
     def _source(self, seat: Seat, tier: TierKind, blocks: int) -> Source:
