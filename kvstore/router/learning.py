@@ -59,12 +59,11 @@ class Actual:
 
 
 class _Overlap(NamedTuple):
-    """Fading sums over answers that waited and loaded."""
+    """Fading sums over answers that waited and loaded; as if one had told that both overlap."""
 
-    hidden_s: float
-    """Of the shorter of both, what passed during the longer."""
-    both_s: float
-    """The shorter of both."""
+    hidden: float = 1.0
+    """Shares of the shorter of both that passed during the longer, weighted."""
+    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -99,7 +98,7 @@ class Learned:
     def overlaps(self, worker: str) -> bool:
         """Say whether a worker loads while a request waits; so ours do, so it is assumed."""
         known = self._overlaps.get(worker)
-        return known is None or known.hidden_s >= known.both_s / 2
+        return known is None or known.hidden >= known.weight / 2
 
     def trust(self, publisher: str, now_ms: float) -> float:
         """Return the share of a publisher's claims that are believed, 0 to 1."""
@@ -177,10 +176,13 @@ class Learned:
         both_s = min(queue_s, load_s)
         if both_s < MIN_LEARNT_S:
             return
-        hidden_s = min(both_s, max(0.0, queue_s - actual.queue_ms / 1_000))
-        old, kept = self._overlaps.get(worker, _Overlap(0.0, 0.0)), 1.0 - NEWEST
+        # A queue is foreseen within a share of itself, so a short load behind a long one tells
+        # little. Errors are cut alike on both sides of what decides.
+        share = min(2.0, max(-1.0, (queue_s - actual.queue_ms / 1_000) / both_s))
+        weight, kept = (both_s / max(queue_s, load_s)) ** 2, 1.0 - NEWEST
+        old = self._overlaps.get(worker, _Overlap())
         self._overlaps[worker] = _Overlap(
-            old.hidden_s * kept + hidden_s, old.both_s * kept + both_s
+            old.hidden * kept + share * weight, old.weight * kept + weight
         )
 
     def _observe_prefill(self, worker: str, expected: Expected, actual: Actual) -> None:

@@ -107,15 +107,17 @@ def test_whether_loads_hide_behind_the_queue_is_learnt_from_answers_with_both() 
 
     assert learned.overlaps("w"), "as our own workers do"
     assert answer(before_s=2.0)
-    assert answer(before_s=2.0)
-    assert answer(before_s=3.0), "one answer is no rule"
-    assert not answer(before_s=3.0) and not answer(before_s=3.0)
+    assert answer(before_s=3.0) and answer(before_s=3.0), "two answers are no rule"
+    assert not answer(before_s=3.0)
     assert not answer(before_s=1.0, queue_s=0.0), "without a queue there is nothing to tell"
-    assert not answer(before_s=2.01, load_s=0.01), "what takes longer says more"
-    for _ in range(5):
+    assert not answer(before_s=2.0, load_s=0.01), "of a short load behind a long queue next to it"
+    assert answer(before_s=2.0) and answer(before_s=2.0)
+    for _ in range(9):
         answer(before_s=2.0)
-    assert learned.overlaps("w")
-    answer(before_s=9.0)
+    assert answer(before_s=90.0), "an outlier is one answer"
+    for _ in range(9):
+        answer(before_s=3.0)
+    assert not learned.overlaps("w")
     learned.forget("w")
     assert learned.overlaps("w")
 
