@@ -221,7 +221,7 @@ class BlockIndex:
         elif many and (held := table.alike(cut)):
             if not held & place.bit:
                 table.put(cut, self._intern(held | place.bit))
-                place.came(root, packed, len(cut))
+                place.turn(root, packed, len(cut))
         else:
             self._add_each(place, root, table, cut, room)
 
@@ -237,7 +237,7 @@ class BlockIndex:
         # Where the count is not that, the tables are: 256 lengths, a third of the cost of an event.
         if getrefcount(fresh) - unused == 2 * many:
             self._count(root, table, many)
-            place.came(root, packed, many)
+            place.turn(root, packed, many)
             return
         self._count(root, table, sum(map(len, table.shards)) - table.blocks)
         came: dict[bytes, None] = {}  # a set in order
@@ -249,7 +249,7 @@ class BlockIndex:
                     continue
                 shard[name] = self._intern(now | place.bit)
             came[name] = None
-        place.came(root, b"".join(came), len(came))
+        place.turn(root, b"".join(came), len(came))
 
     def _add_each(
         self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], room: int
@@ -268,7 +268,7 @@ class BlockIndex:
             shard[name] = self._intern(held | bit)
             came.append(name)
         self._count(root, table, new)
-        place.came(root, b"".join(came), len(came))
+        place.turn(root, b"".join(came), len(came))
 
     def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` no longer holds these blocks; unknown ones change nothing."""
@@ -280,7 +280,7 @@ class BlockIndex:
         held = table.shards[cut[0][0]].get(cut[0], 0) if many else 0
         if held & ~place.bit and (held := table.alike(cut) or 0) & place.bit:
             table.put(cut, self._intern(held & ~place.bit))
-            place.went(root, packed, len(cut))
+            place.turn(root, packed, -len(cut))
         else:
             self._discard_each(place, root, table, cut, packed)
 
@@ -292,7 +292,7 @@ class BlockIndex:
         found = [shards[name[0]].pop(name, 0) for name in names]
         gone = found.count(bit)
         if gone == len(names):
-            place.went(root, packed, gone)
+            place.turn(root, packed, -gone)
         else:
             went: list[bytes] = []
             for name, held in zip(names, found, strict=True):
@@ -300,7 +300,7 @@ class BlockIndex:
                     went.append(name)
                 if held & ~bit:
                     shards[name[0]][name] = self._intern(held & ~bit)
-            place.went(root, b"".join(went), len(went))
+            place.turn(root, b"".join(went), -len(went))
         self._count(root, table, -gone)
 
     def _count(self, root: bytes, table: _Table, change: int) -> None:

@@ -242,21 +242,22 @@ class ClusterView:
         known = self._publishers.get(name)
         if known is None:
             return None
-        if isinstance(event, Lost):
+        if isinstance(event, Changed) and known.began:  # first: a hundred for each of the others
+            known.heard_ms, known.lost = now_ms, ""
+            reason = self._change(known, event)
+        elif isinstance(event, Lost):
             known.lost = event.reason or "lost"
             return None
-        known.heard_ms = now_ms
-        known.lost = ""
-        reason = self._apply_heard(known, event, now_ms)
+        else:
+            known.heard_ms, known.lost = now_ms, ""
+            reason = self._apply_heard(known, event, now_ms)
         if reason is None or known.resyncing:
             return None
         known.resyncing = True
         return reason
 
     def _apply_heard(self, known: PublisherView, event: Event, now_ms: float) -> Resync | None:
-        """Apply an event that proves its publisher alive."""
-        if isinstance(event, Changed) and known.began:  # first: a hundred for each of the others
-            return self._change(known, event)
+        """Apply an event that proves its publisher alive and changes no blocks."""
         if isinstance(event, Began):
             self._begin(known, event)
         elif isinstance(event, Loaded):
@@ -296,17 +297,18 @@ class ClusterView:
 
     def _change(self, known: PublisherView, event: Changed) -> Resync | None:
         """Apply sets or deletes; parts that were applied before are left out."""
-        names = event.names
+        names, first = event.names, event.first_sequence
         reason: Resync | None = None
-        if event.first_sequence:
-            behind = known.sequence + 1 - event.first_sequence
+        if first:
+            last, behind = first + len(names) - 1, known.sequence + 1 - first
             if behind < 0:
                 reason = Resync.GAP
             elif behind:
                 names = names[behind:]
-            last = event.first_sequence + len(event.names) - 1
             known.sequence = max(known.sequence, last)
-        place = (known.fresh or {}).get(event.tier) or known.places.get(event.tier)
+        place = known.fresh.get(event.tier) if known.fresh else None
+        if place is None:
+            place = known.places.get(event.tier)
         if place is None or not names:
             return reason
         if event.deleted:
