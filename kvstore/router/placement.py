@@ -262,7 +262,7 @@ class Placement:
         return Source(
             tier.name.lower(),
             blocks * BLOCK_TOKENS,
-            self.learned.load_s_per_token(seat.name, tier),
+            seat.load_rates.get(tier) or self.learned.load_s_per_token(seat.name, tier),
             self._bookings.loading(seat.device(tier)),
             ASSUMED_SHARES[tier],
         )
