@@ -8,7 +8,8 @@ from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS, MAX_PROMPT_TOKENS
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import TierKind
-from kvstore.directory.view import ClusterView, Health, Held
+from kvstore.directory.reach import Held
+from kvstore.directory.view import ClusterView, Health
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.heat import Heat
 from kvstore.router.learning import Actual, Expected, Learned, Promise

@@ -14,8 +14,8 @@ is slower than computing is left out. What a request costs others is added for t
 in seconds. `work` is how long the request keeps the worker busy, and `rate` how many requests come
 to a worker in a second of its queue: so many come while queue and work last, and wait for `work`.
 Behind a short queue that is nothing; where all are long, work that a cache saves is worth more than
-a place further ahead. `needed` is what it would compute with the longest prefix that any worker has in
-its own pages. What is more than that is work that a move makes: the copy evicts what somebody
+a place further ahead. `needed` is what it would compute with the longest prefix that any worker has
+in its own pages. What is more than that is work that a move makes: the copy evicts what somebody
 else then computes again, the more so the fuller (`full`, 0 to 1) the worker's pages are, and the
 less the more of them a tier below still has (`kept`, 0 to 1: of the longest prefix of this prompt
 in any worker's pages, the share that the tiers below hold too).

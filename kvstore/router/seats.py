@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvstore.directory.events import Loaded, TierKind
-from kvstore.directory.view import ClusterView, PublisherView, Reach, reach_over
+from kvstore.directory.reach import Reach
+from kvstore.directory.view import ClusterView, PublisherView, reach_over
 from kvstore.router.learning import Learned
 from kvstore.router.members import Member, Members
 from kvstore.router.score import ASSUMED_PACE, NO_WORK, Pace, Rates, Work, paces

@@ -23,7 +23,7 @@ def test_every_case_prints_its_row(capsys: pytest.CaptureFixture[str]) -> None:
         == 0
     )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 13
+    assert len(rows) == 14
     for row in rows:
         assert list(row) == FIELDS
         assert row["bench"] == "router" and row["value"] >= 0

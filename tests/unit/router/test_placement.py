@@ -6,9 +6,9 @@ from kvstore.directory.events import Began, Changed, Ended, Loaded, LoadRate, Ti
 from kvstore.directory.view import ClusterView
 from kvstore.router.booking import Bookings
 from kvstore.router.learning import Actual
-from kvstore.router.score import LOAD_COST
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Placement, Prompt
+from kvstore.router.score import LOAD_COST
 
 ROOT = Root(bytes(32))
 NAMES = [BlockName(bytes([number]) * 32) for number in range(1, 21)]
