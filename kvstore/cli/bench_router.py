@@ -189,7 +189,7 @@ async def bench_many(bench: Bench, blocks: int) -> None:
     case = f"decide from names, {MANY_WORKERS:,} workers"
     if bench.wants(case):
         cluster = Cluster(blocks, MANY_WORKERS, MANY_WORKERS // 8)
-        run = per_prompt(lambda: [cluster.decide(prompt) for prompt in cluster.prompts])
+        run = per_prompt(lambda: [*map(cluster.decide, cluster.prompts)])
         await bench.against(case, run, hashing(cluster), limit_name=SHA)
 
 

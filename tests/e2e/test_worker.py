@@ -14,7 +14,7 @@ import pytest
 import torch
 from kvworkers.models.provision import ensure_model
 
-from kvstore.directory.events import Loaded, TierKind
+from kvstore.directory.events import Loaded, LoadRate, TierKind
 from kvstore.router.members import Member
 from kvstore.router.watch_source import WatchSource
 from kvstore.testing.node import RunningNode, start_node
@@ -126,11 +126,13 @@ async def test_routers_hear_what_loading_takes(stage: Stage) -> None:
     loaded = await hear(stage, 1, prompt)
     assert loaded.cache.dram_tokens > 0
     source = WatchSource(Member("worker", "worker-1", stage.workers[1].address))
+    rates: tuple[LoadRate, ...] = ()
     async with asyncio.timeout(20), aclosing(source.events()) as events:
         async for event in events:
-            if isinstance(event, Loaded) and event.load_rates:
+            rates = event.load_rates if isinstance(event, Loaded) else ()
+            if rates:
                 break
-    (rate,) = event.load_rates
+    (rate,) = rates
     assert rate.tier is TierKind.DRAM
     # Its rate is over all its loads, of which this one is the last.
     assert 0 < rate.s_per_token < 100 * loaded.load_ms / 1_000 / loaded.cache.dram_tokens
