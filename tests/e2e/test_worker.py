@@ -132,7 +132,8 @@ async def test_routers_hear_what_loading_takes(stage: Stage) -> None:
             rates = event.load_rates if isinstance(event, Loaded) else ()
             if rates:
                 break
-    (rate,) = rates
+    assert len(rates) == 1
+    rate = rates[0]
     assert rate.tier is TierKind.DRAM
     # Its rate is over all its loads, of which this one is the last.
     assert 0 < rate.s_per_token < 100 * loaded.load_ms / 1_000 / loaded.cache.dram_tokens
