@@ -36,6 +36,7 @@ from kvstore.router.placement import Placement, Prompt
 TOKENS: Final = 32_768
 WORKERS: Final = 16
 HOSTS: Final = 2
+MANY_WORKERS: Final = 1_000
 PROMPTS: Final = 12
 """Different prompts of one run, so that no probe finds the last one's entries in the CPU's cache
 because of the benchmark alone."""
@@ -71,7 +72,7 @@ def bare_chain(tokens: bytes) -> None:
 class Cluster:
     """A view of `blocks` entries, a placement over it, and prompts to place."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, workers: int = WORKERS, hosts: int = HOSTS) -> None:
         self.view = ClusterView()
         self.bookings = Bookings(lifetime_ms=1e9)
         self.placement = Placement(self.view, self.bookings)
@@ -81,12 +82,12 @@ class Cluster:
         self.blocks = blocks
         self.prompts = [Prompt(ROOT, names, TOKENS) for names in self.names]
         members: list[Member] = []
-        for number in range(WORKERS):
-            host = f"host-{number % HOSTS}"
+        for number in range(workers):
+            host = f"host-{number % hosts}"
             members.append(Member("worker", f"worker-{number}", f"{host}:{number}", host))
-        members += [Member("node", f"node-{n}", f"host-{n}:1", f"host-{n}") for n in range(HOSTS)]
+        members += [Member("node", f"node-{n}", f"host-{n}:1", f"host-{n}") for n in range(hosts)]
         self.placement.members = Members.of(members)
-        each = blocks // (WORKERS + HOSTS)
+        each = blocks // len(members)
         for number, member in enumerate(members):
             self.view.follow(member.name, host=member.host, now_ms=0.0)
             self._fill(member, number, each)
@@ -181,6 +182,15 @@ async def bench_named(bench: Bench, cluster: Cluster) -> None:
         "decide, book and complete from names": booked,
     }.items():
         await bench.against(case, per_prompt(run), limit, limit_name=SHA, repeat=ROUNDS)
+
+
+async def bench_many(bench: Bench, blocks: int) -> None:
+    """Decide among many more workers."""
+    case = f"decide from names, {MANY_WORKERS:,} workers"
+    if bench.wants(case):
+        cluster = Cluster(blocks, MANY_WORKERS, MANY_WORKERS // 8)
+        run = per_prompt(lambda: [*map(cluster.decide, cluster.prompts)])
+        await bench.against(case, run, hashing(cluster), limit_name=SHA)
 
 
 async def bench_decisions(bench: Bench, cluster: Cluster, peer: SelectPeer | None) -> None:
@@ -384,6 +394,7 @@ async def _measure(bench: Bench, blocks: int) -> None:
             await bench_decisions(bench, cluster, peer)
         radix = RadixPeer(dynamo, cluster.tokens, cluster.workers())
     await bench_match(bench, cluster, radix)
+    await bench_many(bench, blocks)
     await bench_events(bench, cluster, radix)
     bench_memory(bench, cluster)
     await bench_stream(bench)

@@ -7,6 +7,7 @@ late can only make the view over-promise until the next event, mark or snapshot.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import NamedTuple
 
 from kvstore.core.names import BlockName, Root
 
@@ -78,6 +79,13 @@ class Marked:
     digests: tuple[Digest, ...] = ()
 
 
+class LoadRate(NamedTuple):
+    """What loading a token from one tier took a worker."""
+
+    tier: TierKind
+    s_per_token: float
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A worker's load and measured rates."""
@@ -95,6 +103,8 @@ class Loaded:
     queued_token_depths: float = 0.0
     """Sum over the queued tokens of how many tokens of their prompts come before each; 0: not told.
     A token deep in a prompt takes longer than one at its beginning."""
+    load_rates: tuple[LoadRate, ...] = ()
+    """Of the tiers that it has loaded from."""
 
 
 @dataclass(frozen=True, slots=True)

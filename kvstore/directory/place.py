@@ -30,27 +30,22 @@ class Place:
     def xor_keys(self) -> int:
         """Xor over `block_key` of every block."""
         if self._unfolded:
-            words = np.frombuffer(b"".join(self._unfolded), "<u8")[:: NAME_BYTES // 8]
-            self._xor ^= int(np.bitwise_xor.reduce(words))
-            self._unfolded.clear()
-            self._waiting = 0
+            self._fold()
         return self._xor
 
-    def came(self, root: bytes, packed: bytes, count: int) -> None:
-        """Note `count` blocks that were not here."""
-        self._turn(root, packed, count)
-        self.count += count
-
-    def went(self, root: bytes, packed: bytes, count: int) -> None:
-        """Note `count` blocks that were here and are not."""
-        self._turn(root, packed, count)
-        self.count -= count
+    def turn(self, root: bytes, packed: bytes, change: int) -> None:
+        """Note blocks that were not here or, with a `change` below 0, as many that were."""
+        self.count += change
         assert self.count >= 0, "a place loses only what it has"
-
-    def _turn(self, root: bytes, packed: bytes, count: int) -> None:
-        if count % 2:
+        if change % 2:
             self._xor ^= block_key(root, b"")
         self._unfolded.append(packed)
-        self._waiting += count
+        self._waiting += abs(change)
         if self._waiting > FOLD_NAMES:
-            assert self.xor_keys >= 0
+            self._fold()
+
+    def _fold(self) -> None:
+        words = np.frombuffer(b"".join(self._unfolded), "<u8")[:: NAME_BYTES // 8]
+        self._xor ^= int(np.bitwise_xor.reduce(words))
+        self._unfolded.clear()
+        self._waiting = 0

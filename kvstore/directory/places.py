@@ -11,7 +11,7 @@ Nor does growth: a dict that is full moves all its entries at once, 120 ms for 1
 one for each first byte of a name, in each root.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from struct import Struct
 from sys import getrefcount
@@ -74,6 +74,7 @@ class _Span(NamedTuple):
     at_high: int
     """The places found there."""
     group: list[int]
+    """Indexes of the reaches: as keys they would be slow, all one-bit integers have 61 hashes."""
 
 
 class _Table:
@@ -87,8 +88,9 @@ class _Table:
         """By the first byte of the name."""
 
     def halve(
-        self, span: _Span, names: Sequence[bytes], live: int, answers: dict[int, int]
-    ) -> None:
+        self, span: _Span, names: Sequence[bytes], live: int, reaches: Sequence[int],
+        answers: list[int],
+    ) -> None:  # fmt: skip
         """Find where each reach of a span ends; they part where one holds what another lacks."""
         pending, shards = [span], self.shards
         while pending:
@@ -100,15 +102,16 @@ class _Table:
                 if held == at_low:
                     low = middle
                     continue
-                lacks = group if held == at_high else [reach for reach in group if not held & reach]
+                lacks = group if held == at_high else [r for r in group if not held & reaches[r]]
                 if len(lacks) == len(group):
                     high, at_high = middle, held
                     continue
                 if lacks:
                     pending.append(_Span(low, middle, at_low, held, lacks))
-                    group = [reach for reach in group if held & reach]
+                    group = [r for r in group if held & reaches[r]]
                 low, at_low = middle, held
-            answers.update(dict.fromkeys(group, low))
+            for reach in group:
+                answers[reach] = low
 
     def alike(self, names: Sequence[bytes]) -> int | None:
         """Return the places of all these blocks; None where they differ or one comes twice."""
@@ -221,7 +224,7 @@ class BlockIndex:
         elif many and (held := table.alike(cut)):
             if not held & place.bit:
                 table.put(cut, self._intern(held | place.bit))
-                place.came(root, packed, len(cut))
+                place.turn(root, packed, len(cut))
         else:
             self._add_each(place, root, table, cut, room)
 
@@ -237,7 +240,7 @@ class BlockIndex:
         # Where the count is not that, the tables are: 256 lengths, a third of the cost of an event.
         if getrefcount(fresh) - unused == 2 * many:
             self._count(root, table, many)
-            place.came(root, packed, many)
+            place.turn(root, packed, many)
             return
         self._count(root, table, sum(map(len, table.shards)) - table.blocks)
         came: dict[bytes, None] = {}  # a set in order
@@ -249,7 +252,7 @@ class BlockIndex:
                     continue
                 shard[name] = self._intern(now | place.bit)
             came[name] = None
-        place.came(root, b"".join(came), len(came))
+        place.turn(root, b"".join(came), len(came))
 
     def _add_each(
         self, place: Place, root: bytes, table: _Table, names: Sequence[bytes], room: int
@@ -268,7 +271,7 @@ class BlockIndex:
             shard[name] = self._intern(held | bit)
             came.append(name)
         self._count(root, table, new)
-        place.came(root, b"".join(came), len(came))
+        place.turn(root, b"".join(came), len(came))
 
     def discard(self, place: Place, root: bytes, names: Sequence[bytes]) -> None:
         """Note that `place` no longer holds these blocks; unknown ones change nothing."""
@@ -280,7 +283,7 @@ class BlockIndex:
         held = table.shards[cut[0][0]].get(cut[0], 0) if many else 0
         if held & ~place.bit and (held := table.alike(cut) or 0) & place.bit:
             table.put(cut, self._intern(held & ~place.bit))
-            place.went(root, packed, len(cut))
+            place.turn(root, packed, -len(cut))
         else:
             self._discard_each(place, root, table, cut, packed)
 
@@ -292,7 +295,7 @@ class BlockIndex:
         found = [shards[name[0]].pop(name, 0) for name in names]
         gone = found.count(bit)
         if gone == len(names):
-            place.went(root, packed, gone)
+            place.turn(root, packed, -gone)
         else:
             went: list[bytes] = []
             for name, held in zip(names, found, strict=True):
@@ -300,7 +303,7 @@ class BlockIndex:
                     went.append(name)
                 if held & ~bit:
                     shards[name[0]][name] = self._intern(held & ~bit)
-            place.went(root, b"".join(went), len(went))
+            place.turn(root, b"".join(went), -len(went))
         self._count(root, table, -gone)
 
     def _count(self, root: bytes, table: _Table, change: int) -> None:
@@ -313,7 +316,7 @@ class BlockIndex:
     def _intern(self, places: int) -> int:
         return self._interned.setdefault(places, places)
 
-    def match(self, root: bytes, names: Sequence[bytes], reaches: Iterable[int]) -> dict[int, int]:
+    def match(self, root: bytes, names: Sequence[bytes], reaches: Sequence[int]) -> list[int]:
         """Return, for each set of places, how many leading blocks lie somewhere in it.
 
         A hint: with holes it can promise too much or too little (see `longest_prefix`). All sets
@@ -322,22 +325,23 @@ class BlockIndex:
         parts, one where nothing is held.
         """
         length = len(names)
-        answers = dict.fromkeys(reaches, 0)
+        answers = [0] * len(reaches)
         table = self._tables.get(root)
         if not length or table is None:
             return answers
         shards, live, first = table.shards, ~self._retired, names[0]
         at_first = shards[first[0]].get(first, 0) & live
-        alive = [reach for reach in answers if at_first & reach]
+        alive = [r for r, reach in enumerate(reaches) if at_first & reach]
         if not alive:
             return answers
         last = names[length - 1]
         at_last = shards[last[0]].get(last, 0) & live
-        ended = [reach for reach in alive if not at_last & reach] if at_last else alive
+        ended = [r for r in alive if not at_last & reaches[r]] if at_last else alive
         if len(ended) < len(alive):
-            answers.update(dict.fromkeys(alive, length))
+            for reach in alive:
+                answers[reach] = length
         if ended:
-            table.halve(_Span(1, length, at_first, at_last, ended), names, live, answers)
+            table.halve(_Span(1, length, at_first, at_last, ended), names, live, reaches, answers)
         return answers
 
     def sweep(self, limit: int) -> int:

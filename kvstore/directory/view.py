@@ -28,6 +28,7 @@ from kvstore.directory.events import (
 from kvstore.directory.holes import Holes
 from kvstore.directory.place import Place
 from kvstore.directory.places import BlockIndex
+from kvstore.directory.reach import Held, Reach, Spot, held_by, spots_of
 
 DEFAULT_MAX_BLOCKS: Final = 16_000_000
 """Blocks in one view: about 2 GB. Beyond it new blocks are left out and matches promise less."""
@@ -96,32 +97,6 @@ class PublisherView:
         self.tier_bits = bits
 
 
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """Where a worker can take blocks from, as place bits of one view at one moment."""
-
-    own: int
-    """Its own HBM pages."""
-    levels: tuple[tuple[TierKind, int], ...] = ()
-    """Tiers of its host's nodes, fastest first: each with all places down to it."""
-    below: int = 0
-    """All places of those tiers, without its own pages."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Prefix lengths in blocks, as far as the view knows."""
-
-    own_blocks: int
-    """In the worker's own pages."""
-    blocks: int
-    """In anything it reaches; at least `own_blocks`."""
-    levels: tuple[tuple[TierKind, int], ...] = field(default=(), compare=False)
-    """The same down to each tier of its host that adds something, fastest first."""
-    below_blocks: int = field(default=0, compare=False)
-    """In the tiers of its host alone."""
-
-
 class ClusterView:
     """Applies events of many publishers and answers who holds which prefix. Pure."""
 
@@ -136,8 +111,10 @@ class ClusterView:
         self._holes = Holes()
         self._publishers: dict[str, PublisherView] = {}
         self._asked: list[Reach] = []
-        self._masks: tuple[int, ...] = ()
-        """Sets of places of the reaches asked for last."""
+        self._masks: list[int] = []
+        """Sets of places of the reaches asked for last, each once."""
+        self._spots: list[Spot] = []
+        """Where those of each reach stand among them."""
         self.version = 0
         """Changes whenever a publisher comes, goes or begins anew."""
 
@@ -203,17 +180,15 @@ class ClusterView:
         too little, and no longer too much once `ended` told where the prefix ends.
         """
         if reaches != self._asked:  # mostly the very same objects as the last time
-            masks = {reach.own for reach in reaches}
-            masks.update([bits for reach in reaches for _, bits in reach.levels])
-            masks.update([reach.below for reach in reaches])
-            self._asked, self._masks = list(reaches), tuple(masks)
+            self._asked = list(reaches)
+            self._masks, self._spots = spots_of(reaches)
         found = self._index.match(root, names, self._masks)
         for position in self._holes.within(root, names) if self._holes else ():
             held = self._index.places_of(root, names[position])
-            for places, blocks in found.items():
-                if blocks > position and not held & places:
-                    found[places] = position
-        return _held(reaches, found)
+            for at, places in enumerate(self._masks):
+                if found[at] > position and not held & places:
+                    found[at] = position
+        return held_by(self._spots, found)
 
     def ended(self, places: int, root: Root, names: Sequence[BlockName], blocks: int) -> bool:
         """Note that a prefix in `places` had so many blocks only, where a match promised more.
@@ -242,21 +217,22 @@ class ClusterView:
         known = self._publishers.get(name)
         if known is None:
             return None
-        if isinstance(event, Lost):
+        if isinstance(event, Changed) and known.began:  # first: a hundred for each of the others
+            known.heard_ms, known.lost = now_ms, ""
+            reason = self._change(known, event)
+        elif isinstance(event, Lost):
             known.lost = event.reason or "lost"
             return None
-        known.heard_ms = now_ms
-        known.lost = ""
-        reason = self._apply_heard(known, event, now_ms)
+        else:
+            known.heard_ms, known.lost = now_ms, ""
+            reason = self._apply_heard(known, event, now_ms)
         if reason is None or known.resyncing:
             return None
         known.resyncing = True
         return reason
 
     def _apply_heard(self, known: PublisherView, event: Event, now_ms: float) -> Resync | None:
-        """Apply an event that proves its publisher alive."""
-        if isinstance(event, Changed) and known.began:  # first: a hundred for each of the others
-            return self._change(known, event)
+        """Apply an event that proves its publisher alive and changes no blocks."""
         if isinstance(event, Began):
             self._begin(known, event)
         elif isinstance(event, Loaded):
@@ -296,17 +272,18 @@ class ClusterView:
 
     def _change(self, known: PublisherView, event: Changed) -> Resync | None:
         """Apply sets or deletes; parts that were applied before are left out."""
-        names = event.names
+        names, first = event.names, event.first_sequence
         reason: Resync | None = None
-        if event.first_sequence:
-            behind = known.sequence + 1 - event.first_sequence
+        if first:
+            last, behind = first + len(names) - 1, known.sequence + 1 - first
             if behind < 0:
                 reason = Resync.GAP
             elif behind:
                 names = names[behind:]
-            last = event.first_sequence + len(event.names) - 1
             known.sequence = max(known.sequence, last)
-        place = (known.fresh or {}).get(event.tier) or known.places.get(event.tier)
+        place = known.fresh.get(event.tier) if known.fresh else None
+        if place is None:
+            place = known.places.get(event.tier)
         if place is None or not names:
             return reason
         if event.deleted:
@@ -329,33 +306,6 @@ def reach_over(known: PublisherView | None, tiers: Sequence[tuple[TierKind, int]
         below |= places
         levels.append((tier, own | below))
     return Reach(own, tuple(levels), below)
-
-
-def _held(reaches: Sequence[Reach], found: dict[int, int]) -> list[Held]:
-    """Return what each reach holds, given what each set of places does."""
-    held: list[Held] = []
-    plain: dict[tuple[int, int], Held] = {}
-    for reach in reaches:
-        own, below, levels = found[reach.own], found[reach.below], reach.levels
-        if levels and found[levels[-1][1]] > own:
-            held.append(_with_levels(reach, found))
-            continue
-        # As most do: their host adds nothing. And most of those hold the same.
-        same = plain.get((own, below))
-        if same is None:
-            same = plain[own, below] = Held(own, own, (), below)
-        held.append(same)
-    return held
-
-
-def _with_levels(reach: Reach, found: dict[int, int]) -> Held:
-    most = own = found[reach.own]
-    levels: list[tuple[TierKind, int]] = []
-    for tier, bits in reach.levels:
-        if found[bits] > most:
-            most = found[bits]
-            levels.append((tier, most))
-    return Held(own, most, tuple(levels), found[reach.below])
 
 
 def _compare(known: PublisherView, mark: Marked) -> Resync | None:

@@ -214,6 +214,11 @@ class Bookings:
         mine = self._by_worker.get(worker)
         return mine.queue_since(load_ms - REPORT_DELAY_MS) if mine is not None else NO_WORK
 
+    def waiting(self, worker: str) -> int:
+        """Return of how many requests the prefill is that `queued` returned last."""
+        mine = self._by_worker.get(worker)
+        return len(mine.waiting) if mine is not None else 0
+
     def in_flight(self, worker: str) -> int:
         """Return the number of bookings at a worker."""
         mine = self._by_worker.get(worker)

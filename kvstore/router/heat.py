@@ -23,6 +23,10 @@ as much work as is being done (1 / (1 - load) = 2); beyond it waits grow fast.""
 FADE_MS: Final = 10_000.0
 """Time constant of the mean: a burst of less is cheaper to queue than to copy."""
 
+FADE_REQUESTS: Final = 10
+"""The same in requests, where those take long: no single one says that a prefix needs more workers
+than the one that it is on."""
+
 MAX_PREFIXES: Final = 16_384
 """Prefixes with a heat; those asked for longest ago are forgotten first. About 3 MB."""
 
@@ -31,6 +35,7 @@ class _Warm(NamedTuple):
     rate: float
     """Seconds of work a second, as of `at_ms`."""
     at_ms: float
+    fade_ms: float
     blocks: int
     goes_on: BlockName
     """A later block of the last prompt, to tell whether the next one parts."""
@@ -57,6 +62,7 @@ class Heat:
 
     def add(self, names: Sequence[BlockName], busy_s: float, now_ms: float) -> None:
         """Note a request that keeps its worker busy for `busy_s`."""
+        fade_ms = max(FADE_MS, FADE_REQUESTS * busy_s * 1_000)
         blocks = 1
         while blocks <= len(names):
             beyond = blocks + blocks // 4  # far enough that prompts have parted there
@@ -65,8 +71,8 @@ class Heat:
                 known = self._heat.get(name)
                 rate = _faded(known, now_ms) if known is not None else 0.0
                 if known is not None and known.goes_on != names[beyond]:
-                    rate += busy_s / (FADE_MS / 1_000)
-                self._heat[name] = _Warm(rate, now_ms, blocks, names[beyond])
+                    rate += busy_s * 1_000 / fade_ms
+                self._heat[name] = _Warm(rate, now_ms, fade_ms, blocks, names[beyond])
                 self._heat.move_to_end(name)
             blocks *= 2
         while len(self._heat) > MAX_PREFIXES:
@@ -103,4 +109,4 @@ class Heat:
 
 
 def _faded(known: _Warm, now_ms: float) -> float:
-    return known.rate * math.exp((known.at_ms - now_ms) / FADE_MS)
+    return known.rate * math.exp((known.at_ms - now_ms) / known.fade_ms)

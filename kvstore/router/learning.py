@@ -58,6 +58,14 @@ class Actual:
     """Tokens found, by the tier they came from."""
 
 
+class _Overlap(NamedTuple):
+    """Fading sums over answers that waited and loaded; as if one had told that both overlap."""
+
+    hidden: float = 1.0
+    """Shares of the shorter of both that passed during the longer, weighted."""
+    weight: float = 1.0
+
+
 @dataclass(slots=True)
 class _Trust:
     value: float
@@ -70,6 +78,7 @@ class Learned:
     def __init__(self) -> None:
         self._corrections: dict[tuple[str, bool], float] = {}
         self._loads: dict[tuple[str, TierKind], float] = {}
+        self._overlaps: dict[str, _Overlap] = {}
         self._trust: dict[str, _Trust] = {}
         self.version = 0
         """Changes with every correction."""
@@ -85,6 +94,11 @@ class Learned:
     def load_s_per_token(self, worker: str, tier: TierKind) -> float:
         """Return the seconds to load a token into a worker; 0 when nothing is known."""
         return self._loads.get((worker, tier), 0.0)
+
+    def overlaps(self, worker: str) -> bool:
+        """Say whether a worker loads while a request waits; so ours do, so it is assumed."""
+        known = self._overlaps.get(worker)
+        return known is None or known.hidden >= known.weight / 2
 
     def trust(self, publisher: str, now_ms: float) -> float:
         """Return the share of a publisher's claims that are believed, 0 to 1."""
@@ -111,6 +125,7 @@ class Learned:
         for measured in (False, True):
             self._corrections.pop((name, measured), None)
         self._trust.pop(name, None)
+        self._overlaps.pop(name, None)
         self.version += 1
         for key in [key for key in self._loads if key[0] == name]:
             del self._loads[key]
@@ -119,6 +134,7 @@ class Learned:
         """Learn from one answer."""
         self._observe_hits(expected, actual, now_ms)
         self._observe_load(worker, actual)
+        self._observe_overlap(worker, expected, actual)
         self._observe_prefill(worker, expected, actual)
 
     def _observe_hits(self, expected: Expected, actual: Actual, now_ms: float) -> None:
@@ -147,6 +163,27 @@ class Learned:
         ((tier, tokens),) = loaded
         each, old = actual.load_ms / 1_000 / tokens, self._loads.get((worker, tier))
         self._loads[worker, tier] = each if old is None else old + NEWEST * (each - old)
+
+    def _observe_overlap(self, worker: str, expected: Expected, actual: Actual) -> None:
+        """Learn whether loads hide behind the queue, from an answer that had both.
+
+        The worker counts as queue what is left of the time before its turn without the load. So
+        both add up to the longer of the expected queue and the load, or to their sum.
+        """
+        if not actual.load_ms or actual.queue_ms is None:
+            return
+        queue_s, load_s = expected.queue_s, actual.load_ms / 1_000
+        both_s = min(queue_s, load_s)
+        if both_s < MIN_LEARNT_S:
+            return
+        # A queue is foreseen within a share of itself, so a short load behind a long one tells
+        # little. Errors are cut alike on both sides of what decides.
+        share = min(2.0, max(-1.0, (queue_s - actual.queue_ms / 1_000) / both_s))
+        weight, kept = (both_s / max(queue_s, load_s)) ** 2, 1.0 - NEWEST
+        old = self._overlaps.get(worker, _Overlap())
+        self._overlaps[worker] = _Overlap(
+            old.hidden * kept + share * weight, old.weight * kept + weight
+        )
 
     def _observe_prefill(self, worker: str, expected: Expected, actual: Actual) -> None:
         """Learn from the part of the time that was neither queue nor load."""

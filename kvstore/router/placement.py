@@ -8,7 +8,8 @@ from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS, MAX_PROMPT_TOKENS
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import TierKind
-from kvstore.directory.view import ClusterView, Health, Held
+from kvstore.directory.reach import Held
+from kvstore.directory.view import ClusterView, Health
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.heat import Heat
 from kvstore.router.learning import Actual, Expected, Learned, Promise
@@ -248,19 +249,21 @@ class Placement:
             ]
         load_ms = seat.known.load_ms if seat.known is not None else 0.0
         queued = self._bookings.queued(seat.name, load_ms=load_ms)
+        waiting = seat.load.waiting + self._bookings.waiting(seat.name)
         if reported := seat.reported.tokens:
             depths = queued.token_depths + seat.reported.token_depths
             queued = Work(queued.tokens + reported, depths)
         return Candidate(
             seat.name, own * BLOCK_TOKENS, sources, seat.pace, queued, seat.running, seat.kv_used,
-            below * BLOCK_TOKENS,
+            below * BLOCK_TOKENS, waiting,
+            not sources or self.learned.overlaps(seat.name),
         )  # fmt: skip
 
     def _source(self, seat: Seat, tier: TierKind, blocks: int) -> Source:
         return Source(
             tier.name.lower(),
             blocks * BLOCK_TOKENS,
-            self.learned.load_s_per_token(seat.name, tier),
+            seat.load_rates.get(tier) or self.learned.load_s_per_token(seat.name, tier),
             self._bookings.loading(seat.device(tier)),
             ASSUMED_SHARES[tier],
         )

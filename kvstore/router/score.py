@@ -7,11 +7,15 @@ the split that makes both sides equal: blocks before it are computed although a 
 because loading them would take longer. `hit` is chosen among the ends of the tiers, so a tier that
 is slower than computing is left out. What a request costs others is added for the ranking only:
 
-    cost = ttft + DECODE * running * computed
+    cost = ttft + rate * work * (queue + work / 2)
+                + DECODE * running * computed
                 + MOVE * full * (1 - kept) * (computed + loaded - needed)
 
-in seconds, where `needed` is what it would compute with the longest prefix that any worker has in
-its own pages. What is more than that is work that a move makes: the copy evicts what somebody
+in seconds. `work` is how long the request keeps the worker busy, and `rate` how many requests come
+to a worker in a second of its queue: so many come while queue and work last, and wait for `work`.
+Behind a short queue that is nothing; where all are long, work that a cache saves is worth more than
+a place further ahead. `needed` is what it would compute with the longest prefix that any worker has
+in its own pages. What is more than that is work that a move makes: the copy evicts what somebody
 else then computes again, the more so the fuller (`full`, 0 to 1) the worker's pages are, and the
 less the more of them a tier below still has (`kept`, 0 to 1: of the longest prefix of this prompt
 in any worker's pages, the share that the tiers below hold too).
@@ -129,6 +133,10 @@ class Candidate:
     """Share of its page pool in use, 0 to 1; breaks ties towards the emptier pool."""
     below_tokens: int = 0
     """Leading prompt tokens in the tiers of its host alone."""
+    waiting: int = 0
+    """Requests that wait there for their first token."""
+    overlaps: bool = True
+    """Whether it loads while a request waits; else when its turn comes, and nothing meanwhile."""
 
     @property
     def known_tokens(self) -> int:
@@ -231,10 +239,12 @@ def plan_sources(candidate: Candidate, prompt_tokens: int, queue_s: float) -> Pl
         hit = source.until_tokens
         if hit <= best.hit_tokens:
             continue
-        split = _split(candidate, hit, queue_s)
+        split = _split(candidate, hit, queue_s) if candidate.overlaps else own
         load_s = _load_s(candidate.sources, split, hit, pace)
         before_s, after_s = pace.between(own, split), pace.between(hit, prompt_tokens)
-        ttft_s = max(queue_s + before_s, load_s) + after_s
+        until_s = queue_s + before_s
+        until_s = max(until_s, load_s) if candidate.overlaps else until_s + load_s
+        ttft_s = until_s + after_s
         if ttft_s < best.ttft_s:
             best = Plan(ttft_s, hit, split, load_s, before_s + after_s)
     return best
@@ -262,25 +272,28 @@ def _split(candidate: Candidate, hit: int, queue_s: float) -> int:
 
 
 def score(
-    candidate: Candidate, prompt_tokens: int, most_own_tokens: int = 0, hot_tokens: int = 0
-) -> Score:
+    candidate: Candidate, prompt_tokens: int, most_own_tokens: int = 0, hot_tokens: int = 0,
+    rate: float = 0.0,
+) -> Score:  # fmt: skip
     """Predict one worker's time to first token, and what that costs others.
 
     `most_own_tokens` is the longest prefix that any worker has in its own pages. A copy of the
-    first `hot_tokens` is wanted: work that makes one is no cost.
+    first `hot_tokens` is wanted: work that makes one is no cost. `rate` is what `arrivals` returns.
     """
     most = most_own_tokens
-    return _scored(candidate, *_price(candidate, prompt_tokens, most, hot_tokens))
+    return _scored(candidate, *_price(candidate, prompt_tokens, most, hot_tokens, rate))
 
 
 def _price(
-    candidate: Candidate, prompt_tokens: int, most_own_tokens: int, hot_tokens: int
+    candidate: Candidate, prompt_tokens: int, most_own_tokens: int, hot_tokens: int, rate: float
 ) -> tuple[float, Plan, float]:
     """Return queue seconds, plan and what others pay; `score` says what the arguments are."""
     own, queued, pace = candidate.own_tokens, candidate.queued, candidate.pace
     queue_s = pace.seconds(queued) if queued.tokens else 0.0
     plan = plan_sources(candidate, prompt_tokens, queue_s)
+    work_s = plan.ttft_s - queue_s
     others_s = DECODE * candidate.running * plan.compute_s
+    others_s += rate * work_s * (queue_s + work_s / 2)
     moved_s = 0.0
     if most_own_tokens > own or plan.load_s:
         needed_s = pace.between(max(own, most_own_tokens), prompt_tokens)
@@ -293,6 +306,19 @@ def _price(
         # Empty pages evict nothing, and what a tier below still has nobody computes again.
         others_s += MOVE * candidate.kv_used * moved_s * _lost(candidate, most_own_tokens)
     return queue_s, plan, others_s
+
+
+def arrivals(candidates: Sequence[Candidate]) -> float:
+    """Return how many requests come to a worker in a second of its queue; 0 where none waits.
+
+    By what waits now: where requests come steadily, as many will come while a queue lasts as came
+    while it grew. The mean of all, because who comes next is sent wherever it is best.
+    """
+    waiting = sum([one.waiting for one in candidates])
+    if not waiting:
+        return 0.0
+    queued_s = sum([one.pace.seconds(one.queued) for one in candidates])
+    return waiting / queued_s if queued_s > 0 else 0.0
 
 
 def _lost(candidate: Candidate, most_own_tokens: int) -> float:
@@ -346,9 +372,10 @@ class Ranking(Sequence[Score]):
 def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 0) -> Ranking:
     """Return the scores, best first. Ties: emptier pool, fewer running, then the name."""
     most = max([candidate.own_tokens for candidate in candidates], default=0)
+    rate = arrivals(candidates)
     rows: list[_Row] = []
     for index, one in enumerate(candidates):
-        queue_s, plan, others_s = _price(one, prompt_tokens, most, hot_tokens)
+        queue_s, plan, others_s = _price(one, prompt_tokens, most, hot_tokens, rate)
         cost_s = plan.ttft_s + others_s
         rows.append(
             (cost_s, one.kv_used, one.running, one.name, index, one, queue_s, plan, others_s)

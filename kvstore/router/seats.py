@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvstore.directory.events import Loaded, TierKind
-from kvstore.directory.view import ClusterView, PublisherView, Reach, reach_over
+from kvstore.directory.reach import Reach
+from kvstore.directory.view import ClusterView, PublisherView, reach_over
 from kvstore.router.learning import Learned
 from kvstore.router.members import Member, Members
 from kvstore.router.score import ASSUMED_PACE, NO_WORK, Pace, Rates, Work, paces
@@ -26,6 +27,7 @@ class Seat:
         "known",
         "kv_used",
         "load",
+        "load_rates",
         "member",
         "name",
         "pace",
@@ -46,6 +48,8 @@ class Seat:
         self.pace: Pace = ASSUMED_PACE
         self.reported: Work = NO_WORK
         """What the worker says it has to compute."""
+        self.load_rates: dict[TierKind, float] = {}
+        """Seconds a token, by the tiers that the worker has loaded from."""
         self.running = 0
         self.kv_used = 0.0
         self.reach = Reach(0)
@@ -62,6 +66,7 @@ class Seat:
             self.reported = Work(load.queued_tokens, load.queued_token_depths)
         else:  # lengths that nobody tells: as long as each other
             self.reported = Work.of(load.queued_tokens, 0, max(1, load.waiting))
+        self.load_rates = dict(load.load_rates)
         self.running = load.running + load.waiting
         self.kv_used = load.kv_used_bytes / max(1, load.kv_capacity_bytes)
         return True

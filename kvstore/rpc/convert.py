@@ -3,6 +3,7 @@
 Every value that comes from the wire is checked here: what a peer sends can be anything.
 """
 
+import math
 from typing import Final
 
 from kvstore.core.errors import BadInput, TooLarge
@@ -22,6 +23,7 @@ from kvstore.directory.events import (
     Ended,
     Event,
     Loaded,
+    LoadRate,
     Lost,
     Marked,
     TierKind,
@@ -226,8 +228,18 @@ _LOAD_FIELDS: Final = (
 
 
 def _load_to_proto(load: Loaded) -> watch_pb2.Load:
-    return watch_pb2.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+    message = watch_pb2.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+    for rate in load.load_rates:
+        message.load_rates.add(tier=_WIRE_TIER[rate.tier], s_per_token=rate.s_per_token)
+    return message
 
 
 def _load_from_proto(message: watch_pb2.Load) -> Loaded:
-    return Loaded(**{name: getattr(message, name) for name in _LOAD_FIELDS})
+    rates = tuple(_load_rate(tier_from_wire(r.tier), r.s_per_token) for r in message.load_rates)
+    return Loaded(**{name: getattr(message, name) for name in _LOAD_FIELDS}, load_rates=rates)
+
+
+def _load_rate(tier: TierKind, s_per_token: float) -> LoadRate:
+    if not 0 < s_per_token < math.inf:
+        raise BadInput(f"a token takes {s_per_token} s to load from {tier.name.lower()}")
+    return LoadRate(tier, s_per_token)

@@ -3,9 +3,10 @@
 With cache = without cache = `transformers.generate`; alone, from the arena, after eviction.
 """
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 from kvworkers.models.provision import ensure_model
 
+from kvstore.directory.events import Loaded, LoadRate, TierKind
+from kvstore.router.members import Member
+from kvstore.router.watch_source import WatchSource
 from kvstore.testing.node import RunningNode, start_node
 from tests.exactness import Exactness, Reference
 from tests.worker_process import Answer, RunningWorker, ask, cached_tokens, start_worker
@@ -113,6 +117,26 @@ async def test_replies_stay_exact_when_pages_are_evicted(stage: Stage) -> None:
         await hear(stage, 0, prompt)
     found = await hear(stage, 1, prompts[1])
     assert found.cache.dram_tokens > 0
+
+
+async def test_routers_hear_what_loading_takes(stage: Stage) -> None:
+    words = stage.judge.reference.tokenizer(SYSTEM * 4, add_special_tokens=False)["input_ids"]
+    prompt = words[7:207]
+    await hear(stage, 0, prompt)
+    loaded = await hear(stage, 1, prompt)
+    assert loaded.cache.dram_tokens > 0
+    source = WatchSource(Member("worker", "worker-1", stage.workers[1].address))
+    rates: tuple[LoadRate, ...] = ()
+    async with asyncio.timeout(20), aclosing(source.events()) as events:
+        async for event in events:
+            rates = event.load_rates if isinstance(event, Loaded) else ()
+            if rates:
+                break
+    assert len(rates) == 1
+    rate = rates[0]
+    assert rate.tier is TierKind.DRAM
+    # Its rate is over all its loads, of which this one is the last.
+    assert 0 < rate.s_per_token < 100 * loaded.load_ms / 1_000 / loaded.cache.dram_tokens
 
 
 def test_the_run_had_few_near_ties(stage: Stage) -> None:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from kvstore.core.names import BlockName, Root
 from kvstore.directory.events import Began, Changed, Digest, Ended, Event, Marked, TierKind
 from kvstore.directory.policy import block_key
-from kvstore.directory.view import ClusterView, Held
+from kvstore.directory.reach import Held
+from kvstore.directory.view import ClusterView
 
 ROOT = Root(bytes(32))
 NAMES = [BlockName(bytes([number]) * 32) for number in range(1, 25)]

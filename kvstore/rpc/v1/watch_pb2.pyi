@@ -89,8 +89,16 @@ class TierDigest(_message.Message):
     xor_prefixes: int
     def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., count: _Optional[int] = ..., xor_prefixes: _Optional[int] = ...) -> None: ...
 
+class LoadRate(_message.Message):
+    __slots__ = ("tier", "s_per_token")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    S_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    tier: _types_pb2.Tier
+    s_per_token: float
+    def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., s_per_token: _Optional[float] = ...) -> None: ...
+
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "kv_used_bytes", "kv_capacity_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_linear_s", "prefill_quadratic_s", "draining", "queued_token_depths")
+    __slots__ = ("running", "waiting", "queued_tokens", "kv_used_bytes", "kv_capacity_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_linear_s", "prefill_quadratic_s", "draining", "queued_token_depths", "load_rates")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +110,7 @@ class Load(_message.Message):
     PREFILL_QUADRATIC_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKEN_DEPTHS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_RATES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -113,4 +122,5 @@ class Load(_message.Message):
     prefill_quadratic_s: float
     draining: bool
     queued_token_depths: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_used_bytes: _Optional[int] = ..., kv_capacity_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., prefill_linear_s: _Optional[float] = ..., prefill_quadratic_s: _Optional[float] = ..., draining: bool = ..., queued_token_depths: _Optional[float] = ...) -> None: ...
+    load_rates: _containers.RepeatedCompositeFieldContainer[LoadRate]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_used_bytes: _Optional[int] = ..., kv_capacity_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., prefill_linear_s: _Optional[float] = ..., prefill_quadratic_s: _Optional[float] = ..., draining: bool = ..., queued_token_depths: _Optional[float] = ..., load_rates: _Optional[_Iterable[_Union[LoadRate, _Mapping]]] = ...) -> None: ...

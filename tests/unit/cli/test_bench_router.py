@@ -5,6 +5,7 @@ import json
 import click
 import pytest
 
+from kvstore.cli import bench_router
 from kvstore.cli.bench import bench
 from kvstore.cli.bench_router_start import measure_start, percentile_ms
 from kvstore.cli.bench_router_stream import seconds_until_visible
@@ -17,13 +18,16 @@ FIELDS = [
 ]  # fmt: skip
 
 
-def test_every_case_prints_its_row(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_case_prints_its_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_router, "MANY_WORKERS", 24)
     assert (
         run(["bench", "router", "--quick", "--blocks", "2000", "--start-blocks", "20000", "--json"])
         == 0
     )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 13
+    assert len(rows) == 14
     for row in rows:
         assert list(row) == FIELDS
         assert row["bench"] == "router" and row["value"] >= 0

@@ -13,7 +13,8 @@ from kvstore.directory.events import (
     TierKind,
 )
 from kvstore.directory.policy import block_key
-from kvstore.directory.view import ClusterView, Health, Held, Resync
+from kvstore.directory.reach import Held
+from kvstore.directory.view import ClusterView, Health, Resync
 
 ROOT = Root(bytes(range(32)))
 
@@ -212,3 +213,18 @@ def test_a_view_that_left_blocks_out_does_not_trust_its_digests() -> None:
     view.follow("w", host="", now_ms=0.0)
     feed(view, "w", *hbm(held=names(4)), Marked(0, (digest(TierKind.HBM, names(4)),)))
     assert held(view, names(4)) == Held(2, 2)
+
+
+def test_a_thousand_workers_are_told_apart() -> None:
+    view = ClusterView()
+    for number in range(1_000):
+        worker = f"w{number}"
+        view.follow(worker, host="", now_ms=0.0)
+        held_here = names(1 + number % 7, start=1)
+        for event in (
+            Began(worker, 1, 0, (TierKind.HBM,)), Changed(ROOT, TierKind.HBM, held_here), Ended(0)
+        ):  # fmt: skip
+            assert view.apply(worker, event, 0.0) is None
+    reaches = [view.reach(f"w{number}", (), 0.0) for number in range(1_000)]
+    found = view.match(ROOT, names(10), reaches)
+    assert [one.own_blocks for one in found] == [1 + number % 7 for number in range(1_000)]

@@ -35,6 +35,17 @@ def test_one_busy_conversation_is_not_hot() -> None:
     assert warm.hot_blocks(names(200), [150, 0], 0.0) == 0
 
 
+def test_a_request_that_takes_long_is_no_heat_by_itself() -> None:
+    """A minute of work keeps one worker busy for a minute: it does not need six."""
+    warm = Heat()
+    for number in range(3):
+        warm.add(names(12, tail=number), 60.0, number * 60_000.0)
+    assert warm.hot_blocks(names(12), [12, 0], 120_000.0) == 0
+    for number in range(60):  # 6 workers' work: one such request every ten seconds
+        warm.add(names(12, tail=number), 60.0, 180_000.0 + number * 10_000.0)
+    assert warm.hot_blocks(names(12), [12, 12, 0], 780_000.0) == 8
+
+
 def test_prefixes_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heat, "MAX_PREFIXES", 3)
     warm = Heat()

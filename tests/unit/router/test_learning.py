@@ -92,3 +92,39 @@ def test_nobody_is_blamed_for_what_was_only_coming() -> None:
     learned.observe("w", expected(Promise("", 320)), Actual(hit_tokens=0), 0.0)
     learned.observe("w", expected(Promise("w", 0)), Actual(hit_tokens=0), 0.0)
     assert learned.doubted() == []
+
+
+def test_whether_loads_hide_behind_the_queue_is_learnt_from_answers_with_both() -> None:
+    learned = Learned()
+
+    def answer(before_s: float, queue_s: float = 2.0, load_s: float = 1.0) -> bool:
+        """The worker counts as queue what is left of the time before its turn without the load."""
+        told = Expected(1_000, 320, 0.680, queue_s, 0.0, PACE, ())
+        queue_ms = (before_s - load_s) * 1_000
+        actual = Actual(hit_tokens=320, queue_ms=queue_ms, load_ms=load_s * 1_000)
+        learned.observe("w", told, actual, 0.0)
+        return learned.overlaps("w")
+
+    assert learned.overlaps("w"), "as our own workers do"
+    assert answer(before_s=2.0)
+    assert answer(before_s=3.0) and answer(before_s=3.0), "two answers are no rule"
+    assert not answer(before_s=3.0)
+    assert not answer(before_s=1.0, queue_s=0.0), "without a queue there is nothing to tell"
+    assert not answer(before_s=2.0, load_s=0.01), "of a short load behind a long queue next to it"
+    assert answer(before_s=2.0) and answer(before_s=2.0)
+    for _ in range(9):
+        answer(before_s=2.0)
+    assert answer(before_s=90.0), "an outlier is one answer"
+    for _ in range(9):
+        answer(before_s=3.0)
+    assert not learned.overlaps("w")
+    learned.forget("w")
+    assert learned.overlaps("w")
+
+
+def test_an_answer_that_tells_no_times_says_nothing_about_overlap() -> None:
+    learned = Learned()
+    told = Expected(1_000, 320, 0.680, 2.0, 0.0, PACE, ())
+    for actual in (Actual(hit_tokens=320, load_ms=900.0), Actual(hit_tokens=320, queue_ms=2_500.0)):
+        learned.observe("w", told, actual, 0.0)
+    assert learned.overlaps("w")

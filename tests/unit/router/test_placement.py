@@ -1,11 +1,14 @@
+import pytest
+
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import BlockName, Root
-from kvstore.directory.events import Began, Changed, Ended, TierKind
+from kvstore.directory.events import Began, Changed, Ended, Loaded, LoadRate, TierKind
 from kvstore.directory.view import ClusterView
 from kvstore.router.booking import Bookings
 from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Placement, Prompt
+from kvstore.router.score import LOAD_COST
 
 ROOT = Root(bytes(32))
 NAMES = [BlockName(bytes([number]) * 32) for number in range(1, 21)]
@@ -62,3 +65,24 @@ def test_an_answer_of_a_worker_that_left_teaches_no_holes() -> None:
     booking = bookings.book("gone", ROOT, NAMES, hit_tokens=320, uncached_tokens=1, now_ms=0.0)
     placement.learn(booking, decision.expected, Actual(hit_tokens=96), 0.0)
     assert answer(placement, bookings, Actual(hit_tokens=320))[1] > 96
+
+
+def test_loads_are_priced_as_the_worker_says_else_as_answers_taught() -> None:
+    placement, bookings = made([], NAMES)
+
+    def load_s() -> float:
+        decision = placement.decide(PROMPT, 0.0)
+        assert decision is not None
+        return decision.scores[0].plan.load_s
+
+    assert load_s() == pytest.approx(320 * LOAD_COST * 1e-3, rel=0.06), "assumed, less the split"
+    actual = Actual(hit_tokens=320, load_ms=3.2, by_tier={TierKind.DRAM: 320})
+    answer(placement, bookings, actual)
+    assert load_s() == pytest.approx(320 * 1e-5, rel=0.06)
+    told = Loaded(load_rates=(LoadRate(TierKind.DRAM, 5e-5), LoadRate(TierKind.NVME, 1.0)))
+    assert placement._view.apply("w", told, 0.0) is None
+    assert load_s() == pytest.approx(320 * 5e-5, rel=0.06), "of all its loads, not of ours alone"
+    slow = Loaded(load_rates=(LoadRate(TierKind.DRAM, 2e-3),))
+    assert placement._view.apply("w", slow, 0.0) is None
+    decision = placement.decide(PROMPT, 0.0)
+    assert decision is not None and decision.scores[0].plan.split_tokens > 160, "mostly computed"

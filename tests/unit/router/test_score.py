@@ -14,6 +14,7 @@ from kvstore.router.score import (
     Rates,
     Source,
     Work,
+    arrivals,
     paces,
     plan_sources,
     rank,
@@ -222,3 +223,45 @@ def test_more_hits_and_less_queue_never_hurt(own: int, more: int, queued: int, b
     before = score(base, 2_000).ttft_s
     assert score(hits, 2_000).ttft_s <= before + 1e-9
     assert score(replace(base, queued=Work()), 2_000).ttft_s <= before
+
+
+def test_as_many_come_in_a_second_of_queue_as_wait_now() -> None:
+    idle, busy = candidate("a"), candidate("b", queued=queue(4_000), waiting=6)
+    assert arrivals([idle, busy]) == pytest.approx(6 / 4.0)
+    assert arrivals([idle]) == 0.0
+    # A queue that ended since it was counted, and one that nobody has counted yet.
+    assert arrivals([candidate("a", waiting=3)]) == 0.0
+    assert arrivals([candidate("a", queued=queue(500))]) == 0.0
+
+
+def test_those_who_come_later_wait_for_what_a_request_makes_a_worker_do() -> None:
+    one = candidate("a", own=496, queued=queue(2_000))
+    alone, followed = score(one, 1_000, 496), score(one, 1_000, 496, rate=3.0)
+    work_s = followed.ttft_s - followed.queue_s
+    assert work_s == pytest.approx(0.504)
+    assert followed.ttft_s == alone.ttft_s
+    assert followed.others_s - alone.others_s == pytest.approx(3.0 * work_s * (2.0 + work_s / 2))
+
+
+def test_where_all_queues_are_long_saved_work_outweighs_a_shorter_one() -> None:
+    def chosen(queued: int, waiting: int) -> str:
+        holder = candidate("a", own=496, queued=queue(queued + 600), waiting=waiting)
+        return best(holder, candidate("b", queued=queue(queued), waiting=waiting))
+
+    assert chosen(0, 0) == "b"
+    assert chosen(20_000, 0) == "b"
+    assert chosen(20_000, 20) == "a"
+
+
+def test_a_worker_that_loads_in_its_turn_computes_nothing_meanwhile() -> None:
+    source = Source("dram", 960, 5e-4)
+    together = Candidate("a", 0, [source], PACE, queue(300))
+    turn = replace(together, overlaps=False)
+    plan = plan_sources(turn, 1_000, 0.3)
+    assert (plan.hit_tokens, plan.split_tokens) == (960, 0)
+    assert plan.load_s == pytest.approx(0.48)
+    assert plan.ttft_s == pytest.approx(0.3 + 0.48 + 0.04)
+    assert plan_sources(together, 1_000, 0.3).ttft_s < plan.ttft_s
+    # Behind a queue that hides the load, only the one that loads meanwhile has it for nothing.
+    assert plan_sources(together, 1_000, 2.0).ttft_s == pytest.approx(2.04)
+    assert plan_sources(turn, 1_000, 2.0).ttft_s == pytest.approx(2.52)

@@ -1,5 +1,6 @@
 """Wire messages and our nouns: everything survives the way there and back, nothing bad gets in."""
 
+import struct
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvstore.directory.events import (
     Ended,
     Event,
     Loaded,
+    LoadRate,
     Lost,
     Marked,
     TierKind,
@@ -98,6 +100,9 @@ EVENTS = st.one_of(
         decode_tokens_per_s=st.floats(0, 1e6), prefill_linear_s=st.floats(0, 1),
         prefill_quadratic_s=st.floats(0, 1), draining=st.booleans(),
         queued_token_depths=st.floats(0, 1e12),
+        load_rates=st.lists(
+            st.builds(LoadRate, st.sampled_from(TierKind), st.floats(1e-9, 1)), max_size=3
+        ).map(tuple),
     ),
 )  # fmt: skip
 
@@ -163,3 +168,17 @@ def test_roots_tiers_and_identifiers() -> None:
     with pytest.raises(BadInput, match="tier 9"):
         tier_from_wire(9)
     assert check_id("node-ä", "name") == "node-ä"
+
+
+@pytest.mark.parametrize(
+    ("tier", "s_per_token", "message"),
+    [(1, 0.0, "hbm"), (2, -1.0, "dram"), (3, float("nan"), "nvme"), (9, 1.0, "tier 9")],
+)
+def test_rates_that_cannot_be_are_refused(tier: int, s_per_token: float, message: str) -> None:
+    reply = watch_pb2.WatchReply()
+    # As bytes: an enum of this build refuses a number that it does not know.
+    reply.load.MergeFromString(
+        b"\x62\x0b\x08" + bytes([tier]) + b"\x11" + struct.pack("<d", s_per_token)
+    )
+    with pytest.raises(BadInput, match=message):
+        event_from_reply(reply)

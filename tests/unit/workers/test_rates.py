@@ -1,5 +1,7 @@
 import pytest
-from kvworkers.engine.rates import RateFit, Rates
+from kvworkers.engine.rates import LoadFit, RateFit, Rates
+
+from kvstore.directory.events import LoadRate, TierKind
 
 
 def test_what_depth_costs_is_a_share_of_the_first_block() -> None:
@@ -55,3 +57,24 @@ def test_decode_rate_counts_tokens_of_all_sequences() -> None:
     assert 40 < fit.rates().decode_tokens_per_s < 80
     fit.decode(1, 0.0)
     assert fit.rates().decode_tokens_per_s < 80
+
+
+def test_what_loading_a_token_takes_is_told_by_tier() -> None:
+    fit = LoadFit()
+    assert fit.rates() == ()
+    fit.load({TierKind.NVME: 1_000}, 0.5)
+    fit.load({TierKind.DRAM: 1_000, TierKind.NVME: 0}, 0.1)
+    assert fit.rates() == (LoadRate(TierKind.DRAM, 1e-4), LoadRate(TierKind.NVME, 5e-4))
+    fit.load({TierKind.DRAM: 16}, 0.01)
+    assert fit.rates()[0].s_per_token == pytest.approx(0.1 / 916), "short ones count for less"
+    for _ in range(60):
+        fit.load({TierKind.DRAM: 1_000}, 0.2)
+    assert fit.rates()[0].s_per_token == pytest.approx(2e-4, rel=0.01), "old ones fade"
+
+
+def test_loads_that_tell_nothing_are_left_out() -> None:
+    fit = LoadFit()
+    fit.load({}, 0.1)
+    fit.load({TierKind.DRAM: 16, TierKind.NVME: 16}, 0.1)
+    fit.load({TierKind.DRAM: 16}, 0.0)
+    assert fit.rates() == ()

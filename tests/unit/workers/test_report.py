@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import MissReason
-from kvstore.directory.events import Loaded, TierKind
+from kvstore.directory.events import Loaded, LoadRate, TierKind
 from kvstore.directory.lru import Lru
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
@@ -65,3 +65,15 @@ def test_decode_time_is_told_apart_by_batch() -> None:
     value = registry.get_sample_value
     assert value("kvstore_worker_decode_seconds_sum", {"batch": "1"}) == 0.01
     assert value("kvstore_worker_decode_seconds_count", {"batch": "4"}) == 2
+
+
+def test_with_the_load_go_the_rates_of_loading() -> None:
+    pool = PagePool(1, block_bytes=4096, policy=Lru())
+    publisher = Publisher("w", 1, [TierKind.HBM], pool)
+    reporter = Reporter(publisher, WorkerMetrics(CollectorRegistry()))
+    reporter.publish(pool, Loaded(running=1))
+    assert publisher.load == Loaded(running=1)
+    use = CacheUse(1_000, 32, {TierKind.DRAM: 800}, MissReason.ABSENT)
+    reporter.first_token(FirstTokens(use, 50.0, 5.0, 4.0))
+    reporter.publish(pool, Loaded(running=2))
+    assert publisher.load == Loaded(running=2, load_rates=(LoadRate(TierKind.DRAM, 5e-6),))

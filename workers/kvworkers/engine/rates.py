@@ -7,15 +7,21 @@ attention grows with what it looks back on.
 Older steps fade, so the fit follows the machine (a noisy neighbour, a clock change).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from kvstore.core.limits import BLOCK_TOKENS
+from kvstore.directory.events import LoadRate, TierKind
 
 _FADE: Final = 0.98
 """Weight that a step loses with each later one: about 50 steps of memory."""
 _SMOOTH: Final = 0.2
 """Weight of the newest decode step in the moving average."""
+
+
+_FADE_LOAD: Final = 0.9
+"""The same of a load: about ten of memory, as long as routers remember answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +103,25 @@ class RateFit:
         # One feature explains everything seen so far (steps all alike), or noise made the
         # curvature negative: charge the tokens alone.
         return self._xy / self._xx, 0.0
+
+
+class LoadFit:
+    """Seconds a token by tier, over the last loads: long ones count for more."""
+
+    def __init__(self) -> None:
+        self._sums: dict[TierKind, tuple[float, float]] = {}
+
+    def load(self, tokens: Mapping[TierKind, int], seconds: float) -> None:
+        """Take in one prompt's load; one of several tiers tells nothing about either."""
+        loaded = [tier for tier, count in tokens.items() if count > 0]
+        if len(loaded) != 1 or seconds <= 0:
+            return
+        tier = loaded[0]
+        count, spent_s = self._sums.get(tier, (0.0, 0.0))
+        self._sums[tier] = count * _FADE_LOAD + tokens[tier], spent_s * _FADE_LOAD + seconds
+
+    def rates(self) -> tuple[LoadRate, ...]:
+        """Return the rates of all tiers measured, fastest tier first."""
+        return tuple(
+            LoadRate(tier, seconds / count) for tier, (count, seconds) in sorted(self._sums.items())
+        )

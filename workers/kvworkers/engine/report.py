@@ -1,12 +1,13 @@
 """What the engine tells the outside: metrics of requests, events and load for routers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from kvstore.directory.events import Loaded, TierKind
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
 from kvworkers.engine.output import FirstTokens
-from kvworkers.engine.rates import RateFit, Rates
+from kvworkers.engine.rates import LoadFit, RateFit, Rates
 from kvworkers.engine.scheduler import Scheduler, Work
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.pages.pool import PageChange, PagePool
@@ -18,17 +19,21 @@ class Reporter:
     def __init__(self, publisher: Publisher, metrics: WorkerMetrics) -> None:
         self._publisher = publisher
         self._metrics = metrics
+        self._loads = LoadFit()
         self._evictions = 0
 
     def publish(self, pool: PagePool, load: Loaded) -> None:
-        """Send on what the pool named and unnamed since the last call, and the load."""
+        """Send on what the pool named and unnamed since the last call, and the load.
+
+        With the load go the rates of loading, as `first_token` has heard of it.
+        """
         for run in _runs(pool.drain_changes()):
             root, names = run[0].key.root, [change.key.name for change in run]
             if run[0].deleted:
                 self._publisher.delete(root, TierKind.HBM, names)
             else:
                 self._publisher.set(root, TierKind.HBM, names, block_bytes=pool.block_bytes)
-        self._publisher.load = load
+        self._publisher.load = replace(load, load_rates=self._loads.rates())
         metrics = self._metrics
         metrics.evictions.inc(pool.evictions - self._evictions)
         self._evictions = pool.evictions
@@ -40,6 +45,7 @@ class Reporter:
     def first_token(self, first: FirstTokens) -> None:
         """Count where a prompt's tokens came from and how long its first token took."""
         metrics, use = self._metrics, first.cache
+        self._loads.load(use.loaded_tokens, first.load_ms / 1000)
         metrics.prompt_tokens.labels("hbm").inc(use.hbm_tokens)
         for tier, tokens in use.loaded_tokens.items():
             metrics.prompt_tokens.labels(tier.name.lower()).inc(tokens)
