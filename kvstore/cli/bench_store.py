@@ -18,7 +18,7 @@ from kvstore.testing.node import start_node
 
 _CALLS = ("acquire 1", "acquire 2048", "settle 1", "settle 2048")
 _BLOCKS = ("get in place 1 MiB", "get in place 4 MiB", "get copied 1 MiB", "get copied 4 MiB",
-           "put sealed 2 MiB")  # fmt: skip
+           "get as bytes 1 MiB", "get as bytes 4 MiB", "put sealed 2 MiB")  # fmt: skip
 
 
 @click.command(short_help="Measure the cache node and its tiers.")
