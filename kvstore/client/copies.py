@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -28,9 +29,11 @@ from kvstore.core.outcomes import SettleOutcome
 if TYPE_CHECKING:
     from kvstore.client.aio import AsyncClient
 
-_PART_BYTES: Final = 32 << 20
+_PART_BYTES: Final = 48 << 20
 """Committed at once: the node hashes a part while the next one is copied, and a call for each costs
 as much as the copy of some MiB."""
+_EDGE_BYTES: Final = 16 << 20
+"""Of the first part, until which nothing is hashed, and of the last, while nothing is copied."""
 Payload = bytes | bytearray | memoryview
 _Result = TypeVar("_Result")
 
@@ -208,9 +211,12 @@ class _Commits:
 
 
 def _parts(reserved: Sequence[Reserved], block_bytes: int) -> list[Sequence[Reserved]]:
-    """Cut a batch into parts of about `_PART_BYTES`."""
-    step = max(1, _PART_BYTES // block_bytes)
-    return [reserved[at : at + step] for at in range(0, len(reserved), step)]
+    """Cut a batch into parts of at most `_PART_BYTES`, the first and the last one smaller."""
+    edge, step = (max(1, size // block_bytes) for size in (_EDGE_BYTES, _PART_BYTES))
+    end = len(reserved)
+    cuts = [0, *range(edge, end - edge, step), end - edge, end]
+    bounds = sorted({max(0, cut) for cut in cuts})
+    return [reserved[at:to] for at, to in pairwise(bounds)]
 
 
 def _fill(

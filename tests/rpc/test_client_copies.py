@@ -156,6 +156,7 @@ async def test_a_cancelled_put_commits_nothing_more(
 
     monkeypatch.setattr(copies, "copy_in", part)
     monkeypatch.setattr(copies, "_PART_BYTES", 4096)
+    monkeypatch.setattr(copies, "_EDGE_BYTES", 4096)
     client = await joined(scripted)
     putting = asyncio.create_task(client.put(NAMES, [bytes(4096)] * 8))
     assert await asyncio.to_thread(second.wait, 5)
