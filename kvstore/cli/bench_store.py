@@ -9,8 +9,9 @@ import click
 
 from kvstore.cli.bench_rows import Bench
 from kvstore.cli.bench_store_disk import bench_disk
+from kvstore.cli.bench_store_echo import serve_echo, start_echo
 from kvstore.cli.bench_store_index import bench_index, bench_restart
-from kvstore.cli.bench_store_node import bench_blocks, bench_calls, serve_echo, start_echo
+from kvstore.cli.bench_store_node import LOOKUPS, bench_blocks, bench_calls, bench_lookups
 from kvstore.cli.bench_store_peer import bench_peers, pour
 from kvstore.cli.bench_store_policy import bench_policies
 from kvstore.core.errors import BadInput
@@ -45,7 +46,7 @@ def store(
     bench = Bench("store", pattern, pairs=7 if quick else 9, quick=quick, as_json=as_json)
     directory = Path(tempfile.mkdtemp(prefix="kvstore-bench-", dir=disk))
     try:
-        if bench.wants(*_CALLS, *_BLOCKS, "node restart"):
+        if bench.wants(*_CALLS, *_BLOCKS, LOOKUPS, "node restart"):
             _measure_node(bench)
         bench_peers(bench, directory)
         bench_index(bench, directory)
@@ -62,6 +63,8 @@ def _measure_node(bench: Bench) -> None:
     with start_node(arena_bytes=1 << 30) as node, start_echo() as echo:
         if bench.wants(*_CALLS):
             asyncio.run(bench_calls(bench, node.run_dir, echo))
+        if bench.wants(LOOKUPS):
+            asyncio.run(bench_lookups(bench, node.run_dir, echo))
         if bench.wants(*_BLOCKS):
             asyncio.run(bench_blocks(bench, node.run_dir))
         if bench.wants("node restart"):

@@ -1,40 +1,31 @@
-"""Cases of `bench store` with a real node: calls against a bare echo, blocks against memory.
-
-The echo is a gRPC server in a process of its own, on a Unix socket like the node's, that answers
-with as many bytes as the request says: what any call costs at least.
-"""
+"""Cases of `bench store` with a real node: calls against a bare echo, blocks against memory."""
 
 import asyncio
 import itertools
 import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import click
-import grpc.aio
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from kvstore.cli.bench_rows import Bench, Work
+from kvstore.cli.bench_store_echo import ECHO, FIND, LEARN
 from kvstore.client import AsyncClient, ClientConfig, SlotRef
 from kvstore.client.replies import slot_refs
-from kvstore.core.errors import Unreachable
 from kvstore.core.names import BlockName, Namespace, chain, pack_tokens
-from kvstore.rpc.channel import listen, make_server, open_channel
+from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import cache_pb2, types_pb2
-from kvstore.testing.node import new_run_dir
 
 MIB: Final = 1 << 20
 _PATIENCE_S: Final = 20.0
 _READ_BATCH: Final = 32
+LOOKUP_BATCH: Final = 1_024
+LOOKUPS: Final = "names looked up, over gRPC"
 _CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
 _Bytes = NDArray[np.uint8]
 
@@ -51,7 +42,7 @@ async def bench_calls(bench: Bench, run_dir: Path, echo: str) -> None:
     async with client, open_channel(echo) as channel:
         names = chain(client.root, pack_tokens(range(2048 * 16)))
         await client.put(names, [bytes(4096)] * len(names))
-        call: Any = channel.unary_unary("/echo/Echo")  # type: ignore[call-arg]
+        call: Any = channel.unary_unary(ECHO)  # type: ignore[call-arg]
         for count in (1, 2048):
             packed = b"".join(names[:count])
             leases: list[int] = []
@@ -70,6 +61,41 @@ async def bench_calls(bench: Bench, run_dir: Path, echo: str) -> None:
             )  # fmt: skip
             await client.settle(release=leases)
             await _bench_settle(bench, client, call, count)
+
+
+async def bench_lookups(bench: Bench, run_dir: Path, echo: str) -> None:
+    """Look names up over gRPC, 1,024 a call, against a bare handler with a dictionary of as many.
+
+    Those asked for lie in 32 prompts, in the order in which a prompt names them.
+    """
+    prompts = 32
+    client = await AsyncClient.connect(
+        run_dir, namespace=_model("lookups"), payload_bytes=4096, shares=1, config=_CONFIG
+    )
+    async with client, open_channel(echo) as channel:
+        learn: Any = channel.unary_unary(LEARN)  # type: ignore[call-arg]
+        find: Any = channel.unary_unary(FIND)  # type: ignore[call-arg]
+        asked: list[bytes] = []
+        for prompt in range(prompts):
+            tokens = np.full(2 * LOOKUP_BATCH * 16, prompt, np.uint32).tobytes()
+            names = chain(client.root, tokens)
+            await client.put(names, [bytes(4096)] * len(names))
+            packed = b"".join(names)
+            await learn(packed, timeout=10)
+            asked += [packed[: len(packed) // 2], packed[len(packed) // 2 :]]
+
+        async def ours() -> None:
+            for packed in asked:
+                assert (await client.lookup(packed)).prefix == LOOKUP_BATCH
+
+        async def bare() -> None:
+            for packed in asked:
+                assert (await find(packed, timeout=10)).count(1) == LOOKUP_BATCH
+
+        await bench.against(
+            LOOKUPS, ours, bare, limit_name="bare gRPC handler with a dict",
+            amount=len(asked) * LOOKUP_BATCH / 1e6, unit="M/s",
+        )  # fmt: skip
 
 
 async def _bench_settle(bench: Bench, client: AsyncClient, call: Any, count: int) -> None:
@@ -236,38 +262,3 @@ async def _bench_put(bench: Bench, run_dir: Path) -> None:
             "put sealed 2 MiB", put, limit, limit_name="memcpy and then xxh3-128",
             amount=batch * size / 1e9, unit="GB/s",
         )  # fmt: skip
-
-
-async def serve_echo(address: str) -> None:
-    """Answer any call with as many bytes as the first four of the request say."""
-
-    async def echo(request: bytes, context: Any) -> bytes:
-        return bytes(int.from_bytes(request[:4], "little"))
-
-    server, _ = make_server()
-    handler = grpc.unary_unary_rpc_method_handler(echo)
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("echo", {"Echo": handler}),)
-    )
-    listen(server, address)
-    await server.start()
-    click.echo("ready")
-    await asyncio.to_thread(sys.stdin.read)
-    await server.stop(None)
-
-
-@contextmanager
-def start_echo() -> Iterator[str]:
-    """Run `serve_echo` in a process and give its address."""
-    run_dir = new_run_dir()
-    address = f"unix:{run_dir}/echo"
-    command = [sys.executable, "-m", "kvstore.cli.main", "bench", "store", "--echo", address]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout is not None
-            if server.stdout.readline() != b"ready\n":
-                raise Unreachable("the echo server did not start")
-            yield address
-        finally:
-            server.terminate()
-            shutil.rmtree(run_dir, ignore_errors=True)

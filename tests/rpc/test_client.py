@@ -158,7 +158,7 @@ def test_a_failed_connect_leaves_no_thread(node: RunningNode) -> None:
     count = threading.active_count()
     with pytest.raises(BadInput):
         Client.connect(node.run_dir, namespace=namespace("x"), payload_bytes=100, shares=3)
-    assert threading.active_count() == count
+    assert threading.active_count() <= count, "threads of clients before may have ended meanwhile"
 
 
 async def test_many_calls_at_once_on_one_async_client(
