@@ -10,7 +10,7 @@ import click
 from kvstore.cli.bench_rows import Bench
 from kvstore.cli.bench_store_disk import bench_disk
 from kvstore.cli.bench_store_echo import serve_echo, start_echo
-from kvstore.cli.bench_store_index import bench_index, bench_restart
+from kvstore.cli.bench_store_index import LEAST_BLOCKS, bench_index, bench_restart
 from kvstore.cli.bench_store_node import LOOKUPS, bench_blocks, bench_calls, bench_lookups
 from kvstore.cli.bench_store_peer import bench_peers, pour
 from kvstore.cli.bench_store_policy import bench_policies
@@ -31,10 +31,21 @@ _BLOCKS = ("get in place 1 MiB", "get in place 4 MiB", "get copied 1 MiB", "get 
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory on the disk to measure; 3 GiB are written there. [a temporary one]",
 )
+@click.option(
+    "--blocks",
+    type=click.IntRange(LEAST_BLOCKS, 100_000_000),
+    help="Blocks held by the cases of the index; 10,000,000 take 5 GB and minutes. [1,000,000]",
+)
 @click.option("--echo", hidden=True, default="", help="Serve the bare echo here instead.")
 @click.option("--pour", "pour_bytes", hidden=True, default=0, help="Serve a bare socket instead.")
 def store(
-    pattern: str, quick: bool, as_json: bool, disk: Path | None, echo: str, pour_bytes: int
+    pattern: str,
+    quick: bool,
+    as_json: bool,
+    disk: Path | None,
+    blocks: int | None,
+    echo: str,
+    pour_bytes: int,
 ) -> None:
     """Measure calls, reads and writes, the index, policies, restarts and the NVMe tier."""
     if echo:
@@ -49,7 +60,7 @@ def store(
         if bench.wants(*_CALLS, *_BLOCKS, LOOKUPS, "node restart"):
             _measure_node(bench)
         bench_peers(bench, directory)
-        bench_index(bench, directory)
+        bench_index(bench, directory, blocks or 0)
         bench_policies(bench)
         asyncio.run(bench_disk(bench, directory))
     finally:
