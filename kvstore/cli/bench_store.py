@@ -14,6 +14,7 @@ from kvstore.cli.bench_store_index import LEAST_BLOCKS, bench_index, bench_resta
 from kvstore.cli.bench_store_node import LOOKUPS, bench_blocks, bench_calls, bench_lookups
 from kvstore.cli.bench_store_peer import bench_peers, pour
 from kvstore.cli.bench_store_policy import bench_policies
+from kvstore.cli.bench_store_tls import bench_tls
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import start_node
 
@@ -60,6 +61,7 @@ def store(
         if bench.wants(*_CALLS, *_BLOCKS, LOOKUPS, "node restart"):
             _measure_node(bench)
         bench_peers(bench, directory)
+        bench_tls(bench, directory)
         bench_index(bench, directory, blocks or 0)
         bench_policies(bench)
         asyncio.run(bench_disk(bench, directory))
