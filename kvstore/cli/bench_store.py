@@ -11,7 +11,14 @@ from kvstore.cli.bench_rows import Bench
 from kvstore.cli.bench_store_disk import bench_disk
 from kvstore.cli.bench_store_echo import serve_echo, start_echo
 from kvstore.cli.bench_store_index import LEAST_BLOCKS, bench_index, bench_restart
-from kvstore.cli.bench_store_node import LOOKUPS, bench_blocks, bench_calls, bench_lookups
+from kvstore.cli.bench_store_node import (
+    LOOKUPS,
+    STREAM,
+    bench_blocks,
+    bench_calls,
+    bench_lookups,
+    bench_stream,
+)
 from kvstore.cli.bench_store_peer import bench_peers, pour
 from kvstore.cli.bench_store_policy import bench_policies
 from kvstore.cli.bench_store_tls import bench_tls
@@ -60,6 +67,9 @@ def store(
     try:
         if bench.wants(*_CALLS, *_BLOCKS, LOOKUPS, "node restart"):
             _measure_node(bench)
+        if bench.wants(STREAM):
+            with start_node(arena_bytes=1 << 30, options=("--policy", "lru")) as node:
+                asyncio.run(bench_stream(bench, node.run_dir))
         bench_peers(bench, directory)
         bench_tls(bench, directory)
         bench_index(bench, directory, blocks or 0)

@@ -25,6 +25,9 @@ MIB: Final = 1 << 20
 _PATIENCE_S: Final = 20.0
 _READ_BATCH: Final = 32
 LOOKUP_BATCH: Final = 1_024
+PUT_BATCH: Final = 64
+STREAM: Final = "put sealed 2 MiB, two in flight"
+_PUT_LIMIT: Final = "memcpy and then xxh3-128"
 LOOKUPS: Final = "names looked up, over gRPC"
 _CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
 _Bytes = NDArray[np.uint8]
@@ -237,28 +240,69 @@ def _as_bytes(client: AsyncClient, names: list[BlockName], private: list[_Bytes]
 
 async def _bench_put(bench: Bench, run_dir: Path) -> None:
     """64 blocks of 2 MiB, copied, committed and sealed, against memcpy and xxh3-128 of as much."""
-    size, batch = 2 * MIB, 64
-    private = [memoryview(os.urandom(size)) for _ in range(batch)]
-    slots = np.empty((batch, size), np.uint8)
-    prompts = itertools.count(1)
-    async with await AsyncClient.connect(
-        run_dir, namespace=_model("put"), payload_bytes=size, shares=8, config=_CONFIG
-    ) as client:
-        slots[:] = 1
+    async with await _putting(run_dir, "put") as client:
+        private, limit = _put_limit()
+        prompts = itertools.count(1)
 
         async def put() -> None:
-            tokens = np.full(batch * 16, next(prompts), np.uint32).tobytes()
-            fresh: list[BlockName] = chain(client.root, tokens)
-            assert None not in await client.put(fresh, private)
+            assert None not in await client.put(_fresh(client, next(prompts)), private)
             await _all_sealed(client)
 
-        async def limit() -> None:
-            for slot, block in zip(slots, private, strict=True):
-                slot[:] = np.frombuffer(block, np.uint8)
-            for slot in slots:
-                xxhash.xxh3_128_digest(slot.data)
+        await bench.against(
+            "put sealed 2 MiB", put, limit, limit_name=_PUT_LIMIT,
+            amount=PUT_BATCH * 2 * MIB / 1e9, unit="GB/s",
+        )  # fmt: skip
+
+
+async def bench_stream(bench: Bench, run_dir: Path) -> None:
+    """Six such batches, two of them under way at once: what a program puts that has more to put.
+
+    The node has to take newcomers whatever they are worth: `--policy lru`.
+    """
+    batches = 6
+    async with await _putting(run_dir, "stream") as client:
+        private, limit = _put_limit()
+        prompts = itertools.count(1)
+
+        async def put() -> None:
+            turns = asyncio.Semaphore(2)
+
+            async def one() -> None:
+                async with turns:
+                    assert None not in await client.put(_fresh(client, next(prompts)), private)
+
+            await asyncio.gather(*(one() for _ in range(batches)))
+            await _all_sealed(client)
+
+        async def limits() -> None:
+            for _ in range(batches):
+                await limit()
 
         await bench.against(
-            "put sealed 2 MiB", put, limit, limit_name="memcpy and then xxh3-128",
-            amount=batch * size / 1e9, unit="GB/s",
+            STREAM, put, limits, limit_name=_PUT_LIMIT,
+            amount=batches * PUT_BATCH * 2 * MIB / 1e9, unit="GB/s",
         )  # fmt: skip
+
+
+async def _putting(run_dir: Path, label: str) -> AsyncClient:
+    return await AsyncClient.connect(
+        run_dir, namespace=_model(label), payload_bytes=2 * MIB, shares=8, config=_CONFIG
+    )
+
+
+def _fresh(client: AsyncClient, prompt: int) -> list[BlockName]:
+    return chain(client.root, np.full(PUT_BATCH * 16, prompt, np.uint32).tobytes())
+
+
+def _put_limit() -> tuple[list[memoryview], Work]:
+    """Return payloads, and what copies them into memory of as many and sums it."""
+    private = [memoryview(os.urandom(2 * MIB)) for _ in range(PUT_BATCH)]
+    slots = np.ones((PUT_BATCH, 2 * MIB), np.uint8)
+
+    async def limit() -> None:
+        for slot, block in zip(slots, private, strict=True):
+            slot[:] = np.frombuffer(block, np.uint8)
+        for slot in slots:
+            xxhash.xxh3_128_digest(slot.data)
+
+    return private, limit

@@ -17,13 +17,22 @@ from kvstore.testing.node import start_node
 def test_lookups_calls_and_reads_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_store_node, "LOOKUP_BATCH", 64)
     one = Bench("store", "*", pairs=1, as_json=True)
-    with start_node(arena_bytes=128 << 20) as node, start_echo() as echo:
+    monkeypatch.setattr(bench_store_node, "PUT_BATCH", 2)
+    options = ("--policy", "lru")
+    with start_node(arena_bytes=320 << 20, options=options) as node, start_echo() as echo:
         asyncio.run(_a_dictionary_is_one(echo))
         asyncio.run(bench_store_node.bench_lookups(one, node.run_dir, echo))
         asyncio.run(bench_store_node._bench_reads(one, node.run_dir, 1))
+        asyncio.run(bench_store_node._bench_put(one, node.run_dir))
+        asyncio.run(bench_store_node.bench_stream(one, node.run_dir))
     assert [row["case"] for row in one.rows] == [
-        "names looked up, over gRPC", "get in place 1 MiB", "get copied 1 MiB", "get as bytes 1 MiB"
-    ]  # fmt: skip
+        "names looked up, over gRPC",
+        "get in place 1 MiB",
+        "get copied 1 MiB",
+        "get as bytes 1 MiB",
+        "put sealed 2 MiB",
+        "put sealed 2 MiB, two in flight",
+    ]
     assert all(row["value"] > 0 and row["ratio_to_limit"] > 0 for row in one.rows)
 
 
