@@ -80,7 +80,8 @@ class Soak:
         """One session after another; each ends well, or is killed while it may still write."""
         while True:
             self.numbers += 1
-            session, info = self.small.session(self.numbers)
+            token = self.numbers.to_bytes(16, "little")
+            session, info = self.rooted(self.small.store.sessions.open(self.numbers, token))
             for _ in range(dice.randint(1, 12)):
                 await asyncio.sleep(dice.expovariate(1 / 8))
                 await self.request(session, info, dice)
@@ -90,6 +91,11 @@ class Soak:
             self.small.store.sessions.forget(session)
             self.hasher.announce()
             self.done["sessions"] += 1
+
+    def rooted(self, session: Session) -> tuple[Session, RootInfo]:
+        info = self.small.table.roots.open(ROOT, SHAPE, domain="d")
+        session.roots[ROOT] = info
+        return session, info
 
     async def request(self, session: Session, info: RootInfo, dice: random.Random) -> None:
         prompt = names(dice.randint(1, 10), seed=dice.randrange(PROMPTS))
@@ -133,9 +139,7 @@ class Soak:
     async def remote_client(self, dice: random.Random) -> None:
         """Reads and writes by tickets; some are never used, and no session says goodbye."""
         while True:
-            session = self.remote.open("far", self.now_ms())
-            info = self.small.table.roots.open(ROOT, SHAPE, domain="d")
-            session.roots[ROOT] = info
+            session, info = self.rooted(self.remote.open("far", self.now_ms()))
             for _ in range(dice.randint(1, 4)):
                 await asyncio.sleep(dice.expovariate(1))
                 if session.closed:
@@ -315,9 +319,7 @@ async def live(loop: VirtualLoop, directory: Path, hours: float, seed: int) -> C
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("hours", "seed"), [(0.5, 7), pytest.param(8, 11, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("hours", "seed"), [(0.5, 7), pytest.param(8, 11, marks=pytest.mark.slow)])
 def test_nothing_is_held_when_everybody_has_left(tmp_path: Path, hours: float, seed: int) -> None:
     before = len(os.listdir("/proc/self/fd"))
     done = run_virtually(lambda loop: live(loop, tmp_path, hours, seed))
