@@ -33,6 +33,8 @@ from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 _CASES: Final = ("names looked up, in process", "memory per block held", "nvme index, restart")
 _SCATTERED: Final = "names looked up, scattered"
 _PROMPT: Final = 2_048
+LEAST_BLOCKS: Final = 16 * _PROMPT
+"""The prompts that are looked up."""
 _PATIENCE_S: Final = 20.0
 _BLOCKS: Final = 1_000_000
 _QUICK_BLOCKS: Final = 100_000
@@ -40,9 +42,12 @@ _ROOT: Final = Root(hashlib.sha256(b"bench").digest())
 _SHAPE: Final = BlockShape(GRANULE_BYTES, GRANULE_BYTES, 1)
 
 
-def bench_index(bench: Bench, directory: Path) -> None:
-    """Hold a million blocks (100,000 when quick) and look them up; load as many from a disk."""
-    blocks = _QUICK_BLOCKS if bench.quick else _BLOCKS
+def bench_index(bench: Bench, directory: Path, blocks: int = 0) -> None:
+    """Hold so many blocks and look them up; load as many from a disk.
+
+    0: a million, 100,000 when quick.
+    """
+    blocks = blocks or (_QUICK_BLOCKS if bench.quick else _BLOCKS)
     if bench.wants(*_CASES[:2], _SCATTERED):
         asyncio.run(_bench_lookups(bench, blocks - blocks % _PROMPT))
     if bench.wants(_CASES[2]):

@@ -1,39 +1,36 @@
-"""Cases of `bench store` with a real node: calls against a bare echo, blocks against memory.
-
-The echo is a gRPC server in a process of its own, on a Unix socket like the node's, that answers
-with as many bytes as the request says: what any call costs at least.
-"""
+"""Cases of `bench store` with a real node: calls against a bare echo, blocks against memory."""
 
 import asyncio
 import itertools
 import os
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import click
-import grpc.aio
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
-from kvstore.cli.bench_rows import Bench
+from kvstore.cli.bench_rows import Bench, Work
+from kvstore.cli.bench_store_echo import ECHO, FIND, LEARN
 from kvstore.client import AsyncClient, ClientConfig, SlotRef
 from kvstore.client.replies import slot_refs
-from kvstore.core.errors import Unreachable
 from kvstore.core.names import BlockName, Namespace, chain, pack_tokens
-from kvstore.rpc.channel import listen, make_server, open_channel
+from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import cache_pb2, types_pb2
-from kvstore.testing.node import new_run_dir
 
 MIB: Final = 1 << 20
 _PATIENCE_S: Final = 20.0
+_READ_BATCH: Final = 32
+LOOKUP_BATCH: Final = 1_024
+PUT_BATCH: Final = 64
+STREAM: Final = "put sealed 2 MiB, two in flight"
+_PUT_LIMIT: Final = "memcpy and then xxh3-128"
+LOOKUPS: Final = "names looked up, over gRPC"
 _CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
+_Bytes = NDArray[np.uint8]
 
 
 def _model(label: str) -> Namespace:
@@ -48,7 +45,7 @@ async def bench_calls(bench: Bench, run_dir: Path, echo: str) -> None:
     async with client, open_channel(echo) as channel:
         names = chain(client.root, pack_tokens(range(2048 * 16)))
         await client.put(names, [bytes(4096)] * len(names))
-        call: Any = channel.unary_unary("/echo/Echo")  # type: ignore[call-arg]
+        call: Any = channel.unary_unary(ECHO)  # type: ignore[call-arg]
         for count in (1, 2048):
             packed = b"".join(names[:count])
             leases: list[int] = []
@@ -67,6 +64,41 @@ async def bench_calls(bench: Bench, run_dir: Path, echo: str) -> None:
             )  # fmt: skip
             await client.settle(release=leases)
             await _bench_settle(bench, client, call, count)
+
+
+async def bench_lookups(bench: Bench, run_dir: Path, echo: str) -> None:
+    """Look names up over gRPC, 1,024 a call, against a bare handler with a dictionary of as many.
+
+    Those asked for lie in 32 prompts, in the order in which a prompt names them.
+    """
+    prompts = 32
+    client = await AsyncClient.connect(
+        run_dir, namespace=_model("lookups"), payload_bytes=4096, shares=1, config=_CONFIG
+    )
+    async with client, open_channel(echo) as channel:
+        learn: Any = channel.unary_unary(LEARN)  # type: ignore[call-arg]
+        find: Any = channel.unary_unary(FIND)  # type: ignore[call-arg]
+        asked: list[bytes] = []
+        for prompt in range(prompts):
+            tokens = np.full(2 * LOOKUP_BATCH * 16, prompt, np.uint32).tobytes()
+            names = chain(client.root, tokens)
+            await client.put(names, [bytes(4096)] * len(names))
+            packed = b"".join(names)
+            await learn(packed, timeout=10)
+            asked += [packed[: len(packed) // 2], packed[len(packed) // 2 :]]
+
+        async def ours() -> None:
+            for packed in asked:
+                assert (await client.lookup(packed)).prefix == LOOKUP_BATCH
+
+        async def bare() -> None:
+            for packed in asked:
+                assert (await find(packed, timeout=10)).count(1) == LOOKUP_BATCH
+
+        await bench.against(
+            LOOKUPS, ours, bare, limit_name="bare gRPC handler with a dict",
+            amount=len(asked) * LOOKUP_BATCH / 1e6, unit="M/s",
+        )  # fmt: skip
 
 
 async def _bench_settle(bench: Bench, client: AsyncClient, call: Any, count: int) -> None:
@@ -140,107 +172,137 @@ async def bench_blocks(bench: Bench, run_dir: Path) -> None:
 
 
 async def _bench_reads(bench: Bench, run_dir: Path, mib: int) -> None:
-    cases = (f"get in place {mib} MiB", f"get copied {mib} MiB")
+    cases = [f"get {how} {mib} MiB" for how in ("in place", "copied", "as bytes")]
     if not bench.wants(*cases):
         return
-    size, batch = mib * MIB, 32
-    private = [np.frombuffer(os.urandom(size), np.uint8) for _ in range(batch)]
-    into = np.empty(size, np.uint8)
+    size = mib * MIB
+    private = [np.frombuffer(os.urandom(size), np.uint8) for _ in range(_READ_BATCH)]
     async with await AsyncClient.connect(
         run_dir, namespace=_model(f"get {mib}"), payload_bytes=size, shares=8, config=_CONFIG
     ) as client:
-        names = chain(client.root, pack_tokens(range(batch * 16)))
+        names = chain(client.root, pack_tokens(range(_READ_BATCH * 16)))
         await client.put(names, [block.data for block in private])
+        works = (_in_place(client, names, private), _copied(client, names, private),
+                 _as_bytes(client, names, private))  # fmt: skip
+        for case, (ours, limit, limit_name) in zip(cases, works, strict=True):
+            await bench.against(
+                case, ours, limit, limit_name=limit_name,
+                amount=_READ_BATCH * size / 1e9, unit="GB/s", repeat=4,
+            )  # fmt: skip
 
-        async def in_place() -> None:
-            acquired = await client.acquire(names)
-            assert len(acquired.ready) == batch
-            for ref in acquired.ready:
-                into[:] = np.frombuffer(client.view(ref), np.uint8)
-                assert client.still(ref)
-            await client.settle(release=[acquired.lease])
 
-        async def copied() -> None:
-            assert len(await client.get(names)) == batch
+_Pair = tuple[Work, Work, str]
+"""What is measured, its limit, and what that is."""
 
-        async def memcpy() -> None:
-            for block in private:
-                into[:] = block
 
-        async def copies() -> None:
-            held = [bytes(block.data) for block in private]
-            del held
+def _in_place(client: AsyncClient, names: list[BlockName], private: list[_Bytes]) -> _Pair:
+    into = np.ones_like(private[0])
 
-        amount = batch * size / 1e9
-        await bench.against(
-            cases[0], in_place, memcpy, limit_name="memcpy from private memory",
-            amount=amount, unit="GB/s",
-        )  # fmt: skip
-        await bench.against(
-            cases[1], copied, copies, limit_name="bytes() of private memory",
-            amount=amount, unit="GB/s",
-        )  # fmt: skip
+    async def ours() -> None:
+        acquired = await client.acquire(names)
+        assert len(acquired.ready) == len(names)
+        for ref in acquired.ready:
+            into[:] = np.frombuffer(client.view(ref), np.uint8)
+            assert client.still(ref)
+        client.release(acquired.lease)
+
+    async def limit() -> None:
+        for block in private:
+            into[:] = block
+
+    return ours, limit, "memcpy from private memory"
+
+
+def _copied(client: AsyncClient, names: list[BlockName], private: list[_Bytes]) -> _Pair:
+    held = [np.ones_like(block) for block in private]
+    buffers = [buffer.data for buffer in held]
+
+    async def ours() -> None:
+        assert await client.get_into(names, buffers) == len(names)
+
+    async def limit() -> None:
+        for block, buffer in zip(private, held, strict=True):
+            buffer[:] = block
+
+    return ours, limit, "memcpy into the same buffers"
+
+
+def _as_bytes(client: AsyncClient, names: list[BlockName], private: list[_Bytes]) -> _Pair:
+    async def ours() -> None:
+        assert len(await client.get(names)) == len(names)
+
+    async def limit() -> None:
+        held = [bytes(block.data) for block in private]
+        del held
+
+    return ours, limit, "bytes() of private memory"
 
 
 async def _bench_put(bench: Bench, run_dir: Path) -> None:
     """64 blocks of 2 MiB, copied, committed and sealed, against memcpy and xxh3-128 of as much."""
-    size, batch = 2 * MIB, 64
-    private = [memoryview(os.urandom(size)) for _ in range(batch)]
-    slots = np.empty((batch, size), np.uint8)
-    prompts = itertools.count(1)
-    async with await AsyncClient.connect(
-        run_dir, namespace=_model("put"), payload_bytes=size, shares=8, config=_CONFIG
-    ) as client:
-        slots[:] = 1
+    async with await _putting(run_dir, "put") as client:
+        private, limit = _put_limit()
+        prompts = itertools.count(1)
 
         async def put() -> None:
-            tokens = np.full(batch * 16, next(prompts), np.uint32).tobytes()
-            fresh: list[BlockName] = chain(client.root, tokens)
-            assert None not in await client.put(fresh, private)
+            assert None not in await client.put(_fresh(client, next(prompts)), private)
             await _all_sealed(client)
 
-        async def limit() -> None:
-            for slot, block in zip(slots, private, strict=True):
-                slot[:] = np.frombuffer(block, np.uint8)
-            for slot in slots:
-                xxhash.xxh3_128_digest(slot.data)
-
         await bench.against(
-            "put sealed 2 MiB", put, limit, limit_name="memcpy and then xxh3-128",
-            amount=batch * size / 1e9, unit="GB/s",
+            "put sealed 2 MiB", put, limit, limit_name=_PUT_LIMIT,
+            amount=PUT_BATCH * 2 * MIB / 1e9, unit="GB/s",
         )  # fmt: skip
 
 
-async def serve_echo(address: str) -> None:
-    """Answer any call with as many bytes as the first four of the request say."""
+async def bench_stream(bench: Bench, run_dir: Path) -> None:
+    """Six such batches, two of them under way at once: what a program puts that has more to put.
 
-    async def echo(request: bytes, context: Any) -> bytes:
-        return bytes(int.from_bytes(request[:4], "little"))
+    The node has to take newcomers whatever they are worth: `--policy lru`.
+    """
+    batches = 6
+    async with await _putting(run_dir, "stream") as client:
+        private, limit = _put_limit()
+        prompts = itertools.count(1)
 
-    server, _ = make_server()
-    handler = grpc.unary_unary_rpc_method_handler(echo)
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("echo", {"Echo": handler}),)
+        async def put() -> None:
+            turns = asyncio.Semaphore(2)
+
+            async def one() -> None:
+                async with turns:
+                    assert None not in await client.put(_fresh(client, next(prompts)), private)
+
+            await asyncio.gather(*(one() for _ in range(batches)))
+            await _all_sealed(client)
+
+        async def limits() -> None:
+            for _ in range(batches):
+                await limit()
+
+        await bench.against(
+            STREAM, put, limits, limit_name=_PUT_LIMIT,
+            amount=batches * PUT_BATCH * 2 * MIB / 1e9, unit="GB/s",
+        )  # fmt: skip
+
+
+async def _putting(run_dir: Path, label: str) -> AsyncClient:
+    return await AsyncClient.connect(
+        run_dir, namespace=_model(label), payload_bytes=2 * MIB, shares=8, config=_CONFIG
     )
-    listen(server, address)
-    await server.start()
-    click.echo("ready")
-    await asyncio.to_thread(sys.stdin.read)
-    await server.stop(None)
 
 
-@contextmanager
-def start_echo() -> Iterator[str]:
-    """Run `serve_echo` in a process and give its address."""
-    run_dir = new_run_dir()
-    address = f"unix:{run_dir}/echo"
-    command = [sys.executable, "-m", "kvstore.cli.main", "bench", "store", "--echo", address]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout is not None
-            if server.stdout.readline() != b"ready\n":
-                raise Unreachable("the echo server did not start")
-            yield address
-        finally:
-            server.terminate()
-            shutil.rmtree(run_dir, ignore_errors=True)
+def _fresh(client: AsyncClient, prompt: int) -> list[BlockName]:
+    return chain(client.root, np.full(PUT_BATCH * 16, prompt, np.uint32).tobytes())
+
+
+def _put_limit() -> tuple[list[memoryview], Work]:
+    """Return payloads, and what copies them into memory of as many and sums it."""
+    private = [memoryview(os.urandom(2 * MIB)) for _ in range(PUT_BATCH)]
+    slots = np.ones((PUT_BATCH, 2 * MIB), np.uint8)
+
+    async def limit() -> None:
+        for slot, block in zip(slots, private, strict=True):
+            slot[:] = np.frombuffer(block, np.uint8)
+        for slot in slots:
+            xxhash.xxh3_128_digest(slot.data)
+
+    return private, limit

@@ -28,11 +28,11 @@ from kvstore.core.names import BlockName, Namespace, Root, chain
 from kvstore.testing.node import RunningNode, start_node
 
 MIB: Final = 1 << 20
-_BATCH_BYTES: Final = 64 * MIB
+BATCH_BYTES: Final = 64 * MIB
 _ARENA_BYTES: Final = 1536 * MIB
 """Every pair's batch once, and room to spare."""
 _SHARES: Final = 8
-_CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
+CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
 _SEEN_S: Final = 20.0
 _SIZES: Final = (1, 4)
 _CASES: Final = tuple(
@@ -60,7 +60,7 @@ def bench_peers(bench: Bench, directory: Path) -> None:
         listed = [{"name": node.name, "address": node.listen} for node in (holder, reader)]
         peers.write_text(json.dumps({"peers": listed}))
         for mib in _SIZES:
-            with _start_pouring(mib * MIB) as port:
+            with start_pouring(mib * MIB) as port:
                 asyncio.run(_bench_size(bench, holder, reader, mib, port))
 
 
@@ -68,22 +68,22 @@ async def _bench_size(
     bench: Bench, holder: RunningNode, reader: RunningNode, mib: int, port: int
 ) -> None:
     size = mib * MIB
-    batch = _BATCH_BYTES // size
+    batch = BATCH_BYTES // size
     buffers = [memoryview(bytearray(size)) for _ in range(batch)]
 
     async def bare() -> None:
-        await asyncio.to_thread(_drink, port, buffers)
+        await asyncio.to_thread(drink, port, buffers)
 
     async def one_bare() -> None:
-        await asyncio.to_thread(_drink, port, buffers[:1])
+        await asyncio.to_thread(drink, port, buffers[:1])
 
     label = f"peer {mib}"
     there = await AsyncRemoteClient.connect(
-        holder.listen, namespace=_model(label), payload_bytes=size, shares=_SHARES, config=_CONFIG
+        holder.listen, namespace=model(label), payload_bytes=size, shares=_SHARES, config=CONFIG
     )
     limit_name = "bare recv_into and xxh3-128"
     async with there:
-        names = _names(there.root, 0, batch)
+        names = names_of(there.root, 0, batch)
         blocks = [os.urandom(size) for _ in range(batch)]
         assert None not in await there.put(names, blocks)
 
@@ -96,9 +96,9 @@ async def _bench_size(
         prompts = itertools.count(1_000_000)
 
         async def put() -> None:
-            assert None not in await there.put(_names(there.root, next(prompts), batch), blocks)
+            assert None not in await there.put(names_of(there.root, next(prompts), batch), blocks)
 
-        gigabytes = _BATCH_BYTES / 1e9
+        gigabytes = BATCH_BYTES / 1e9
         await bench.against(
             f"remote get {mib} MiB", get, bare, limit_name=limit_name,
             amount=gigabytes, unit="GB/s",
@@ -120,18 +120,18 @@ async def _bench_peer_read(
 ) -> None:
     """Batches that only the other node holds, each once: then they are here."""
     size = mib * MIB
-    batch = _BATCH_BYTES // size
+    batch = BATCH_BYTES // size
     here = await AsyncClient.connect(
         reader.run_dir,
-        namespace=_model(f"peer {mib}"),
+        namespace=model(f"peer {mib}"),
         payload_bytes=size,
         shares=_SHARES,
-        config=_CONFIG,
+        config=CONFIG,
     )
     async with here:
         fresh: list[list[BlockName]] = []
         for number in range(bench.pairs + 1):
-            names = _names(there.root, 1 + number, batch)
+            names = names_of(there.root, 1 + number, batch)
             assert None not in await there.put(names, [os.urandom(size) for _ in range(batch)])
             fresh.append(names)
         async with asyncio.timeout(_SEEN_S):
@@ -147,19 +147,21 @@ async def _bench_peer_read(
 
         await bench.against(
             f"peer read {mib} MiB", read, bare, limit_name="bare recv_into and xxh3-128",
-            amount=_BATCH_BYTES / 1e9, unit="GB/s",
+            amount=BATCH_BYTES / 1e9, unit="GB/s",
         )  # fmt: skip
 
 
-def _model(label: str) -> Namespace:
+def model(label: str) -> Namespace:
+    """Return the namespace of one case."""
     return Namespace(weights_digest=label, kv_dtype="float32", layers=1, kv_heads=1, head_dim=32)
 
 
-def _names(root: Root, prompt: int, count: int) -> list[BlockName]:
+def names_of(root: Root, prompt: int, count: int) -> list[BlockName]:
+    """Return the names of a made-up prompt's blocks."""
     return chain(root, np.full(count * 16, prompt, np.uint32).tobytes())
 
 
-def _drink(port: int, buffers: list[memoryview]) -> None:
+def drink(port: int, buffers: list[memoryview]) -> None:
     """Fill buffers from a bare socket and sum each."""
     with socket.create_connection(("127.0.0.1", port)) as sock:
         for buffer in buffers:
@@ -174,7 +176,7 @@ def _drink(port: int, buffers: list[memoryview]) -> None:
 
 def pour(size: int) -> None:
     """Send blocks of `size` bytes into every connection until it is closed; the port is printed."""
-    blocks = [memoryview(os.urandom(size)) for _ in range(max(1, _BATCH_BYTES // size))]
+    blocks = [memoryview(os.urandom(size)) for _ in range(max(1, BATCH_BYTES // size))]
 
     def serve(sock: socket.socket) -> None:
         with sock:
@@ -194,7 +196,8 @@ def pour(size: int) -> None:
 
 
 @contextmanager
-def _start_pouring(size: int) -> Iterator[int]:
+def start_pouring(size: int) -> Iterator[int]:
+    """Run `pour` in a process and give its port."""
     command = [sys.executable, "-m", "kvstore.cli.main", "bench", "store", "--pour", str(size)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         try:

@@ -4,12 +4,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, Self
 
 from prometheus_client import CollectorRegistry
 
-from kvstore.client.config import ClientConfig, check_deadline
-from kvstore.client.copies import Payload, get_copies, put_copies
+from kvstore.client import checks
+from kvstore.client.config import ClientConfig
+from kvstore.client.copies import Payload, get_copies, get_into, put_copies
 from kvstore.client.link import Link
 from kvstore.client.replies import (
     Acquired,
@@ -27,7 +28,7 @@ from kvstore.client.replies import (
     stats_from,
 )
 from kvstore.client.session import Access, Session
-from kvstore.core.errors import BadInput, Unreachable
+from kvstore.core.errors import BadInput
 from kvstore.core.limits import MAX_NAMES_PER_CALL
 from kvstore.core.names import Namespace, Root
 from kvstore.core.outcomes import Outcome, SettleOutcome
@@ -37,7 +38,6 @@ from kvstore.rpc.v1 import cache_pb2
 
 SOCKET_NAME: Final = "keeper.sock"
 _MAX_POSITION: Final = (1 << 32) - 1
-_Result = TypeVar("_Result")
 
 
 class AsyncClient:
@@ -161,7 +161,7 @@ class AsyncClient:
 
         Costs no call. Comes back early when the next one cannot turn readable any more.
         """
-        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
         return await self._session.arena.wait_ready(refs, deadline_s=deadline / 1000)
 
     async def acquire(
@@ -184,10 +184,10 @@ class AsyncClient:
         `depth_cost` (what a block costs more to compute for each one before it, as a share of the
         first one's cost; 0: not known) are what the node's policy learns from.
         """
-        deadline = _deadline(deadline_ms, self.config.call_ms)
-        patience = _deadline(pending_ms, deadline)
-        _bounded("reserve", reserve, MAX_NAMES_PER_CALL)
-        _bounded("first_block", first_block, _MAX_POSITION)
+        deadline = checks.deadline(deadline_ms, self.config.call_ms)
+        patience = checks.deadline(pending_ms, deadline)
+        checks.bounded("reserve", reserve, MAX_NAMES_PER_CALL)
+        checks.bounded("first_block", first_block, _MAX_POSITION)
         session = self._session
         request = cache_pb2.AcquireRequest(
             root=session.root,
@@ -200,9 +200,9 @@ class AsyncClient:
         )
         if not reserve:
             reply = await self._link.call(session, "Acquire", request, deadline)
-            return _read(acquired_from, reply, session.arena.number)
+            return checks.read(acquired_from, reply, session.arena.number)
         reply = await self._link.acquire(session, request, deadline)
-        acquired = _read(acquired_from, reply, session.arena.number)
+        acquired = checks.read(acquired_from, reply, session.arena.number)
         self._link.hold(session, (item.slot for item in acquired.reserved))
         return acquired
 
@@ -211,7 +211,7 @@ class AsyncClient:
 
         Only what is predicted to arrive within the deadline is started, in prefix order.
         """
-        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
         session = self._session
         request = cache_pb2.PrefetchRequest(
             root=session.root, names=packed_names(names), deadline_ms=deadline
@@ -224,7 +224,7 @@ class AsyncClient:
 
         Fewer than asked for: not there, or over the share domain's quota. 0 ends their pins.
         """
-        _bounded("ttl_ms", ttl_ms, _MAX_POSITION)
+        checks.bounded("ttl_ms", ttl_ms, _MAX_POSITION)
         session = self._session
         request = cache_pb2.PinRequest(root=session.root, names=packed_names(names), ttl_ms=ttl_ms)
         reply = await self._link.call(session, "Pin", request, self.config.call_ms)
@@ -235,7 +235,7 @@ class AsyncClient:
 
         Needs the admin role. A block counts once for each tier that held it.
         """
-        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
         session = self._session
         request = cache_pb2.ClearRequest(root=b"" if everything else session.root)
         reply = await self._link.call(session, "Clear", request, deadline)
@@ -256,7 +256,7 @@ class AsyncClient:
         done is ALREADY. After a failure unsettled slots go back to the node within seconds.
         `kept_in_hbm`: blocks whose copy the caller lists in HBM; the node does not use it yet.
         """
-        deadline = _deadline(deadline_ms, self.config.call_ms)
+        deadline = checks.deadline(deadline_ms, self.config.call_ms)
         session = self._session
         commits, aborts = list(commit), list(abort)
         ours = [ref for ref in commits if ref.arena == session.arena.number]
@@ -282,44 +282,66 @@ class AsyncClient:
             self._link.let_go(unwanted)
             if not done and (ours or unwanted):
                 self._link.sweep_soon()
-        settled = _read(settled_from, reply)
+        settled = checks.read(settled_from, reply)
         return Settled(
-            commit=_with_stale(commits, settled.commit, session.arena.number),
-            abort=_with_stale(aborts, settled.abort, session.arena.number),
+            commit=checks.with_stale(commits, settled.commit, session.arena.number),
+            abort=checks.with_stale(aborts, settled.abort, session.arena.number),
             release=settled.release,
         )
 
+    def release(self, lease: int) -> None:
+        """Release a lease soon, with others in one call, and wait for nothing.
+
+        For readers whose next `acquire` shall not wait for the end of the last one. A failure is
+        counted and nothing more: the lease runs out by itself.
+        """
+        self._link.release_soon(lease)
+
     async def wait(self, names: Names, *, deadline_ms: int | None = None) -> list[Outcome]:
         """Wait in the node until blocks are readable; for those who hold no slots of them."""
-        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
         session = self._session
         request = cache_pb2.WaitRequest(
             root=session.root, names=packed_names(names), deadline_ms=deadline
         )
         # The node answers LATE at the deadline: let that answer come through.
         reply = await self._link.call(session, "Wait", request, deadline + self.config.call_ms)
-        return _read(outcomes_from, reply)
+        return checks.read(outcomes_from, reply)
 
     async def lookup(self, names: Names, *, deadline_ms: int | None = None) -> Lookup:
         """Say what is here, without a lease: a hint."""
-        deadline = _deadline(deadline_ms, self.config.call_ms)
+        deadline = checks.deadline(deadline_ms, self.config.call_ms)
         session = self._session
         request = cache_pb2.LookupRequest(root=session.root, names=packed_names(names))
-        return _read(lookup_from, await self._link.call(session, "Lookup", request, deadline))
+        return checks.read(lookup_from, await self._link.call(session, "Lookup", request, deadline))
 
     async def stats(self, *, deadline_ms: int | None = None) -> NodeStats:
         """Return the node's sizes, hits and misses."""
-        deadline = _deadline(deadline_ms, self.config.call_ms)
+        deadline = checks.deadline(deadline_ms, self.config.call_ms)
         request = cache_pb2.StatsRequest()
-        return _read(stats_from, await self._link.call(self._session, "Stats", request, deadline))
+        return checks.read(
+            stats_from, await self._link.call(self._session, "Stats", request, deadline)
+        )
 
     async def get(self, names: Names, *, deadline_ms: int | None = None) -> list[bytes]:
         """Return copies of the longest prefix of blocks that is here, payload only.
 
         Every copy was verified by its slot's generation after it was made. Retries nothing.
         """
-        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
         return await get_copies(self, self._link, names, deadline)
+
+    async def get_into(
+        self, names: Names, buffers: Sequence[memoryview], *, deadline_ms: int | None = None
+    ) -> int:
+        """Copy the longest prefix that is here into `buffers`; return how many blocks.
+
+        One writable buffer for each name, of the payload's size or more. What lies behind the
+        blocks that came is rubbish. Buffers that are used again and again cost a copy; the fresh
+        memory of `get` costs several.
+        """
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
+        return await get_into(self, self._link, names, buffers, deadline)
 
     async def put(
         self,
@@ -334,7 +356,7 @@ class AsyncClient:
         None: the node gave no slot for it, because it has the block, because another session is
         computing it, or because it is full.
         """
-        deadline = _deadline(deadline_ms, self.config.transfer_ms)
+        deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
         return await put_copies(
             self, self._link, names, payloads, first_block=first_block, deadline_ms=deadline
         )
@@ -370,30 +392,3 @@ def socket_path(where: str | Path) -> str:
     """Return the keeper's socket for a run directory, or `where` when it is a socket itself."""
     path = Path(where)
     return str(path / SOCKET_NAME if path.is_dir() else path)
-
-
-def _deadline(asked: int | None, default: int) -> int:
-    return default if asked is None else check_deadline("deadline_ms", asked)
-
-
-def _bounded(name: str, value: int, most: int) -> None:
-    if not 0 <= value <= most:
-        raise BadInput(f"{name} is {value}; 0 to {most} allowed")
-
-
-def _read(convert: Callable[..., _Result], *arguments: object) -> _Result:
-    """Read an answer; one that this build cannot understand is as good as none."""
-    try:
-        return convert(*arguments)
-    except (BadInput, ValueError) as error:
-        raise Unreachable(f"the cache node's answer is malformed: {error}") from error
-
-
-def _with_stale(
-    asked: Sequence[SlotRef], answered: Sequence[SettleOutcome], arena: int
-) -> list[SettleOutcome]:
-    """Put STALE where a slot was of an earlier arena and hence not sent."""
-    if len(answered) == len(asked):
-        return list(answered)
-    answers = iter(answered)
-    return [next(answers) if ref.arena == arena else SettleOutcome.STALE for ref in asked]

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import TimeoutError as LateError
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -47,6 +48,11 @@ class _LoopThread:
         except LateError as error:
             future.cancel()
             raise Unreachable(f"no answer within {deadline_ms} ms") from error
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Have the loop call `work`; nothing where it has ended."""
+        if self.alive:
+            self._loop.call_soon_threadsafe(work)
 
     def stop(self) -> None:
         """End the loop and the thread."""
@@ -225,6 +231,10 @@ class Client:
         )
         return self._run(work, self._limit(deadline_ms, self._inner.config.call_ms))
 
+    def release(self, lease: int) -> None:
+        """Release a lease soon, without waiting; see `AsyncClient.release`."""
+        self._thread.soon(partial(self._inner.release, lease))
+
     def wait(self, names: Names, *, deadline_ms: int | None = None) -> list[Outcome]:
         """Wait in the node until blocks are readable."""
         limit = self._limit(deadline_ms, self._inner.config.transfer_ms)
@@ -245,6 +255,14 @@ class Client:
         """Return copies of the longest prefix that is here; see `AsyncClient.get`."""
         limit = self._limit(deadline_ms, self._inner.config.transfer_ms)
         return self._run(self._inner.get(names, deadline_ms=deadline_ms), 2 * limit)
+
+    def get_into(
+        self, names: Names, buffers: Sequence[memoryview], *, deadline_ms: int | None = None
+    ) -> int:
+        """Copy the longest prefix into buffers of yours; see `AsyncClient.get_into`."""
+        limit = self._limit(deadline_ms, self._inner.config.transfer_ms)
+        work = self._inner.get_into(names, buffers, deadline_ms=deadline_ms)
+        return self._run(work, 2 * limit)
 
     def put(
         self,

@@ -4,8 +4,13 @@ Engines move blocks in place (`acquire`, `view`, `still`, `settle`); this is for
 """
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import numpy as np
 
 from kvstore.client.arena import SharedArena
 from kvstore.client.link import Link
@@ -24,15 +29,57 @@ from kvstore.core.outcomes import SettleOutcome
 if TYPE_CHECKING:
     from kvstore.client.aio import AsyncClient
 
-_PART_BYTES: Final = 16 << 20
-"""Copied and committed at once: the copy of the next part hides the call and the hashing."""
+_PART_BYTES: Final = 48 << 20
+"""Committed at once: the node hashes a part while the next one is copied, and a call for each costs
+as much as the copy of some MiB."""
+_EDGE_BYTES: Final = 16 << 20
+"""Of the first part, until which nothing is hashed, and of the last, while nothing is copied."""
 Payload = bytes | bytearray | memoryview
+_Result = TypeVar("_Result")
 
 
 async def get_copies(
     client: "AsyncClient", link: Link, names: Names, deadline_ms: int
 ) -> list[bytes]:
     """Return verified copies of the longest prefix; see `AsyncClient.get`."""
+    work = partial(copy_out, link.session.arena, payload_bytes=link.access.payload_bytes)
+    return await _with_leased(client, link, names, deadline_ms, work)
+
+
+async def get_into(
+    client: "AsyncClient",
+    link: Link,
+    names: Names,
+    buffers: Sequence[memoryview],
+    deadline_ms: int,
+) -> int:
+    """Fill buffers with the longest prefix; see `AsyncClient.get_into`."""
+    packed, size = packed_names(names), link.access.payload_bytes
+    if len(buffers) != len(packed) // NAME_BYTES:
+        raise BadInput(f"{len(buffers)} buffers for {len(packed) // NAME_BYTES} names")
+    targets = [_target(buffer, size) for buffer in buffers]
+    work = partial(copy_out_into, link.session.arena, targets)
+    return await _with_leased(client, link, packed, deadline_ms, work)
+
+
+def _target(buffer: memoryview, size: int) -> memoryview:
+    """Return where a payload goes; raises `BadInput` for a buffer that cannot take one."""
+    if buffer.readonly or not buffer.c_contiguous or buffer.nbytes < size:
+        raise BadInput(f"a buffer is not {size} writable bytes in one piece")
+    return buffer.cast("B")[:size]
+
+
+async def _with_leased(
+    client: "AsyncClient",
+    link: Link,
+    names: Names,
+    deadline_ms: int,
+    work: Callable[[Sequence[SlotRef]], _Result],
+) -> _Result:
+    """Do work in a thread with the slots of the longest prefix, leased.
+
+    Returns and raises when the thread has ended: nothing is written to a caller's buffer later.
+    """
     arena = link.session.arena
     acquired = await client.acquire(
         names, deadline_ms=min(deadline_ms, link.config.call_ms), pending_ms=deadline_ms
@@ -42,12 +89,14 @@ async def get_copies(
         if acquired.pending:
             arrived = await arena.wait_ready(acquired.pending, deadline_s=deadline_ms / 1000)
             refs = refs + acquired.pending[:arrived]
-        blocks = await asyncio.to_thread(copy_out, arena, refs, link.access.payload_bytes)
-    except BaseException:
-        link.spawn(link.release(acquired.lease))
-        raise
-    await link.release(acquired.lease)
-    return blocks
+        working = asyncio.get_running_loop().run_in_executor(None, work, refs)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait([working])
+            raise
+    finally:
+        link.release_soon(acquired.lease)
 
 
 async def put_copies(
@@ -87,52 +136,102 @@ async def _copy_and_commit(
     sources: Sequence[memoryview],
     deadline_ms: int,
 ) -> list[SettleOutcome]:
-    """Fill reserved slots and commit them, a part at a time: the node hashes while we copy on."""
+    """Fill reserved slots and commit them, a part at a time: the node hashes while we copy on.
+
+    One thread copies all parts without waiting for the event loop, which sends the commits.
+    """
     parts = _parts(acquired.reserved, link.access.block_bytes)
-    lease = [acquired.lease] if acquired.lease else []
-    commits: list[asyncio.Task[Settled]] = []
+    commits = _Commits(client, acquired, deadline_ms)
     loop = asyncio.get_running_loop()
-    copied = 0
+
+    def say(part: Sequence[Reserved]) -> None:
+        loop.call_soon_threadsafe(commits.commit, part)
+
+    # Not a task: nothing may call it ended while the thread still writes.
+    work = loop.run_in_executor(None, _fill, link.session.arena, parts, sources, say, commits.stop)
+    link.note_writing(work)
     try:
-        for part in parts:
-            # Not a task: nothing may call it ended while the thread still writes.
-            work = loop.run_in_executor(None, copy_in, link.session.arena, part, sources)
-            link.note_writing(work)
-            try:
-                await asyncio.shield(work)
-            except BaseException:
-                rest = [item.slot for item in acquired.reserved[copied:]]
-                link.spawn(_abort_after(client, work, rest, lease))
-                raise
-            copied += len(part)
-            slots = [item.slot for item in part]
-            release = lease if copied == len(acquired.reserved) else []
-            commits.append(
-                asyncio.ensure_future(
-                    client.settle(commit=slots, release=release, deadline_ms=deadline_ms)
-                )
-            )
-        if not parts and lease:
-            await client.settle(release=lease, deadline_ms=deadline_ms)
-        settled = await asyncio.gather(*commits)
+        await asyncio.shield(work)
     except BaseException:
-        await asyncio.gather(*commits, return_exceptions=True)  # a failed one sweeps up itself
+        commits.stop.set()
+        link.spawn(commits.give_back_after(work))
+        await commits.ended()
         raise
-    return [outcome for one in settled for outcome in one.commit]
+    if not parts and acquired.lease:
+        await client.settle(release=[acquired.lease], deadline_ms=deadline_ms)
+    return await commits.outcomes()
+
+
+class _Commits:
+    """The commits of one `put`, sent while the thread still copies what follows."""
+
+    def __init__(self, client: "AsyncClient", acquired: Acquired, deadline_ms: int) -> None:
+        self.stop = threading.Event()
+        """Set when the put was given up: what is not committed then is given back."""
+        self._client = client
+        self._reserved = acquired.reserved
+        self._lease = [acquired.lease] if acquired.lease else []
+        self._deadline_ms = deadline_ms
+        self._committed = 0
+        self._tasks: list[asyncio.Task[Settled]] = []
+
+    def commit(self, part: Sequence[Reserved]) -> None:
+        """Commit slots that were filled, in their order; with the last ones the lease ends."""
+        if self.stop.is_set():
+            return
+        self._committed += len(part)
+        settling = self._client.settle(
+            commit=[item.slot for item in part],
+            release=self._lease if self._committed == len(self._reserved) else [],
+            deadline_ms=self._deadline_ms,
+        )
+        self._tasks.append(asyncio.get_running_loop().create_task(settling))
+
+    async def give_back_after(self, work: "asyncio.Future[None]") -> None:
+        """Abort what was not committed, when the thread has ended.
+
+        It may still be writing: a slot given back now would be written under its next owner.
+        """
+        await asyncio.wait([work])
+        rest = [item.slot for item in self._reserved[self._committed :]]
+        await self._client.settle(abort=rest, release=self._lease)
+
+    async def ended(self) -> None:
+        """Wait until all that were sent have ended; a failed one sweeps up by itself."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def outcomes(self) -> list[SettleOutcome]:
+        """Return what became of each slot; raises what the first call that failed raised."""
+        try:
+            settled = await asyncio.gather(*self._tasks)
+        except BaseException:
+            await self.ended()
+            raise
+        return [outcome for one in settled for outcome in one.commit]
 
 
 def _parts(reserved: Sequence[Reserved], block_bytes: int) -> list[Sequence[Reserved]]:
-    """Cut a batch into parts of about `_PART_BYTES`."""
-    step = max(1, _PART_BYTES // block_bytes)
-    return [reserved[at : at + step] for at in range(0, len(reserved), step)]
+    """Cut a batch into parts of at most `_PART_BYTES`, the first and the last one smaller."""
+    edge, step = (max(1, size // block_bytes) for size in (_EDGE_BYTES, _PART_BYTES))
+    end = len(reserved)
+    cuts = [0, *range(edge, end - edge, step), end - edge, end]
+    bounds = sorted({max(0, cut) for cut in cuts})
+    return [reserved[at:to] for at, to in pairwise(bounds)]
 
 
-async def _abort_after(
-    client: "AsyncClient", work: "asyncio.Future[None]", slots: list[SlotRef], lease: list[int]
+def _fill(
+    arena: SharedArena,
+    parts: Sequence[Sequence[Reserved]],
+    sources: Sequence[memoryview],
+    filled: Callable[[Sequence[Reserved]], object],
+    stop: threading.Event,
 ) -> None:
-    # The thread may still be writing: a slot given back now would be written under its next owner.
-    await asyncio.wait([work])
-    await client.settle(abort=slots, release=lease)
+    """Copy part after part into its slots, and say of each that it is there; in a thread."""
+    for part in parts:
+        if stop.is_set():
+            return
+        copy_in(arena, part, sources)
+        filled(part)
 
 
 def copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) -> list[bytes]:
@@ -146,6 +245,17 @@ def copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) ->
     return blocks
 
 
+def copy_out_into(
+    arena: SharedArena, targets: Sequence[memoryview], refs: Sequence[SlotRef]
+) -> int:
+    """Copy blocks into `targets`; return how many come before the first one that was reused."""
+    for index, (ref, target) in enumerate(zip(refs, targets, strict=False)):
+        _copy(target, arena.view(ref)[: len(target)])
+        if not arena.still(ref):
+            return index
+    return len(refs)
+
+
 def copy_in(
     arena: SharedArena, reserved: Sequence[Reserved], sources: Sequence[memoryview]
 ) -> None:
@@ -153,6 +263,12 @@ def copy_in(
     for item in reserved:
         source = sources[item.index]
         view = arena.view(item.slot)
-        view[: len(source)] = source
-        # What an earlier tenant left in the padding goes no further.
-        view[len(source) :] = bytes(len(view) - len(source))
+        _copy(view[: len(source)], source)
+        if len(view) > len(source):
+            # What an earlier tenant left in the padding goes no further.
+            view[len(source) :] = bytes(len(view) - len(source))
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    """Copy bytes with the interpreter let go: slice assignment would stop the event loop."""
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

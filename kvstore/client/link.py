@@ -34,6 +34,8 @@ class Link:
         self._sweep_rounds = 0
         self._sweeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._leases: list[int] = []
+        self._releaser: asyncio.Task[None] | None = None
         self._writing: set[asyncio.Future[None]] = set()
         self._adopt(session)
 
@@ -96,16 +98,24 @@ class Link:
         self._writing.add(work)
         work.add_done_callback(self._writing.discard)
 
-    async def release(self, lease: int) -> None:
-        """Release a lease; a failure is counted, for the lease runs out by itself."""
-        if not lease:
+    def release_soon(self, lease: int) -> None:
+        """Release a lease without waiting; several together where they come quickly."""
+        if not lease or self.closed:
             return
-        session = self.session
-        request = cache_pb2.SettleRequest(
-            root=session.root, release=[lease], incarnation=session.incarnation
-        )
-        with contextlib.suppress(KvStoreError):
-            await self.call(session, "Settle", request, self.config.call_ms)
+        self._leases.append(lease)
+        if self._releaser is None or self._releaser.done():
+            self._releaser = self.spawn(self._release_all())
+
+    async def _release_all(self) -> None:
+        """Release what was collected; a failure is counted, for a lease runs out by itself."""
+        while self._leases:
+            leases, self._leases = self._leases, []
+            session = self.session
+            request = cache_pb2.SettleRequest(
+                root=session.root, release=leases, incarnation=session.incarnation
+            )
+            with contextlib.suppress(KvStoreError):
+                await self.call(session, "Settle", request, self.config.call_ms)
 
     async def close(self) -> None:
         """End the background tasks and the session."""

@@ -201,7 +201,7 @@ def outcomes_from(reply: cache_pb2.WaitReply) -> list[Outcome]:
 
 def lookup_from(reply: cache_pb2.LookupReply) -> Lookup:
     """Read the answer to Lookup."""
-    return Lookup(reply.prefix, [_TIER_SETS[mask] for mask in reply.tiers])
+    return Lookup(reply.prefix, list(map(_TIER_SETS.__getitem__, reply.tiers)))
 
 
 def stats_from(reply: cache_pb2.StatsReply) -> NodeStats:

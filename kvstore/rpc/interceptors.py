@@ -34,6 +34,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, gate: Gate | None = None) -> None:
         self._gate = gate
+        self._guarded: dict[str, tuple[Handler, Handler]] = {}
+        """Method → its handler and the guarded one: as many as are served."""
 
     async def intercept_service(
         self,
@@ -42,6 +44,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Handler:
         """Wrap the handler that `continuation` finds."""
         handler = await continuation(handler_call_details)
+        method = str(handler_call_details.method)
+        known = self._guarded.get(method)
+        if known is not None and known[0] is handler:
+            return known[1]
+        guarded = self._guard(handler, method)
+        if guarded is not handler:
+            self._guarded[method] = handler, guarded
+        return guarded
+
+    def _guard(self, handler: Handler, method: str) -> Handler:
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             inner = getattr(handler, kind, None)
             if inner is not None:
@@ -51,7 +63,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 if single and decode is not None:
                     inner, decode = _decoding(inner, decode), None
                 guarded: Handler = wrap(
-                    _guard(inner, str(handler_call_details.method), self._gate),
+                    _guard(inner, method, self._gate),
                     request_deserializer=decode,
                     response_serializer=handler.response_serializer,
                 )

@@ -122,6 +122,11 @@ class BelowDram:
         directories = {TierKind.NVME: config.nvme, TierKind.FILES: config.files}
         return cls(parts, stored, peers, DiskWatch(directories, parts.tier_metrics))
 
+    @property
+    def lowers(self) -> Sequence[Lower]:
+        """Tiers below DRAM, fastest first."""
+        return self._lowers
+
     def bits(self, root: Root, name: BlockName) -> int:
         """Return which tiers below hold a block: bit (1 << tier) for each."""
         return sum(1 << int(lower.kind) for lower in self._lowers if lower.tier.holds(root, name))

@@ -211,7 +211,7 @@ class Hasher:
         """Serve an adopted block whose bytes have their sum; forget any that has another."""
         table = self._store.table
         block_bytes = table.root_of(slot).shape.payload_bytes
-        if table.arena.record(slot).sum != found:
+        if table.arena.sum(slot) != found:
             self.note_corrupt("dram", table.key[slot])
             table.drop(slot, reason="corrupt")  # a lease on it is void at once
         elif table.servable[slot]:

@@ -7,6 +7,8 @@ not verify (a hand-off inside a host is guarded by generations), so somebody els
 import asyncio
 from typing import Final
 
+import numpy as np
+
 from kvstore.core.slots import SlotState
 from kvstore.service.hashing import Hasher
 from kvstore.service.slots import SlotTable
@@ -16,6 +18,8 @@ DEFAULT_BYTES_PER_S: Final = 64 << 20
 _PERIOD_S: Final = 0.25
 _SLOTS_A_TURN: Final = 65_536
 """Slots looked at in one turn, so that an empty arena costs nothing."""
+LEAST_BYTES: Final = 64 << 10
+"""What a block counts for at least: a small one costs its bookkeeping more than its bytes."""
 
 
 class Scrubber:
@@ -42,13 +46,26 @@ class Scrubber:
 
     def turn(self) -> list[int]:
         """Return the idle blocks whose turn it is, as many bytes as are owed by now. Pure."""
-        table, chosen = self._table, list[int]()
-        for _ in range(min(len(table.state), _SLOTS_A_TURN)):
-            if self._owed <= 0:
-                break
-            slot, self._next = self._next, (self._next + 1) % len(table.state)
-            sealed = table.state[slot] == SlotState.SEALED
-            if sealed and table.servable[slot] and not table.pins[slot]:
+        chosen: list[int] = []
+        total = len(self._table.state)
+        last = self._next + min(total, _SLOTS_A_TURN)
+        for first, stop in ((self._next, min(last, total)), (0, max(0, last - total))):
+            for slot in self._idle(first, stop):
+                if self._owed <= 0:
+                    self._next = slot
+                    return chosen
                 chosen.append(slot)
-                self._owed -= table.root_of(slot).shape.payload_bytes
+                size = self._table.root_of(slot).shape.payload_bytes
+                self._owed -= max(size, LEAST_BYTES)
+            if stop > first:
+                self._next = stop % total
         return chosen
+
+    def _idle(self, first: int, stop: int) -> list[int]:
+        """Return which of the slots hold a block that nobody reads."""
+        table = self._table
+        sealed = np.frombuffer(table.state, np.uint8)[first:stop] == SlotState.SEALED
+        servable = np.frombuffer(table.servable, np.uint8)[first:stop] != 0
+        unread = np.frombuffer(table.pins, np.uint32)[first:stop] == 0
+        idle: list[int] = (np.flatnonzero(sealed & servable & unread) + first).tolist()
+        return idle

@@ -5,7 +5,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, MutableSequence, Sequence
 from contextlib import aclosing
+from operator import or_
 from typing import Any, Final
+
+import numpy as np
 
 from kvstore.core.errors import (
     BadInput,
@@ -36,7 +39,8 @@ from kvstore.service.requests import (
     split,
 )
 from kvstore.service.reserver import Hints, Wanted
-from kvstore.service.roots import BlockShape, RootInfo, keys_of
+from kvstore.service.resident import held
+from kvstore.service.roots import BlockShape, RootInfo, key_column, keys_of
 from kvstore.service.sessions import Session
 from kvstore.service.statistics import stats_reply
 from kvstore.service.store import Acquired
@@ -203,12 +207,12 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
         with self._measured("Lookup"):
             _, info = self._rooted(context, request.root)
             check_names(request.names)
-            names = split(request.names)
-            found = bytes(
-                (_DRAM_BIT if self._store.outcome(info, key, name) is Outcome.HIT else 0)
-                | self._below.bits(info.root, BlockName(name))
-                for key, name in zip(keys_of(info, request.names), names, strict=True)
-            )
+            here = held(self._store.table, info, request.names, key_column(info, request.names))
+            found = (here * np.uint8(_DRAM_BIT)).tobytes()
+            if self._below.lowers:
+                names = map(BlockName, split(request.names))
+                below = (self._below.bits(info.root, name) for name in names)
+                found = bytes(map(or_, found, below))
             hole = found.find(b"\0")
             return cache_pb2.LookupReply(prefix=len(found) if hole < 0 else hole, tiers=found)
 

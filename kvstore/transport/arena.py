@@ -217,6 +217,11 @@ class ArenaMapping:
         at = HEADER_BYTES + slot * RECORD_BYTES + _NAME_AT
         return self._table[at : at + NAME_BYTES]
 
+    def sum(self, slot: int) -> bytes:
+        """Return the sum in the slot's record; zeros until it is sealed."""
+        at = HEADER_BYTES + slot * RECORD_BYTES + _SUM_AT
+        return self._table[at : at + _SUM_BYTES]
+
     def names(self, slots: NDArray[np.int64]) -> bytes:
         """Return the packed names of several slots in one gather."""
         # Made for the call: a view that is kept would keep the mapping from being closed.

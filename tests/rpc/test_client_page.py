@@ -32,7 +32,7 @@ def test_the_page_runs_from_top_to_bottom(
     node: RunningNode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = examples("docs/client.md")
-    assert len(found) == 5
+    assert len(found) == 6
     for example in found:
         run(example, node, run_dir="/tmp/kvstore")
     assert capsys.readouterr().out.startswith("2 blocks at [")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvstore.client.arena import SharedArena
-from kvstore.client.copies import copy_in, copy_out
+from kvstore.client.copies import _parts, copy_in, copy_out
 from kvstore.client.replies import Reserved, SlotRef
 from kvstore.core.errors import SessionLost
 from kvstore.core.slots import SlotState, SlotWord
@@ -130,3 +130,24 @@ def test_what_is_copied_in_leaves_nothing_of_an_earlier_block(
     shared.view(ref(0))[:] = b"s" * BLOCK
     copy_in(shared, [Reserved(1, ref(0))], [memoryview(b"no"), memoryview(b"yes")])
     assert bytes(shared.view(ref(0))) == b"yes" + bytes(BLOCK - 3)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "sizes"),
+    [
+        (0, []),
+        (1, [1]),
+        (8, [8]),
+        (9, [1, 8]),
+        (16, [8, 8]),
+        (20, [8, 4, 8]),
+        (64, [8, 24, 24, 8]),
+        (70, [8, 24, 24, 6, 8]),
+    ],
+)
+def test_a_batch_is_cut_with_small_ends(blocks: int, sizes: list[int]) -> None:
+    """The node has nothing to hash before the first part's commit; nobody copies after the last."""
+    reserved = [Reserved(index, ref(0)) for index in range(blocks)]
+    parts = _parts(reserved, 2 << 20)
+    assert [len(part) for part in parts] == sizes
+    assert [item for part in parts for item in part] == reserved

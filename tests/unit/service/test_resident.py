@@ -3,6 +3,8 @@
 import pytest
 
 from kvstore.core.outcomes import MissReason
+from kvstore.service.resident import held
+from kvstore.service.roots import key_column
 from tests.arena_fixture import SmallStore, names, small_store
 
 COUNT = 100
@@ -78,3 +80,31 @@ def test_a_row_ends_with_the_table() -> None:
         prompt = names(COUNT)
         slots = _held(small, prompt)
         assert _found(small, [*prompt, *names(2, seed=1)]) == ([*slots], MissReason.ABSENT)
+
+
+@pytest.mark.parametrize("length", [1, 20, COUNT])
+def test_each_name_is_looked_up_for_itself(length: int) -> None:
+    """Holes anywhere, a forged name, a block being verified and another root's are not here."""
+    with small_store(blocks=512, quota_blocks=512, max_slots=512) as small:
+        table = small.table
+
+        def here(asked: list[bytes]) -> list[bool]:
+            packed, info = b"".join(asked), table.roots.at(0)
+            return [bool(one) for one in held(table, info, packed, key_column(info, packed))]
+
+        prompt = names(COUNT)
+        slots = _held(small, prompt)
+        asked = prompt[:length]
+        assert here(asked) == [True] * length
+        absent = names(length, seed=1)
+        assert here(absent) == [False] * length
+        mixed = [name for pair in zip(absent, asked, strict=True) for name in pair]
+        assert here(mixed) == [False, True] * length
+        forged = [asked[0][:8] + bytes(24), *asked[1:]]
+        assert here(forged) == [False, *[True] * (length - 1)], "same key, another name"
+        table.servable[slots[length - 1]] = 0
+        assert here(asked) == [True] * (length - 1) + [False]
+        table.servable[slots[length - 1]] = 1
+        table.root_number[slots[length // 2]] = 1
+        assert here(asked) == [at != length // 2 for at in range(length)]
+        assert here([]) == []

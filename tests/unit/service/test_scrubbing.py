@@ -11,7 +11,7 @@ from kvstore.core.outcomes import MissReason
 from kvstore.core.slots import SlotState
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.hashing import Hasher
-from kvstore.service.scrubbing import Scrubber
+from kvstore.service.scrubbing import LEAST_BYTES, Scrubber
 from tests.arena_fixture import SHAPE, SmallStore, names, small_store
 from tests.patience import until
 
@@ -42,7 +42,7 @@ async def test_every_idle_block_has_its_turn_at_the_rate() -> None:
             held = {slot for slot in range(16) if small.table.state[slot] == SlotState.SEALED}
             seen: list[int] = []
             for _ in range(small_blocks // 2):
-                scrubber._owed = 2 * SHAPE.payload_bytes
+                scrubber._owed = 2 * max(SHAPE.payload_bytes, LEAST_BYTES)
                 turn = scrubber.turn()
                 assert len(turn) == 2
                 seen += turn
