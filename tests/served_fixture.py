@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest_asyncio
 from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
-from kvworkers.worker import WorkerConfig, WorkerServer
+from kvworkers.worker import WorkerServer
+from kvworkers.worker_config import WorkerConfig
 
 from kvstore.router.members import Member
 from tests.frontend_fixture import eventually

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kvworkers.worker import WorkerConfig, WorkerServer
+from kvworkers.worker import WorkerServer
+from kvworkers.worker_config import WorkerConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvstore.core.errors import Refused

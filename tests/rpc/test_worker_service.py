@@ -11,7 +11,8 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from kvworkers.worker import WorkerConfig, WorkerServer
+from kvworkers.worker import WorkerServer
+from kvworkers.worker_config import WorkerConfig
 from kvworkers.worker_service import SERVICE_NAME
 
 from kvstore.core.errors import BadInput, Forbidden, KvStoreError, TooLarge

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from kvworkers.models.loading import load_model
-from kvworkers.worker import WorkerConfig, WorkerServer
+from kvworkers.worker import WorkerServer
+from kvworkers.worker_config import WorkerConfig
 
 from kvstore.client import AsyncClient
 from kvstore.core.names import pack_tokens

@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 from kvworkers.bench.cases import READ_GB_S
 from kvworkers.bench.command import worker
+from kvworkers.bench.hidden import Window, hidden
 from kvworkers.models.random_weights import random_model
 from kvworkers.pages.pool import PageKey, PagePool
 from kvworkers.pages.sizing import CPU_PAGES_BYTES, fit_pages
@@ -40,6 +41,15 @@ def test_pages_of_a_cpu_are_bounded() -> None:
 
     model: Any = Model()
     assert fit_pages(model, step_tokens=64) == CPU_PAGES_BYTES >> 20
+
+
+def test_what_of_a_load_others_did_not_pay_for_is_hidden() -> None:
+    alone, hit = Window(0.3, 300, 1_000.0), Window(0.3, 280, 1_000.0)
+    assert alone.lost_s == 0 and abs(hit.lost_s - 0.02) < 1e-9
+    assert hidden([hit, hit], [hit, hit], 0.2) == 1, "all that they lost is the hit's own step"
+    halved = Window(0.3, 230, 1_000.0)
+    assert abs(hidden([halved], [hit], 0.1) - 0.5) < 1e-9
+    assert abs(hidden([Window(0.3, 180, 1_000.0)], [hit], 0.1)) < 1e-9, "it stopped them all along"
 
 
 class Counting(Lru):

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
 
 from kvstore.core.errors import Corrupt
@@ -15,6 +16,27 @@ _STEPS_PER_S = {"cuda": 250, "cpu": 60}
 """More than any decode of such models makes: so long the others' replies have to be."""
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What the others got beside one request."""
+
+    seconds: float
+    tokens: int
+    pace: float
+    """Tokens a second that they get alone."""
+
+    @property
+    def lost_s(self) -> float:
+        """Return how much of their time they lost."""
+        return self.seconds - self.tokens / self.pace
+
+
+def hidden(loads: Sequence[Window], hits: Sequence[Window], loading_s: float) -> float:
+    """Return the share of `loading_s` that cost the others nothing that hits do not cost. Pure."""
+    lost = sum(window.lost_s for window in loads) - sum(window.lost_s for window in hits)
+    return 1 - lost / loading_s
+
+
 async def hidden_share(
     rig: Rig, prefix: list[int], fresh: Callable[[int], list[int]], *, others: int, runs: int
 ) -> float:
@@ -24,7 +46,7 @@ async def hidden_share(
     one that finds it in HBM. What they lose in the second more than in the third, in seconds
     of their own pace, is what of the load was not hidden.
     """
-    lost_load = lost_hit = loading = 0.0
+    loads, hits, loading_s = list[Window](), list[Window](), 0.0
     kind = rig.model.device.type
     window = _WINDOW_S[kind]
     steps = int((3 * runs + 2) * window * _STEPS_PER_S[kind])
@@ -34,15 +56,16 @@ async def hidden_share(
             await rig.empty_pages(others=others)
             if not pace:
                 raise Corrupt("the others got no token while they were alone")
-            lost, first = await _beside(rig, prefix + fresh(256), tokens, pace, window)
+            seen, first = await _beside(rig, prefix + fresh(256), tokens, pace, window)
             if not first.cache.loaded_tokens:
                 raise Corrupt(f"a prompt was to come from the arena: {first.cache}")
-            lost_load, loading = lost_load + lost, loading + first.load_ms / 1000
-            lost, first = await _beside(rig, prefix + fresh(256), tokens, pace, window)
+            loads.append(seen)
+            loading_s += first.load_ms / 1000
+            seen, first = await _beside(rig, prefix + fresh(256), tokens, pace, window)
             if first.cache.hbm_tokens < len(prefix):
                 raise Corrupt(f"a prompt was to come from HBM: {first.cache}")
-            lost_hit += lost
-    return 1 - (lost_load - lost_hit) / loading
+            hits.append(seen)
+    return hidden(loads, hits, loading_s)
 
 
 @contextlib.asynccontextmanager
@@ -78,9 +101,9 @@ async def _window(tokens: Callable[[], int], seconds: float) -> int:
 
 async def _beside(
     rig: Rig, prompt: list[int], tokens: Callable[[], int], pace: float, window: float
-) -> tuple[float, FirstTokens]:
-    """Return the seconds that the others lost beside `prompt`, and how it was served."""
+) -> tuple[Window, FirstTokens]:
+    """Return what the others got beside `prompt`, and how it was served."""
     began, before = monotonic(), tokens()
     reply = await rig.ask(prompt)
     await asyncio.sleep(max(0.0, window - (monotonic() - began)))
-    return monotonic() - began - (tokens() - before) / pace, reply.first
+    return Window(monotonic() - began, tokens() - before, pace), reply.first

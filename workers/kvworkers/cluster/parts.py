@@ -29,7 +29,6 @@ _KEEPER_READY_SECONDS: Final = 120.0
 """First touch of an arena ran at 1 GB/s on a slow machine: 120 s are enough for 100 GiB."""
 
 _NODE_POLL_SECONDS: Final = 0.05
-
 _KEEPER_BACKOFF_SECONDS: Final = (0.1, 5.0)
 
 
@@ -259,7 +258,8 @@ class WorkerShell(Shell):
 
     def _build(self) -> Any:
         """Import the engine and make the server; imports alone take seconds."""
-        from kvworkers.worker import WorkerConfig, WorkerServer
+        from kvworkers.worker import WorkerServer
+        from kvworkers.worker_config import WorkerConfig
 
         chosen, where = self._config, self._config.listen_host()
         config = WorkerConfig(
