@@ -1,6 +1,6 @@
 """A real vLLM in a process of its own, in its own environment: one JSON object a line each way.
 
-python vllm_process.py MODEL CONNECTOR_CONFIG_OR_-
+python vllm_process.py MODEL CONNECTOR_CONFIG_OR_- KV_ROLE
 → {"prompts": [[token, …], …], "max_tokens": 8}    ← {"replies": [{"tokens", "cached", "s"}, …]}
 """
 
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no reply
-    model, connector = sys.argv[1:3]
+    model, connector, role = sys.argv[1:4]
     from vllm import LLM
 
     extra: dict[str, Any] = {}
@@ -23,7 +23,7 @@ def main() -> None:
         extra["kv_transfer_config"] = {
             "kv_connector": "KvStoreConnector",
             "kv_connector_module_path": "kvstore.adapters.vllm.connector",
-            "kv_role": "kv_both",
+            "kv_role": role,
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": json.loads(connector),
         }

@@ -54,12 +54,14 @@ class _Tracked:
 class SchedulerSide:
     """Questions, hits and jobs of all requests; every method returns at once."""
 
-    def __init__(self, link: NodeLink, *, block_tokens: int) -> None:
+    def __init__(self, link: NodeLink, *, block_tokens: int, stores: bool = True) -> None:
+        """`block_tokens` are the engine's; without `stores` only loads are planned."""
         self.counts: Counter[str] = Counter()
         """Since the last `take_counts`."""
         self._link = link
         self._block_tokens = block_tokens
         self._ratio = block_tokens // BLOCK_TOKENS
+        self._stores = stores
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
 
@@ -212,7 +214,7 @@ class SchedulerSide:
 
     def _store(self, name: str, computed: int, blocks_of: Any) -> StoreJob | None:
         tracked = self._tracked.get(name)
-        if tracked is None or tracked.found is None or not self._link.usable:
+        if not self._stores or tracked is None or tracked.found is None or not self._link.usable:
             return None
         request, state = tracked.request, tracked.state
         outputs = self._link.settings.store_output
