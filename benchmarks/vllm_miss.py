@@ -1,19 +1,20 @@
 """What the connector costs a real vLLM on CPU when nothing is ever found.
 
-    python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python [--pairs 21]
+    python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python [--pairs 41]
 
-Two engines run beside each other: vLLM alone, and vLLM with our connector over a real node. Each pair
-gives both the same new prompts, one engine after the other, in alternating order; the one that is
-not asked rests. Every lookup misses, because no prompt comes twice. Cases: `lookup` (kv_role
-kv_consumer: asked, nothing stored) and `lookup_store` (kv_both: what was computed is stored as well).
+Two engines run beside each other: vLLM alone, and vLLM with our connector over a real node. Each
+pair gives both the same new prompts, one engine after the other, in alternating order; the one
+that is not asked rests. Every lookup misses, because no prompt comes twice. Cases: `control` (two
+engines without a connector: what the machine's noise makes of nothing), `lookup` (kv_role
+kv_consumer: asked, nothing stored) and `lookup_store` (kv_both: what was computed is stored too).
 
-vLLM on a CPU binds its threads otherwise with a connector than without one (it reserves cores), so both are
-bound to one core here (`--core`): else the binding is what is measured.
+vLLM on a CPU binds its threads otherwise with a connector than without one (it reserves cores),
+so both are bound to one core here (`--core`): else the binding is what is measured. The engine
+computes on the cores that store, so `lookup_store` has the copies' work in its ratio; beside a
+GPU they run on cores that are idle. The answers of both engines are compared.
 
-On a CPU the engine computes on the cores that store, so `lookup_store` has the copies' work in its
-ratio; beside a GPU they run on cores that are idle. The answers of both engines are compared. One JSON line per
-figure on standard output: the median ratio of throughputs with a bootstrapped 95 % interval, the ratio of CPU
-seconds, and the scheduler thread's microseconds.
+One JSON line per figure on standard output: the median ratio of throughputs with a bootstrapped
+95 % interval, that of CPU seconds, and the scheduler thread's microseconds.
 """
 
 import json
@@ -36,7 +37,7 @@ from tests.engines.vllm_engine import Engine
 THROUGHPUT_BAR: Final = 0.99
 STEP_BAR: Final = 0.01
 """The scheduler's thread may add less than 1 % of a step."""
-ROLES: Final = {"lookup": "kv_consumer", "lookup_store": "kv_both"}
+ROLES: Final = {"control": "-", "lookup": "kv_consumer", "lookup_store": "kv_both"}
 RESAMPLES: Final = 10_000
 
 
@@ -99,21 +100,26 @@ def rows(case: str, found: dict[str, Any], shape: dict[str, int]) -> list[dict[s
     wall = [plain[0] / with_us[0] for plain, with_us in zip(alone, ours, strict=True)]
     cpu = [with_us[1] / plain[1] for plain, with_us in zip(alone, ours, strict=True)]
     dice = random.Random(3)
-    scheduler_us = counts["kvstore_vllm_scheduler_seconds_total"] * 1e6
-    steps, requests = counts["kvstore_vllm_steps_total"], counts["kvstore_vllm_requests_total"]
-    step_us = sum(seconds for seconds, _ in ours) * 1e6 / steps
     base = {"bench": "vllm_miss", "pairs": len(wall), **shape}
-    if counts.get("kvstore_vllm_lookup_hit_tokens_total"):
-        raise click.ClickException("a lookup was a hit: nothing is measured")
 
     def row(figure: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
         return {**base, "case": f"{case}_{figure}", "value": round(value, 5), "unit": unit, **more}
 
-    return [
+    ratios = [
         row("throughput", statistics.median(wall), "ratio to vLLM alone", limit=THROUGHPUT_BAR,
             interval_95=[round(edge, 4) for edge in interval(wall, dice)]),
         row("cpu", statistics.median(cpu), "ratio of CPU seconds to vLLM alone",
             interval_95=[round(edge, 4) for edge in interval(cpu, dice)]),
+    ]  # fmt: skip
+    if case == "control":
+        return ratios
+    scheduler_us = counts["kvstore_vllm_scheduler_seconds_total"] * 1e6
+    steps, requests = counts["kvstore_vllm_steps_total"], counts["kvstore_vllm_requests_total"]
+    step_us = sum(seconds for seconds, _ in ours) * 1e6 / steps
+    if counts.get("kvstore_vllm_lookup_hit_tokens_total"):
+        raise click.ClickException("a lookup was a hit: nothing is measured")
+    return [
+        *ratios,
         row("scheduler_per_request", scheduler_us / requests, "us", requests=int(requests)),
         row("scheduler_per_step", scheduler_us / steps, "us", steps=int(steps)),
         row("scheduler_share", scheduler_us / steps / step_us, "of a step", limit=STEP_BAR,
@@ -125,10 +131,10 @@ def rows(case: str, found: dict[str, Any], shape: dict[str, int]) -> list[dict[s
 
 @click.command()
 @click.option("--vllm-python", required=True, help="Interpreter of an environment with vLLM.")
-@click.option("--pairs", default=21, show_default=True, type=click.IntRange(min=3))
-@click.option("--prompts", default=4, show_default=True, help="Requests of a batch.")
-@click.option("--tokens", default=160, show_default=True, help="Tokens of a prompt.")
-@click.option("--reply", default=16, show_default=True, help="Tokens of an answer.")
+@click.option("--pairs", default=41, show_default=True, type=click.IntRange(min=3))
+@click.option("--prompts", default=2, show_default=True, help="Requests of a batch.")
+@click.option("--tokens", default=128, show_default=True, help="Tokens of a prompt.")
+@click.option("--reply", default=8, show_default=True, help="Tokens of an answer.")
 @click.option("--core", default="0", show_default=True, help="Core of both engines' threads.")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(ROLES)))
 def main(
@@ -143,7 +149,8 @@ def main(
     try:
         for case in cases or ROLES:
             with start_node(arena_bytes=256 << 20) as node:
-                ours = Engine(vllm_python, model, logs / case, node.run_dir, ROLES[case])
+                where = None if case == "control" else node.run_dir
+                ours = Engine(vllm_python, model, logs / case, where, ROLES[case])
                 try:
                     found = measure(alone, ours, pairs=pairs, **shape)
                 finally:

@@ -26,10 +26,6 @@ from sglang.srt.mem_cache.unified_cache.component_type import (  # pyright: igno
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (  # pyright: ignore[reportMissingImports]
     UnifiedCacheLinker,
 )
-from sglang.srt.runtime_context import (  # pyright: ignore[reportMissingImports]
-    get_model,
-    get_parallel,
-)
 
 from kvstore.adapters.opaque import OpaqueBlocks
 from kvstore.adapters.sglang.device import DevicePages
@@ -56,7 +52,7 @@ class KvStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]  # untyped where 
                 raise BadInput(f"{name} is {value!r}, not a number of milliseconds")
         settings = settings_of(extra)
         self.forward_stream = forward_stream
-        self._group = pool_group(params, components)
+        self._group = pool_group(server_args, params, components)
         self.pools = self._group.entry_map
         rank, size = _tp_of(params)
         ranks = Ranks(
@@ -68,7 +64,7 @@ class KvStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]  # untyped where 
         pools = {}
         for name, pages in self._pages.items():
             namespace = device_namespace_of(
-                settings, ranks, model=str(get_model().model_path or ""), pool=name,
+                settings, ranks, model=str(server_args.model_path), pool=name,
                 page=pages.page, dtype=pages.dtype, form=pages.form,
             )  # fmt: skip
             blocks = OpaqueBlocks(settings.address, namespace, pages.page_bytes)
@@ -143,7 +139,7 @@ class KvStoreLinker(UnifiedCacheLinker):  # type: ignore[misc]  # untyped where 
         return parts
 
 
-def pool_group(params: Any, components: set[Any]) -> Any:
+def pool_group(server_args: Any, params: Any, components: set[Any]) -> Any:
     """Return the device pools of a model: SGLang's own group, or one for plain attention.
 
     SGLang groups hybrid and sparse pools for linkers, not those of plain MHA and MLA models.
@@ -161,7 +157,7 @@ def pool_group(params: Any, components: set[Any]) -> Any:
         except (AssertionError, ValueError) as error:
             raise Unsupported(f"pool {type(kvcache).__name__}: {error}") from error
     drafts = (*params.mtp_draft_device_pools, *params.sidecar_draft_device_pools)
-    if drafts or getattr(get_parallel(), "attn_dcp_size", 1) > 1:
+    if drafts or getattr(server_args, "dcp_size", 1) > 1:
         raise Unsupported("draft pools and DCP are not served with plain attention")
     replicated = type(kvcache) is MLATokenToKVPool
     layers = kvcache.layer_num
@@ -187,7 +183,7 @@ def _tp_of(params: Any) -> tuple[int, int]:
     group = params.attn_tp_cache_group or params.tp_cache_group
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-    return 0, int(get_parallel().tp_size)
+    return 0, 1
 
 
 def _on_gpu(pages: Any) -> bool:
