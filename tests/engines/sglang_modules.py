@@ -6,7 +6,7 @@ SGLang reads images with torchvision, which does not import beside a CPU build o
 import importlib
 import sys
 import types
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -19,7 +19,9 @@ _IMAGES = (
 class _Images(types.ModuleType):
     """A module whose every name is a class of nothing."""
 
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -105,10 +105,15 @@ class Scheduler:
         """Wait for the offloads in flight and give them back to the tree; return their results."""
         wrapper, results = self.tree.linker, list[bool]()
         until_so(lambda: wrapper.num_completed_offloads() == len(wrapper.pending_offloads))
-        pop, self.linker.pop_completed_offload = self.linker.pop_completed_offload, None
-        self.linker.pop_completed_offload = lambda: results.append(pop()) or results[-1]
+        commit = wrapper.commit_completed_offloads
+
+        def noted(successes: list[bool]) -> None:
+            results.extend(successes)
+            commit(successes)
+
+        wrapper.commit_completed_offloads = noted
         self.tree.check_hicache_events()
-        self.linker.pop_completed_offload = pop
+        wrapper.commit_completed_offloads = commit
         return results
 
     def matched(self, tokens: range, rid: str) -> tuple[Request, Any]:
