@@ -1,10 +1,11 @@
 """What the connector costs a real vLLM on CPU when nothing is ever found.
 
-    python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python [--pairs 41]
+    python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python [--pairs 21]
 
 Two engines run beside each other: vLLM alone, and vLLM with our connector over a real node. Each
-pair gives both the same new prompts, one engine after the other, in alternating order; the one
-that is not asked rests. Every lookup misses, because no prompt comes twice. Cases: `control` (two
+pair is several turns: both get the same new prompts, one engine after the other, the other first
+in the next turn, so that what else the machine does falls on both; the one that is not asked
+rests. Every lookup misses, because no prompt comes twice. Cases: `control` (two
 engines without a connector: what the machine's noise makes of nothing), `lookup` (kv_role
 kv_consumer: asked, nothing stored) and `lookup_store` (kv_both: what was computed is stored too).
 
@@ -70,7 +71,7 @@ def counted(engine: Engine) -> dict[str, float]:
 
 
 def measure(
-    alone: Engine, ours: Engine, *, pairs: int, prompts: int, tokens: int, reply: int
+    alone: Engine, ours: Engine, *, pairs: int, turns: int, prompts: int, tokens: int, reply: int
 ) -> dict[str, Any]:
     """Run the pairs; return seconds, CPU seconds and the connector's counts over all of them."""
     dice = random.Random(11)
@@ -78,15 +79,18 @@ def measure(
     engines = {"alone": alone, "ours": ours}
     before: dict[str, float] = {}
     for at in range(pairs + 1):
-        batch = [[dice.randrange(1000, 40000) for _ in range(tokens)] for _ in range(prompts)]
-        order = ("alone", "ours") if at % 2 else ("ours", "alone")
-        answers = {}
-        for name in order:
-            seconds, cpu, answers[name] = run_once(engines[name], batch, reply)
-            if at:  # the first pair warms both up
-                spent[name].append((seconds, cpu))
-        if answers["alone"] != answers["ours"]:
-            raise click.ClickException("the two engines answer differently")
+        sums = {"alone": (0.0, 0.0), "ours": (0.0, 0.0)}
+        for turn in range(turns):
+            batch = [[dice.randrange(1000, 40000) for _ in range(tokens)] for _ in range(prompts)]
+            answers = {}
+            for name in ("alone", "ours") if turn % 2 else ("ours", "alone"):
+                seconds, cpu, answers[name] = run_once(engines[name], batch, reply)
+                sums[name] = sums[name][0] + seconds, sums[name][1] + cpu
+            if answers["alone"] != answers["ours"]:
+                raise click.ClickException("the two engines answer differently")
+        if at:  # the first pair warms both up
+            for name, sum_of in sums.items():
+                spent[name].append(sum_of)
         if not at:
             before = counted(ours)
         click.echo(f"pair {at} of {pairs}", err=True)
@@ -131,19 +135,27 @@ def rows(case: str, found: dict[str, Any], shape: dict[str, int]) -> list[dict[s
 
 @click.command()
 @click.option("--vllm-python", required=True, help="Interpreter of an environment with vLLM.")
-@click.option("--pairs", default=41, show_default=True, type=click.IntRange(min=3))
+@click.option("--pairs", default=21, show_default=True, type=click.IntRange(min=3))
+@click.option("--turns", default=8, show_default=True, help="Of both engines in a pair.")
 @click.option("--prompts", default=2, show_default=True, help="Requests of a batch.")
-@click.option("--tokens", default=128, show_default=True, help="Tokens of a prompt.")
-@click.option("--reply", default=8, show_default=True, help="Tokens of an answer.")
+@click.option("--tokens", default=96, show_default=True, help="Tokens of a prompt.")
+@click.option("--reply", default=6, show_default=True, help="Tokens of an answer.")
 @click.option("--core", default="0", show_default=True, help="Core of both engines' threads.")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(ROLES)))
 def main(
-    vllm_python: str, pairs: int, prompts: int, tokens: int, reply: int, core: str, cases: Any
+    vllm_python: str,
+    pairs: int,
+    turns: int,
+    prompts: int,
+    tokens: int,
+    reply: int,
+    core: str,
+    cases: Any,
 ) -> None:
     """Measure the cost of misses."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = core
     model = ensure_model()
-    shape = {"prompts": prompts, "tokens": tokens, "reply": reply}
+    shape = {"turns": turns, "prompts": prompts, "tokens": tokens, "reply": reply}
     logs = Path(tempfile.mkdtemp(prefix="vllm-miss-"))
     alone = Engine(vllm_python, model, logs / "alone")
     try:
