@@ -21,7 +21,7 @@ class _Images(types.ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.__path__: list[str] = []
+        vars(self)["__path__"] = list[str]()  # a package: it has modules below it
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -62,6 +62,7 @@ class Pages(Protocol):
 
     def gather(self, rows: Sequence[int]) -> tuple[object, list[Block]]:
         """Copy pages out; the first is kept as long as the blocks are read."""
+        ...
 
 
 class Pool(NamedTuple):

@@ -243,13 +243,13 @@ class Spoilt:
     def __init__(self, pages: Any) -> None:
         self._pages, self.page_bytes = pages, pages.page_bytes
 
-    def scatter(self, layer: int, at: Sequence[int], fetch: Any) -> None:
+    def scatter(self, layer: int, rows: Sequence[int], fetch: Any) -> None:
         if layer == 1:
             raise OSError("a copy failed")
-        self._pages.scatter(layer, at, fetch)
+        self._pages.scatter(layer, rows, fetch)
 
-    def gather(self, at: Sequence[int]) -> tuple[object, list[Block]]:
-        found: tuple[object, list[Block]] = self._pages.gather(at)
+    def gather(self, rows: Sequence[int]) -> tuple[object, list[Block]]:
+        found: tuple[object, list[Block]] = self._pages.gather(rows)
         return found
 
 
