@@ -2,31 +2,30 @@
 
     python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python [--pairs 21]
 
-Two engines run beside each other: vLLM alone, and vLLM with our connector over a real node. Each
-pair is several turns: both get the same new prompts, one engine after the other, the other first
-in the next turn, so that what else the machine does falls on both; the one that is not asked
-rests. Every lookup misses, because no prompt comes twice. Cases: `control` (two
-engines without a connector: what the machine's noise makes of nothing), `lookup` (kv_role
-kv_consumer: asked, nothing stored) and `lookup_store` (kv_both: what was computed is stored too).
+One engine over a real node. Its connector is taken out and put back between batches, in scheduler
+and worker: without it the engine is what it is where none was configured (two engines beside each
+other differed by 40 % with no connector in either: memory and cores fall to processes by luck). A
+pair is several turns: the same number of new prompts with and without, the other first in the next
+turn. Every lookup misses, because no prompt comes twice. Cases: `control` (without, twice: what
+the machine's noise makes of nothing), `lookup` (kv_role kv_consumer: asked, nothing stored) and
+`lookup_store` (kv_both: what was computed is stored too).
 
-vLLM on a CPU binds its threads otherwise with a connector than without one (it reserves cores),
-so both are bound to one core here (`--core`): else the binding is what is measured. The engine
-computes on the cores that store, so `lookup_store` has the copies' work in its ratio; beside a
-GPU they run on cores that are idle. The answers of both engines are compared.
+The engine's threads are bound to one core (`--core`), as its own binding would leave the other to
+the connector. The engine computes on the cores that store, so `lookup_store` has the copies' work
+in its ratio; beside a GPU they run on cores that are idle.
 
 One JSON line per figure on standard output: the median ratio of throughputs with a bootstrapped
 95 % interval, that of CPU seconds, and the scheduler thread's microseconds.
 """
 
 import json
-import os
 import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import click
 import psutil
@@ -38,8 +37,15 @@ from tests.engines.vllm_engine import Engine
 THROUGHPUT_BAR: Final = 0.99
 STEP_BAR: Final = 0.01
 """The scheduler's thread may add less than 1 % of a step."""
-ROLES: Final = {"control": "-", "lookup": "kv_consumer", "lookup_store": "kv_both"}
+ROLES: Final = {"control": "kv_consumer", "lookup": "kv_consumer", "lookup_store": "kv_both"}
 RESAMPLES: Final = 10_000
+
+
+class Spent(NamedTuple):
+    """What a batch took, of time and of all the engine's processes' CPU time."""
+
+    wall_s: float
+    cpu_s: float
 
 
 def cpu_seconds(engine: Engine) -> float:
@@ -57,11 +63,13 @@ def interval(ratios: Sequence[float], dice: random.Random) -> tuple[float, float
     return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
 
 
-def run_once(engine: Engine, prompts: list[list[int]], reply: int) -> tuple[float, float, Any]:
-    """Return the seconds of a batch, its CPU seconds and the tokens of its answers."""
+def run_once(engine: Engine, prompts: list[list[int]], reply: int, *, on: bool) -> Spent:
+    """Return what a batch took with the connector in or out."""
+    if engine.ask(connector=on)["connector"] is not on:
+        raise click.ClickException("the connector was not switched")
     cpu = cpu_seconds(engine)
     replies = engine.replies(prompts, reply, together=True)
-    return replies[0]["s"], cpu_seconds(engine) - cpu, [one["tokens"] for one in replies]
+    return Spent(replies[0]["s"], cpu_seconds(engine) - cpu)
 
 
 def counted(engine: Engine) -> dict[str, float]:
@@ -71,38 +79,36 @@ def counted(engine: Engine) -> dict[str, float]:
 
 
 def measure(
-    alone: Engine, ours: Engine, *, pairs: int, turns: int, prompts: int, tokens: int, reply: int
+    engine: Engine, *, asks: bool, pairs: int, turns: int, prompts: int, tokens: int, reply: int
 ) -> dict[str, Any]:
-    """Run the pairs; return seconds, CPU seconds and the connector's counts over all of them."""
+    """Run the pairs; return what they took and the connector's counts over all of them."""
     dice = random.Random(11)
-    spent: dict[str, list[tuple[float, float]]] = {"alone": [], "ours": []}
-    engines = {"alone": alone, "ours": ours}
+    spent: dict[str, list[Spent]] = {"alone": [], "ours": []}
     before: dict[str, float] = {}
     for at in range(pairs + 1):
-        sums = {"alone": (0.0, 0.0), "ours": (0.0, 0.0)}
+        sums = {"alone": Spent(0.0, 0.0), "ours": Spent(0.0, 0.0)}
         for turn in range(turns):
-            batch = [[dice.randrange(1000, 40000) for _ in range(tokens)] for _ in range(prompts)]
-            answers = {}
             for name in ("alone", "ours") if turn % 2 else ("ours", "alone"):
-                seconds, cpu, answers[name] = run_once(engines[name], batch, reply)
-                sums[name] = sums[name][0] + seconds, sums[name][1] + cpu
-            if answers["alone"] != answers["ours"]:
-                raise click.ClickException("the two engines answer differently")
-        if at:  # the first pair warms both up
+                batch = [
+                    [dice.randrange(1000, 40000) for _ in range(tokens)] for _ in range(prompts)
+                ]
+                one = run_once(engine, batch, reply, on=asks and name == "ours")
+                sums[name] = Spent(sums[name].wall_s + one.wall_s, sums[name].cpu_s + one.cpu_s)
+        if at:  # the first pair warms up
             for name, sum_of in sums.items():
                 spent[name].append(sum_of)
-        if not at:
-            before = counted(ours)
+        else:
+            before = counted(engine)
         click.echo(f"pair {at} of {pairs}", err=True)
-    after = counted(ours)
+    after = counted(engine)
     return {**spent, "counts": {name: after[name] - before.get(name, 0.0) for name in after}}
 
 
 def rows(case: str, found: dict[str, Any], shape: dict[str, int]) -> list[dict[str, Any]]:
     """Return the figures of one case."""
     alone, ours, counts = found["alone"], found["ours"], found["counts"]
-    wall = [plain[0] / with_us[0] for plain, with_us in zip(alone, ours, strict=True)]
-    cpu = [with_us[1] / plain[1] for plain, with_us in zip(alone, ours, strict=True)]
+    wall = [plain.wall_s / with_us.wall_s for plain, with_us in zip(alone, ours, strict=True)]
+    cpu = [with_us.cpu_s / plain.cpu_s for plain, with_us in zip(alone, ours, strict=True)]
     dice = random.Random(3)
     base = {"bench": "vllm_miss", "pairs": len(wall), **shape}
 
@@ -119,7 +125,7 @@ def rows(case: str, found: dict[str, Any], shape: dict[str, int]) -> list[dict[s
         return ratios
     scheduler_us = counts["kvstore_vllm_scheduler_seconds_total"] * 1e6
     steps, requests = counts["kvstore_vllm_steps_total"], counts["kvstore_vllm_requests_total"]
-    step_us = sum(seconds for seconds, _ in ours) * 1e6 / steps
+    step_us = sum(one.wall_s for one in ours) * 1e6 / steps
     if counts.get("kvstore_vllm_lookup_hit_tokens_total"):
         raise click.ClickException("a lookup was a hit: nothing is measured")
     return [
@@ -136,11 +142,11 @@ def rows(case: str, found: dict[str, Any], shape: dict[str, int]) -> list[dict[s
 @click.command()
 @click.option("--vllm-python", required=True, help="Interpreter of an environment with vLLM.")
 @click.option("--pairs", default=21, show_default=True, type=click.IntRange(min=3))
-@click.option("--turns", default=8, show_default=True, help="Of both engines in a pair.")
+@click.option("--turns", default=8, show_default=True, help="With and without, in a pair.")
 @click.option("--prompts", default=2, show_default=True, help="Requests of a batch.")
 @click.option("--tokens", default=96, show_default=True, help="Tokens of a prompt.")
 @click.option("--reply", default=6, show_default=True, help="Tokens of an answer.")
-@click.option("--core", default="0", show_default=True, help="Core of both engines' threads.")
+@click.option("--core", default="0", show_default=True, help="Core of the engine's threads.")
 @click.option("--case", "cases", multiple=True, type=click.Choice(list(ROLES)))
 def main(
     vllm_python: str,
@@ -153,25 +159,20 @@ def main(
     cases: Any,
 ) -> None:
     """Measure the cost of misses."""
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = core
     model = ensure_model()
     shape = {"turns": turns, "prompts": prompts, "tokens": tokens, "reply": reply}
     logs = Path(tempfile.mkdtemp(prefix="vllm-miss-"))
-    alone = Engine(vllm_python, model, logs / "alone")
-    try:
-        for case in cases or ROLES:
-            with start_node(arena_bytes=256 << 20) as node:
-                where = None if case == "control" else node.run_dir
-                ours = Engine(vllm_python, model, logs / case, where, ROLES[case])
-                try:
-                    found = measure(alone, ours, pairs=pairs, **shape)
-                finally:
-                    ours.close()
-            for row in rows(case, found, shape):
-                sys.stdout.write(json.dumps(row) + "\n")
-                sys.stdout.flush()
-    finally:
-        alone.close()
+    more = {"VLLM_CPU_OMP_THREADS_BIND": core, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    for case in cases or ROLES:
+        with start_node(arena_bytes=256 << 20) as node:
+            engine = Engine(vllm_python, model, logs / case, node.run_dir, ROLES[case], more)
+            try:
+                found = measure(engine, asks=case != "control", pairs=pairs, **shape)
+            finally:
+                engine.close()
+        for row in rows(case, found, shape):
+            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import selectors
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ class Engine:
 
     def __init__(
         self, python: str, model: Path, log: Path, run_dir: Path | None = None,
-        role: str = "kv_both",
+        role: str = "kv_both", more: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        """Start it with `python` of vLLM's environment, and wait until it serves."""
+        """Start it with `python` of vLLM's environment and `more` in its own; wait."""
         connector = json.dumps({"run_dir": str(run_dir)}) if run_dir else "-"
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **(more or {}),
         }  # fmt: skip
         script = Path(__file__).with_name("vllm_process.py")
         command = [python, str(script), str(model), connector, role]
