@@ -4,11 +4,13 @@
 
 `kvstore router --ext-proc` runs as a process over engines that publish vLLM's KV events; this
 process speaks to it as Envoy does in full duplex: a stream, the headers, the body in chunks of
-64 KiB, and the answer that names the endpoint, its arrival timed from the stream's start. Half of
-the prompts of ids begin with what one engine said to hold, and are checked to go there. Cases
+64 KiB, and the answer that names the endpoint, its arrival timed from the stream's start. Cases
 differ in how the prompt comes (token ids, or a conversation that the model's own tokenizer and
-template turn into them), its length, and how many streams are open at once. One JSON line per
-case on standard output.
+template turn into them), its length, and how many streams are open at once. Before they begin
+each endpoint is checked to get what it said to hold. Half of the prompts of ids begin so; asked
+for often, such a beginning is hot and the router sends it where it gets another copy. Nothing is
+computed here, so no copy ever is made and more are sent `elsewhere`. One JSON line per case on
+standard output.
 """
 
 import asyncio
