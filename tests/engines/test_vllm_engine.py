@@ -5,12 +5,9 @@ test-engines` makes one. Through it run the modules `kvstore.adapters.vllm.conne
 `kvstore.adapters.vllm.stats` and `kvstore.adapters.vllm.engine_pages`.
 """
 
-import json
 import os
 import random
-import selectors
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -24,78 +21,19 @@ from kvworkers.models.provision import ensure_model
 from kvstore import Client, Namespace
 from kvstore.directory.events import TierKind
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
+from tests.engines.vllm_engine import Engine
 
 PYTHON = os.environ.get("KVSTORE_VLLM_PYTHON", "")
 pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="KVSTORE_VLLM_PYTHON names no environment with vLLM"),
     pytest.mark.timeout(900),
 ]
-ROOT = Path(__file__).resolve().parents[2]
 ARENA_BYTES = 64 << 20
 """Holds about 90 blocks of this model: less than all prompts here together."""
-START_S = 300.0
-REPLY_S = 180.0
 DICE = random.Random(7)
 WARM, PREFIX, *OTHERS = ([DICE.randrange(1000, 40000) for _ in range(512)] for _ in range(8))
 SHARED = [PREFIX + [DICE.randrange(1000, 40000) for _ in range(40)] for _ in range(3)]
 PROMPTS = SHARED + OTHERS
-
-
-class Engine:
-    """A vLLM process; `-` for a connector is vLLM alone."""
-
-    def __init__(self, model: Path, log: Path, run_dir: Path | None = None) -> None:
-        connector = json.dumps({"run_dir": str(run_dir)}) if run_dir else "-"
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        }  # fmt: skip
-        command = [PYTHON, str(Path(__file__).with_name("vllm_process.py")), str(model), connector]
-        with log.open("wb") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env=environment,
-            )  # fmt: skip
-        self._log = log
-        self._read(START_S)
-
-    def ask(self, **order: Any) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(order).encode() + b"\n")
-        self._process.stdin.flush()
-        return self._read(REPLY_S)
-
-    def replies(self, prompts: list[list[int]], max_tokens: int = 8, **more: Any) -> list[Any]:
-        answer = self.ask(prompts=prompts, max_tokens=max_tokens, **more)
-        found: list[Any] = answer["replies"]
-        return found
-
-    def forget(self) -> None:
-        """Empty vLLM's own prefix cache: what it knows next comes from the node."""
-        assert self.ask(forget=True)["forgot"]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
-        self._process.stdout.close()
-
-    def _read(self, seconds: float) -> Any:
-        assert self._process.stdout is not None
-        received = b""
-        ends = time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            while not received.endswith(b"\n"):
-                ready = selector.select(max(0.0, ends - time.monotonic()))
-                chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
-                assert chunk, f"no answer from vLLM\n{self._log.read_text()[-4000:]}"
-                received += chunk
-        return json.loads(received)
 
 
 def tokens(replies: list[Any]) -> list[list[int]]:
@@ -110,7 +48,7 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM alone answers, and how long its first token takes."""
-    engine = Engine(model, tmp_path_factory.mktemp("alone") / "log")
+    engine = Engine(PYTHON, model, tmp_path_factory.mktemp("alone") / "log")
     try:
         engine.replies([WARM], 1)
         ttft = engine.replies([SHARED[0]], 1)[0]["s"]
@@ -146,13 +84,13 @@ def second(
 ) -> Iterator[Engine]:
     """An engine that starts with nothing, after another has computed every prompt."""
     logs = tmp_path_factory.mktemp("engines")
-    first = Engine(model, logs / "first", host.run_dir)
+    first = Engine(PYTHON, model, logs / "first", host.run_dir)
     try:
         assert tokens(first.replies(PROMPTS[3:])) == alone["tokens"][3:]
         assert tokens(first.replies(SHARED)) == alone["tokens"][:3]
     finally:
         first.close()
-    engine = Engine(model, logs / "second", host.run_dir)
+    engine = Engine(PYTHON, model, logs / "second", host.run_dir)
     yield engine
     engine.close()
 

@@ -45,12 +45,12 @@ class Request:
 class Engine:
     """One engine's two halves over pages of its own."""
 
-    def __init__(self, run_dir: str, seed: int) -> None:
+    def __init__(self, run_dir: str, seed: int, *, stores: bool = True) -> None:
         dice = np.random.default_rng(seed)
         self.layers = [dice.integers(0, 1 << 30, (8, 3, 32, 16), np.int32) for _ in range(2)]
         settings = Settings(run_dir=run_dir, call_ms=200, load_ms=500, circuit_ms=200)
         self.link = NodeLink(settings, MODEL, LAYOUT, name="test")
-        self.scheduler = SchedulerSide(self.link, block_tokens=32)
+        self.scheduler = SchedulerSide(self.link, block_tokens=32, stores=stores)
         self.worker = WorkerSide(self.link, EnginePages(self.layers, LAYOUT, tile=32))
 
     def step(self, progress: list[tuple[str, int]], blocks: list[int]) -> StepPlan:
@@ -131,6 +131,22 @@ def test_one_engine_loads_what_another_stored(engines: tuple[Engine, Engine]) ->
     assert two.worker.take_counts()["loaded_blocks_dram"] == 6
     assert two.scheduler.sources(Request("b"), 96) != {}
     assert two.scheduler.finished("b") is False, "what was loaded is not stored again"
+
+
+def test_an_engine_that_only_consumes_loads_and_stores_nothing(
+    node: RunningNode, engines: tuple[Engine, Engine]
+) -> None:
+    one, _ = engines
+    consumer = Engine(str(node.run_dir), 3, stores=False)
+    until(lambda: consumer.link.usable)
+    new = list(range(7_000, 7_100))
+    assert consumer.matched(Request("n", prompt_token_ids=new)) == 0
+    assert consumer.step([("n", 100)], [0, 1, 2, 3]).stores == []
+    assert consumer.scheduler.finished("n") is False
+    one.compute_and_store("a", [5, 2, 7, 1])
+    assert consumer.load(Request("b"), [0, 3, 6, 4]) == set()
+    assert consumer.scheduler.take_counts()["steps"] == 2
+    consumer.close()
 
 
 def test_a_request_that_its_tokens_do_not_name_is_left_alone(

@@ -51,7 +51,9 @@ class ReplicaPlacer:
     def __init__(self, settings: ServeSettings, tokenizer: Tokenizer | None = None) -> None:
         self._settings = settings
         self._reader = PromptReader(tokenizer)
-        self._metrics = RouterMetrics(CollectorRegistry())
+        self.registry = CollectorRegistry()
+        """What the router counts; nobody serves it here."""
+        self._metrics = RouterMetrics(self.registry)
         self._replicas: dict[str, Replica] = {}
         self._assumed: dict[str, AssumedSource] = {}
         self._placed: OrderedDict[str, _Placed] = OrderedDict()

@@ -11,13 +11,16 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
-from ray.util.metrics import Counter
+from ray.util.metrics import Counter, Gauge
 
 from kvstore.adapters.prompts import ModelTokenizer, Tokenizer
+from kvstore.adapters.ray_serve.exported import Exporter, sink_of
 from kvstore.adapters.ray_serve.placer import Replica, ReplicaPlacer
 from kvstore.adapters.ray_serve.settings import ServeSettings
 
 _log = logging.getLogger(__name__)
+_EXPORT_S: Final = 2.0
+"""Between two exports of the router's metrics: below any scrape's interval."""
 _PROMPTS: Final = ("messages", "prompt", "input")
 _STATS: Final = "kv_event_metadata"
 """Under which a replica's `record_routing_stats` tells where its engine publishes."""
@@ -38,9 +41,11 @@ class KvStoreRequestRouter(RequestRouter):  # type: ignore[misc]  # untyped here
             " no replica is followed yet (unknown) or the router failed (failed)",
             tag_keys=("application", "deployment", "outcome"),
         )
-        self._kv_choices.set_default_tags(
-            {"application": self._deployment_id.app_name, "deployment": self._deployment_id.name}
-        )
+        self._kv_tags = {
+            "application": self._deployment_id.app_name, "deployment": self._deployment_id.name,
+        }  # fmt: skip
+        self._kv_choices.set_default_tags(self._kv_tags)
+        self._kv_exports: asyncio.Task[None] | None = None
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take Ray's list, and follow the new ones at once where a loop is running."""
@@ -95,10 +100,23 @@ class KvStoreRequestRouter(RequestRouter):  # type: ignore[misc]  # untyped here
         """Return the placer, made on the loop that routes, told of today's replicas."""
         if self._kv_placer is None:
             self._kv_placer = ReplicaPlacer(self._kv_settings, self._kv_tokenizer)
+            exporter = Exporter(self._kv_placer.registry, sink_of(Counter, Gauge, self._kv_tags))
+            # Kept: a task that nobody holds may be collected while it runs.
+            self._kv_exports = asyncio.get_running_loop().create_task(_export(exporter))
         self._kv_placer.set_replicas(
             [_replica(one, self._kv_settings) for one in self._replicas_list]
         )
         return self._kv_placer
+
+
+async def _export(exporter: Exporter) -> None:
+    """Give the router's metrics on to Ray's, for as long as the handle lives."""
+    while True:
+        try:
+            exporter.export()
+        except Exception:  # task boundary: metrics must not end the placing of requests
+            _log.exception("giving metrics on to Ray failed")
+        await asyncio.sleep(_EXPORT_S)
 
 
 def _replica(replica: RunningReplica, settings: ServeSettings) -> Replica:

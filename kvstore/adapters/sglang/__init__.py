@@ -1,7 +1,7 @@
-"""SGLang's HiCache keeps its pages in our store (`--hicache-storage-backend dynamic`).
+"""SGLang keeps its pages in our store: behind its HiCache, or directly behind its device pools.
 
-`backend` is the class that SGLang loads and the only module here that imports it; `store` does
-the work over host pools as SGLang hands them over, `identity` says what a page's key has to
-carry, `pools` which lengths of a prefix can be restored. Knows nothing of GPUs or of other
-engines, and never raises into the engine for what the cache did.
+`backend` and `linker` are the classes that SGLang loads, the only modules here that import it;
+`store` does the work over host pools, `direct` over device pools (`device`, told layer by layer in
+`layers`); `identity` says what a page's key has to carry, `pools` which lengths can be restored.
+Knows nothing of other engines, and never raises into the engine for what the cache did.
 """

@@ -5,7 +5,7 @@ for backends has neither dtype nor layout nor a digest of the weights, so they c
 host pool and from our own part of the extra config.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,20 +27,35 @@ _SGLANGS: Final = {"backend_name", "module_path", "class_name", "interface_v1"}
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Our part of `--hicache-storage-backend-extra-config`."""
+    """Our part of what SGLang is told about its storage backend or linker."""
 
     address: StoreAddress
     weights_digest: str
 
 
-def settings_of(extra: Mapping[str, Any] | None) -> Settings:
-    """Read the extra config; raises `BadInput` naming what is missing, unknown or malformed."""
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Where a rank stands. A group whose pages are equal on all TP ranks is `replicated`."""
+
+    tp: str
+    pp: str
+    cp: str
+    dcp: str
+    replicated: bool
+
+
+def settings_of(extra: Mapping[str, Any] | None, more: Set[str] = frozenset()) -> Settings:
+    """Read the extra config; raises `BadInput` naming what is missing, unknown or malformed.
+
+    `more` are settings that the caller reads itself.
+    """
     given = dict(extra or {})
-    if unknown := sorted(set(given) - _OURS - _SGLANGS):
-        raise BadInput(f"unknown settings {', '.join(unknown)}; known: {', '.join(sorted(_OURS))}")
+    if unknown := sorted(set(given) - _OURS - _SGLANGS - more):
+        known = ", ".join(sorted(_OURS | more))
+        raise BadInput(f"unknown settings {', '.join(unknown)}; known: {known}")
     for key in ("run_dir", "weights_digest"):
         if not isinstance(given.get(key), str) or not given[key]:
-            raise BadInput(f"{key} is missing in the storage backend's extra config")
+            raise BadInput(f"{key} is missing in the extra config")
     for key in ("call_ms", "transfer_ms", "pause_ms"):
         if key in given and type(given[key]) is not int:
             raise BadInput(f"{key} is {given[key]!r}, not a number of milliseconds")
@@ -82,16 +97,30 @@ def namespace_of(
         "heads": getattr(pool, "head_num", ""),
         "dim": getattr(pool, "head_dim", ""),
     }
-    return Namespace(
-        weights_digest=settings.weights_digest,
-        kv_dtype=str(getattr(pool, "dtype", "unknown")).removeprefix("torch."),
-        layers=1,
-        kv_heads=1,
-        head_dim=1,
-        kind=NamespaceKind.OPAQUE,
-        block_tokens=page if page % BLOCK_TOKENS == 0 else BLOCK_TOKENS,
-        attention="|".join(f"{key}={_framed(value)}" for key, value in facts.items()),
-    )
+    return _opaque(settings, str(getattr(pool, "dtype", "unknown")), page, facts)
+
+
+def device_namespace_of(
+    settings: Settings, ranks: Ranks, *, model: str, pool: str, page: int, dtype: str, form: str
+) -> Namespace:
+    """Return the namespace of one device pool of one rank.
+
+    `form` says which bytes of which layers make a page, in their order. Device pages lie layer by
+    layer where host pages do not, so neither kind is ever taken for the other.
+    """
+    replicated = ranks.replicated and pool != _SHARDED_BESIDE_MLA
+    facts = {
+        "engine": "sglang device",
+        "pool": pool,
+        "model": model,
+        "page": page,
+        "form": form,
+        "tp": "replicated" if replicated else ranks.tp,
+        "pp": ranks.pp,
+        "cp": ranks.cp,
+        "dcp": ranks.dcp,
+    }
+    return _opaque(settings, dtype, page, facts)
 
 
 def page_tokens(pool: Any) -> int:
@@ -108,6 +137,19 @@ def name_of(key: str) -> BlockName:
     if len(name) != NAME_BYTES:
         raise BadInput(f"page key {key[:80]!r} is not a SHA-256 digest in hex")
     return BlockName(name)
+
+
+def _opaque(settings: Settings, dtype: str, page: int, facts: Mapping[str, object]) -> Namespace:
+    return Namespace(
+        weights_digest=settings.weights_digest,
+        kv_dtype=dtype.removeprefix("torch."),
+        layers=1,
+        kv_heads=1,
+        head_dim=1,
+        kind=NamespaceKind.OPAQUE,
+        block_tokens=page if page % BLOCK_TOKENS == 0 else BLOCK_TOKENS,
+        attention="|".join(f"{key}={_framed(value)}" for key, value in facts.items()),
+    )
 
 
 def _framed(value: object) -> str:

@@ -66,7 +66,11 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerSide(self._link, block_tokens=self._block_tokens)
+            self._scheduler = SchedulerSide(
+                self._link,
+                block_tokens=self._block_tokens,
+                stores=vllm_config.kv_transfer_config.is_kv_producer,
+            )
 
     @property
     def requires_kv_delivery(self) -> bool:

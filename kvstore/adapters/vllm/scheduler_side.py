@@ -8,9 +8,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.plan import LoadJob, RequestState, StoreJob, blocks_to_store, usable_hit
@@ -20,6 +20,8 @@ from kvstore.core.names import BlockName, ExtraKey, chain, pack_tokens
 from kvstore.directory.events import TierKind
 
 _log = logging.getLogger(__name__)
+_REST_S: Final = 0.002
+"""Of an idle step; an answer takes about 1 ms."""
 
 
 class Found(NamedTuple):
@@ -52,14 +54,16 @@ class _Tracked:
 
 
 class SchedulerSide:
-    """Questions, hits and jobs of all requests; every method returns at once."""
+    """Questions, hits and jobs of all requests; every method returns at once, idle steps soon."""
 
-    def __init__(self, link: NodeLink, *, block_tokens: int) -> None:
+    def __init__(self, link: NodeLink, *, block_tokens: int, stores: bool = True) -> None:
+        """`block_tokens` are the engine's; without `stores` only loads are planned."""
         self.counts: Counter[str] = Counter()
         """Since the last `take_counts`."""
         self._link = link
         self._block_tokens = block_tokens
         self._ratio = block_tokens // BLOCK_TOKENS
+        self._stores = stores
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
 
@@ -144,7 +148,18 @@ class SchedulerSide:
                 plan.stores.append(job)
         self.counts["steps"] += 1
         self._spent(began)
+        if plan.idle:
+            self._rest()
         return plan
+
+    def _rest(self) -> None:
+        """Let the answers come: vLLM asks step after step, and that would hold up their thread.
+
+        Only where nothing is computed, so nobody is kept waiting.
+        """
+        asked = [one.question for one in self._tracked.values() if one.question is not None]
+        if asked and not any(question.done() for question in asked):
+            wait(asked, _REST_S, FIRST_COMPLETED)
 
     def loads_ended(self, requests: Iterable[str], bad_blocks: set[int]) -> None:
         """Note which loads ended; a request one of whose blocks is bad does not load again."""
@@ -212,7 +227,7 @@ class SchedulerSide:
 
     def _store(self, name: str, computed: int, blocks_of: Any) -> StoreJob | None:
         tracked = self._tracked.get(name)
-        if tracked is None or tracked.found is None or not self._link.usable:
+        if not self._stores or tracked is None or tracked.found is None or not self._link.usable:
             return None
         request, state = tracked.request, tracked.state
         outputs = self._link.settings.store_output

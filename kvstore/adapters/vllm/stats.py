@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 _NAMES: Final = {
     "requests": "Requests that arrived",
+    "steps": "Steps that the scheduler planned",
     "lookups": "Questions that the node answered",
     "lookup_hit_tokens": "Prompt tokens that the node said to hold",
     "loaded_tokens": "Prompt tokens loaded from the node",
