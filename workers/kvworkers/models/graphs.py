@@ -151,6 +151,7 @@ class StepGraphs:
         )
         plan.tables.fill_(self._pages.shape[0] - 1)
         # Twice outside: kernels are compiled and the plan's work list is made by the first call.
+        parts = 0
         for _ in range(2):
             parts = sum(1 for _ in self._compute(step, self._pages, plan))
             plan.cut()
