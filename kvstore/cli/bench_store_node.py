@@ -86,6 +86,7 @@ async def bench_lookups(bench: Bench, run_dir: Path, echo: str) -> None:
             packed = b"".join(names)
             await learn(packed, timeout=10)
             asked += [packed[: len(packed) // 2], packed[len(packed) // 2 :]]
+        await _all_sealed(client)
 
         async def ours() -> None:
             for packed in asked:
