@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from kvkernels import ops
 from kvworkers.engine.cache import StoreConfig, StoreLink
+from kvworkers.engine.scheduler import Scheduler
 from kvworkers.models.loading import LoadedModel, load_model
 from kvworkers.stream.gate import Gate
 from kvworkers.stream.mover import Mover
@@ -150,6 +151,32 @@ async def test_blocks_given_away_under_a_step_are_computed(loaded: LoadedModel, 
         assert it.rig.model.steps[1] == 100 - good * 16, "the first step counts for nothing"
 
 
+class Remembers:
+    """A constraint that allows everything and writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def allow(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def take(self, token: int) -> None:
+        self.told.append(token)
+
+
+async def test_what_a_void_step_would_say_is_not_remembered(loaded: LoadedModel) -> None:
+    async with following(loaded) as it:
+        it.client.stale = {2}
+        form = Remembers()
+        reply = it.ask(max_tokens=8, constraint=form, frequency_penalty=0.01)
+        it.mover.allowed.release()
+        await it.until(lambda: it.rig.model.steps == [4])
+        it.mover.allowed.release()
+        said = await reply
+        assert said.first is not None and said.first.cache.cached_tokens == 32
+        assert form.told[: len(said.tokens)] == said.tokens
+
+
 @pytest.mark.parametrize("fails_at", [0, 1])
 async def test_a_load_that_fails_under_a_step_costs_only_itself(
     loaded: LoadedModel, fails_at: int
@@ -203,3 +230,26 @@ async def test_a_caller_that_leaves_under_a_followed_load_frees_its_pages(
         assert it.rig.pool.use().held > 0, "a step and a copy are writing them"
         it.mover.allowed.release()
         await it.until(lambda: it.rig.pool.use().held == 0)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+@pytest.mark.parametrize("a_turn", [1, 2, 3])
+async def test_a_prompt_is_settled_while_its_reply_goes_on(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, at_once: int, a_turn: int
+) -> None:
+    """Whoever gives the last block its name: the step's end, or the turn between two steps."""
+    async with following(loaded) as it:
+        defaults = Scheduler.name_blocks.__kwdefaults__
+        assert defaults is not None
+        monkeypatch.setitem(defaults, "limit", at_once)
+        monkeypatch.setattr("kvworkers.engine.engine._NAMED_A_TURN", a_turn)
+        for _ in range(2):
+            it.mover.allowed.release()
+        outputs = it.rig.engine.generate(ask(PROMPT, max_tokens=300, ignore_eos=True))
+        async with asyncio.timeout(20), aclosing(outputs):
+            async for _ in outputs:
+                if it.client.settled:
+                    break
+        (settled,) = it.client.settled
+        assert settled["release"] == [5]
+        assert [ref.slot for ref in settled["kept_in_hbm"]] == list(range(BLOCKS))

@@ -5,6 +5,8 @@ import threading
 import pytest
 from kvworkers.stream.gate import Gate, layer_groups
 
+from kvstore.core.errors import Unreachable
+
 
 @pytest.mark.parametrize("layers", range(1, 130))
 def test_groups_are_all_layers_in_order(layers: int) -> None:
@@ -54,6 +56,17 @@ def test_a_load_that_ends_early_lets_the_step_go_on() -> None:
     gate.end()
     thread.join(10)
     assert not thread.is_alive() and gate.come_groups == 1
+
+
+def test_nothing_is_computed_over_a_load_that_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvworkers.stream.gate._PATIENCE_S", 0.01)
+    gate = Gate(8, changed=lambda: None)
+    gate.come()
+    gate.pass_layer(0)
+    with pytest.raises(Unreachable, match="layer 2"):
+        gate.pass_layer(2)
 
 
 def test_a_step_begins_early_alone_and_late_beside_others() -> None:

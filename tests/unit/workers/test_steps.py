@@ -58,7 +58,10 @@ async def test_a_reply_whose_tokens_the_host_sees_a_step_late_is_the_models(
             step = await runner.launch(works, samplers, before)
         if before is not None:
             for reply, run, sampled in zip(
-                replies, runs, await runner.collect(before), strict=True
+                replies,
+                runs,
+                await runner.collect(before, [True] * len(before.samplers)),
+                strict=True,
             ):
                 assert sampled is not None
                 reply.append(sampled.token)

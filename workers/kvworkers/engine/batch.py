@@ -55,7 +55,8 @@ def build_step(
         context_lengths=torch.from_numpy(contexts),
         query_starts=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)),
         sample_rows=torch.from_numpy((ends - 1)[samples]),
-        gates=tuple(w.sequence.gate for w in works if w.sequence.gate is not None),
+        # Read once each: the event loop takes it away when the load ends.
+        gates=tuple(gate for work in works if (gate := work.sequence.gate) is not None),
         carried=Carried(chosen, torch.from_numpy(sources))
         if carried and chosen is not None
         else None,

@@ -122,12 +122,8 @@ class Engine:
 
     def load(self) -> Loaded:
         """Return load and measured rates, as routers want them."""
-        return load_of(
-            self._pool,
-            self._scheduler,
-            self.rates.rates(),
-            draining=self._draining or self.broken.is_set(),
-        )
+        draining = self._draining or self.broken.is_set()
+        return load_of(self._pool, self._scheduler, self.rates.rates(), draining=draining)
 
     def forget_rates(self) -> None:
         """Measure anew, and tell routers at once that nothing is measured."""
@@ -287,14 +283,17 @@ class Engine:
         return Flight(works, actives, launched, started, ahead, loads)
 
     async def _collect(self, flight: Flight) -> None:
+        if flight.loads:
+            await asyncio.wait(flight.loads)
+        # Over blocks that never came nothing may be chosen: samplers remember what they chose.
+        sampling = [work for work in flight.works if work.samples]
+        good = [not flight.loads or w.sequence.computed >= w.start for w in sampling]
         try:
-            sampled = await self._runner.collect(flight.launched)
+            sampled = await self._runner.collect(flight.launched, good)
         except Exception as error:  # task boundary, as above
             self._step_failed(flight.actives, error)
             return
         self._failing_steps = 0
-        if flight.loads:
-            await asyncio.wait(flight.loads)
         now_ms = self._now_ms()
         seconds = (now_ms - max(flight.started_ms, self._ended_ms)) / 1000
         if flight.loads:
@@ -334,13 +333,13 @@ class Engine:
         self._reporter.token()
         if run.generated >= run.request.sampling.max_tokens:
             self._end(active, FinishReason.LENGTH)
+        self._settle(run)
 
     def _first_token(self, active: Active, now_ms: float) -> None:
         active.run.first_token_ms = now_ms
         first = active.first_tokens(now_ms)
         active.stream.begin(first)
         self._reporter.first_token(first)
-        self._settle(active.run)
 
     def _settle(self, run: Run) -> None:
         """Tell the store what became of a prompt, once it is known by name as far as computed."""

@@ -197,7 +197,7 @@ class Sequence:
     def pending_tokens(self) -> int:
         """Tokens that are known or about to be, and not begun: 1 while decoding, more in prefill.
 
-        None where the one that is coming is the last.
+        0 where the one that is coming is the last.
         """
         if self.coming and self.generated + 1 >= self.request.sampling.max_tokens:
             return 0

@@ -71,22 +71,19 @@ class StepRunner:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._launch, works, samplers, before)
 
-    async def collect(self, step: Launched) -> list[Sampled | None]:
-        """Wait for a step; return what each sampler chose, None where logits were not finite.
+    async def collect(self, step: Launched, good: Sequence[bool]) -> list[Sampled | None]:
+        """Wait for a step; return what each sampler chose.
 
+        None where it was not asked, since its row is not `good`, and where logits were not finite.
         Where it does not run ahead, no other step may have been begun since.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._collect, step)
+        return await loop.run_in_executor(self._thread, self._collect, step, good)
 
     async def close(self) -> None:
         """Wait for whatever was begun: nothing writes the pages any more."""
         await asyncio.to_thread(self._thread.shutdown)
-        if self._pages.device.type == "cuda":
-            try:
-                await asyncio.to_thread(torch.cuda.synchronize, self._pages.device)
-            except RuntimeError:
-                _log.exception("the device is lost: its steps did not end, and write nothing")
+        await asyncio.to_thread(self._let_it_end)
 
     def _launch(
         self, works: Sequence[Work], samplers: Sequence[Sampler], before: Launched | None
@@ -95,10 +92,14 @@ class StepRunner:
             step = build_step(works)
         else:
             step = build_step(works, before.rows, before.chosen[0])
-        logits = self._model.forward(step, self._pages)
-        with torch.inference_mode():
-            chosen = fused.choose(logits)
-            seen, done = _on_its_way(chosen)
+        try:
+            logits = self._model.forward(step, self._pages)
+            with torch.inference_mode():
+                chosen = fused.choose(logits)
+                seen, done = _on_its_way(chosen)
+        except BaseException:
+            self._let_it_end()  # What was queued of it writes pages that others will be given.
+            raise
         sampled = [work for work in works if work.samples]
         return Launched(
             samplers=samplers,
@@ -110,13 +111,20 @@ class StepRunner:
             done=done,
         )
 
-    def _collect(self, step: Launched) -> list[Sampled | None]:
+    def _let_it_end(self) -> None:
+        if self._pages.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self._pages.device)
+            except RuntimeError:
+                _log.exception("the device is lost: its steps did not end, and write nothing")
+
+    def _collect(self, step: Launched, good: Sequence[bool]) -> list[Sampled | None]:
         if step.done is not None:
             step.done.synchronize()
         best, finite = step.seen.tolist()
         chosen: list[Sampled | None] = []
         for row, (sampler, position) in enumerate(zip(step.samplers, step.positions, strict=True)):
-            if not finite[row]:
+            if not (finite[row] and good[row]):
                 chosen.append(None)
             elif sampler.params.only_id:
                 chosen.append(Sampled(best[row]))

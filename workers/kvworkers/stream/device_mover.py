@@ -217,6 +217,7 @@ class _Lane:
             await to_the_end(self._begin(partial(_await, before)))
 
     def close(self) -> None:
+        self._thread.submit(self._stream.synchronize)
         self._thread.shutdown(wait=True)
 
     def _begin(self, work: Callable[[], _T]) -> "asyncio.Future[_T]":

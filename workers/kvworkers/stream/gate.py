@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import torch
 
+from kvstore.core.errors import Unreachable
+
 GROUP_LAYERS: Final = 8
 """Layers that come together: runs long enough for a bus, short enough to hide."""
 _FIRST_GROUPS: Final = (2, 2, 4)
@@ -79,12 +81,16 @@ class Gate:
         """Hold a step until `layer` is there, or the load has ended without it.
 
         On a GPU the current stream is told to wait, the thread only until that can be said.
+        Raises `Unreachable` for a load that does neither: nothing may be computed over its pages.
         """
         group = self._starts.get(layer)
         if group is None:
             return
         with self._lock:
-            self._lock.wait_for(lambda: self._ended or self.come_groups > group, _PATIENCE_S)
+            if not self._lock.wait_for(
+                lambda: self._ended or self.come_groups > group, _PATIENCE_S
+            ):
+                raise Unreachable(f"a load brought nothing of layer {layer} in {_PATIENCE_S:g} s")
             event = self._events[group] if self.come_groups > group else None
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
