@@ -297,10 +297,10 @@ class DirectStore:
 
     def _layers(self, index: int, jobs: Sequence[tuple[Pool, Part, Held]]) -> bool:
         """Bring the layers in, one after the other; say whether all are there and right."""
-        for layer in range(self.counter.layers):
+        for layer in range(self.counter.num_layers):
             for pool, part, held in jobs:
                 pool.pages.scatter(layer, part.rows, held.copy)
-            last = layer == self.counter.layers - 1
+            last = layer == self.counter.num_layers - 1
             if last and not all(held.whole(len(part.names)) for _, part, held in jobs):
                 return False  # reused while it was copied
             if not self.counter.land(index):
