@@ -48,7 +48,7 @@ class Metric:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    seam = {
+    seam: dict[str, dict[str, Any]] = {
         "ray": {},
         "ray.serve": {},
         "ray.util": {},

@@ -172,7 +172,8 @@ def test_what_others_do_does_not_keep_a_stalled_load_waiting(
     index, other = counter.begin(), counter.begin()
     counter.set_consumer(index)
     # Loads that are begun or given up meanwhile are not the loader's doing.
-    clock.every(0.4, *[counter.begin, partial(counter.fail, other)] * 20)
+    others: list[Callable[[], object]] = [counter.begin, partial(counter.fail, other)]
+    clock.every(0.4, *others * 20)
     counter.wait_until(0)
     assert clock.now_s == pytest.approx(1_001)
     with pytest.raises(Unreachable, match="still writes"):
