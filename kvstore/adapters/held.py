@@ -1,15 +1,10 @@
 """Blocks that stay in a node's arena while an engine takes their bytes piece by piece."""
 
 import ctypes
-import logging
 from collections.abc import Sequence
-from typing import Final
 
 from kvstore.client.blocking import Client
 from kvstore.client.replies import SlotRef
-from kvstore.core.errors import KvStoreError
-
-_LOG: Final = logging.getLogger(__name__)
 
 
 class Held:
@@ -41,11 +36,11 @@ class Held:
         return all(map(self._client.still, self._refs[:count]))
 
     def release(self) -> None:
-        """Let the node have its blocks back. Harmless when repeated, or without a node."""
+        """Let the node have its blocks back soon. Harmless when repeated, or without a node.
+
+        Waits for nothing: those who release are an engine's scheduler and its loader, and a node
+        that does not answer ends the lease by itself.
+        """
         lease, self._lease = self._lease, 0
-        if not lease:
-            return
-        try:
-            self._client.settle(release=[lease])
-        except KvStoreError as error:  # the node ends the lease by itself
-            _LOG.warning("a lease was not released: %s", error)
+        if lease:
+            self._client.release(lease)

@@ -300,15 +300,18 @@ def leading(held: Sequence[bool]) -> int:
 
 def _held(client: Client, names: Sequence[BlockName], wait_ms: int) -> Held | None:
     got = client.acquire(names, pending_ms=wait_ms or None)
-    refs = got.ready
+    arrived = 0
     try:
         if got.pending and wait_ms:
-            refs = refs + got.pending[: client.wait_ready(got.pending, deadline_ms=wait_ms)]
-    finally:
-        held = Held(client, refs, got.lease)
-        if not refs:
-            held.release()
-    return held if refs else None
+            arrived = client.wait_ready(got.pending, deadline_ms=wait_ms)
+    except BaseException:
+        Held(client, (), got.lease).release()
+        raise
+    held = Held(client, got.ready + got.pending[:arrived], got.lease)
+    if not held.blocks:
+        held.release()
+        return None
+    return held
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """The client for code without an event loop: the same calls, on a loop in a thread of its own."""
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import TimeoutError as LateError
@@ -52,7 +53,9 @@ class _LoopThread:
     def soon(self, work: Callable[[], object]) -> None:
         """Have the loop call `work`; nothing where it has ended."""
         if self.alive:
-            self._loop.call_soon_threadsafe(work)
+            # The loop may be closed in between.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(work)
 
     def stop(self) -> None:
         """End the loop and the thread."""

@@ -4,6 +4,7 @@ Counters go on by what they grew, gauges as they are. A histogram becomes counte
 `le`, its sum and its count; so quantiles and rates are computed as of any histogram.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple, Protocol
 
@@ -12,6 +13,10 @@ from prometheus_client.metrics_core import Metric
 
 MAX_SERIES: Final = 4_096
 """Series given on; later ones are left out and counted. Ours are bounded far below."""
+
+_LOG: Final = logging.getLogger(__name__)
+_Key = tuple[str, tuple[tuple[str, str], ...]]
+"""A series: its family's name and its labels."""
 
 
 class Sink(Protocol):
@@ -33,35 +38,56 @@ class Family(NamedTuple):
     counts: bool
 
 
+_LEFT_OUT: Final = Family(
+    "kvstore_serve_series_left_out",
+    f"Series of the router that are not given on, beyond {MAX_SERIES}",
+    (),
+    counts=False,
+)
+
+
 class Exporter:
     """Of one registry and one sink; `export` is called now and then, by one thread."""
 
     def __init__(self, registry: CollectorRegistry, sink: Sink) -> None:
         self._registry = registry
         self._sink = sink
-        self._last: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self.left_out = 0
-        """Series that were not given on because there are too many."""
+        self._last: dict[_Key, float] = {}
+        self._left_out: set[_Key] = set()  # no more than the registry has
+        self._told_left_out = -1
+
+    @property
+    def left_out(self) -> int:
+        """How many series are not given on because there are too many."""
+        return len(self._left_out)
 
     def export(self) -> None:
         """Give on what changed since the last time."""
         for metric in self._registry.collect():
             for family, labels, value in _series(metric):
                 self._give(family, labels, value)
+        if self.left_out != self._told_left_out:
+            if self._told_left_out <= 0 < self.left_out:
+                _LOG.warning("more than %d series: the others are left out", MAX_SERIES)
+            self._told_left_out = self.left_out
+            self._sink.set(_LEFT_OUT, float(self.left_out), {})
 
     def _give(self, family: Family, labels: Mapping[str, str], value: float) -> None:
         key = family.name, tuple(sorted(labels.items()))
         last = self._last.get(key)
         if last is None and len(self._last) >= MAX_SERIES:
-            self.left_out += 1
+            self._left_out.add(key)
             return
         if value == last or (last is None and family.counts and not value):
             return
         self._last[key] = value
-        if family.counts:
-            self._sink.add(family, value - (last or 0.0), labels)
-        else:
+        if not family.counts:
             self._sink.set(family, value, labels)
+            return
+        # One that shrank was begun anew.
+        grown = value - last if last is not None and value > last else value
+        if grown > 0:
+            self._sink.add(family, grown, labels)
 
 
 def _series(metric: Metric) -> Iterator[tuple[Family, Mapping[str, str], float]]:

@@ -7,6 +7,7 @@ Whatever goes wrong here, the request is placed as Ray would: two replicas at ra
 import asyncio
 import logging
 import random
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -102,21 +103,29 @@ class KvStoreRequestRouter(RequestRouter):  # type: ignore[misc]  # untyped here
             self._kv_placer = ReplicaPlacer(self._kv_settings, self._kv_tokenizer)
             exporter = Exporter(self._kv_placer.registry, sink_of(Counter, Gauge, self._kv_tags))
             # Kept: a task that nobody holds may be collected while it runs.
-            self._kv_exports = asyncio.get_running_loop().create_task(_export(exporter))
+            self._kv_exports = asyncio.get_running_loop().create_task(
+                _export(weakref.ref(self), self._kv_placer, exporter)
+            )
         self._kv_placer.set_replicas(
             [_replica(one, self._kv_settings) for one in self._replicas_list]
         )
         return self._kv_placer
 
 
-async def _export(exporter: Exporter) -> None:
-    """Give the router's metrics on to Ray's, for as long as the handle lives."""
-    while True:
+async def _export(
+    router: "weakref.ref[KvStoreRequestRouter]", placer: ReplicaPlacer, exporter: Exporter
+) -> None:
+    """Give the router's metrics on to Ray's until its handle drops it; then stop following.
+
+    Ray tells nobody when it drops a router.
+    """
+    while router() is not None:
         try:
             exporter.export()
         except Exception:  # task boundary: metrics must not end the placing of requests
             _log.exception("giving metrics on to Ray failed")
         await asyncio.sleep(_EXPORT_S)
+    await placer.close()
 
 
 def _replica(replica: RunningReplica, settings: ServeSettings) -> Replica:

@@ -251,6 +251,17 @@ class DirectStore:
         return True
 
     def _load(self, index: int, batch: Sequence[_Queued], ready: Callable[[], None]) -> None:
+        try:
+            if not self._bring(index, batch, ready):
+                self.counter.fail(index)
+        finally:
+            # First of all: the forward and the scheduler wait for it, with a deadline.
+            self.counter.end(index)
+            for queued in batch:
+                _release(queued.held)
+
+    def _bring(self, index: int, batch: Sequence[_Queued], ready: Callable[[], None]) -> bool:
+        """Bring a batch in; say whether all of it is there and right. Fails by saying no."""
         began, jobs = time.perf_counter(), list[tuple[Pool, Part, Held]]()
         whole = False
         try:
@@ -263,11 +274,7 @@ class DirectStore:
         finally:
             for pool, part, _ in jobs:
                 pool.blocks.count("load", [whole] * len(part.names), began)
-            for queued in batch:
-                _release(queued.held)
-            if not whole:
-                self.counter.fail(index)
-            self.counter.end(index)
+        return whole
 
     def _jobs(self, batch: Sequence[_Queued]) -> list[tuple[Pool, Part, Held]]:
         """Pair every part with its leased blocks; raises `Unreachable` where some are lost."""
@@ -290,10 +297,10 @@ class DirectStore:
 
     def _layers(self, index: int, jobs: Sequence[tuple[Pool, Part, Held]]) -> bool:
         """Bring the layers in, one after the other; say whether all are there and right."""
-        for layer in range(self.counter.layers):
+        for layer in range(self.counter.num_layers):
             for pool, part, held in jobs:
                 pool.pages.scatter(layer, part.rows, held.copy)
-            last = layer == self.counter.layers - 1
+            last = layer == self.counter.num_layers - 1
             if last and not all(held.whole(len(part.names)) for _, part, held in jobs):
                 return False  # reused while it was copied
             if not self.counter.land(index):

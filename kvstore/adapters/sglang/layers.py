@@ -2,9 +2,13 @@
 
 begin ─▶ landed layer 0 ─▶ … ─▶ landed layer n-1 ─▶ ended
               └─▶ failed ──────────────────────────┘
+
+Loads wait for each other, so what stalls is the loader and not a load: one that waits behind a
+slow one is not late as long as anything lands.
 """
 
 import threading
+import time
 from dataclasses import dataclass
 
 from kvstore.core.errors import Unreachable
@@ -15,6 +19,8 @@ class _Load:
     landed: int = 0
     """Layers that are in device memory, from the first."""
     failed: bool = False
+    failed_s: float = 0.0
+    """When it was given up; by the monotonic clock."""
     ended: bool = False
     """Nobody writes device memory for it any more."""
 
@@ -26,43 +32,54 @@ class LayerCounter:
     the engine. `finish` tells, before anything that was computed from it is used.
     """
 
+    num_layers: int
+    """Read by SGLang, as is `consumer_index`: before it replays a whole prefill, it waits for the
+    last layer itself."""
+    consumer_index: int
+    """The load that `wait_until` means; -1: none."""
+
     def __init__(self, layers: int, *, stall_ms: int) -> None:
-        """`stall_ms` without any layer landing is a failure of the load."""
+        """`stall_ms` without the loader telling anything is a failure of the load waited for."""
         assert layers > 0 and stall_ms > 0
-        self.layers = layers
+        self.num_layers = layers
+        self.consumer_index = -1
         self._stall_s = stall_ms / 1_000
         self._changed = threading.Condition()
         self._loads: dict[int, _Load] = {}
         self._last = -1
-        self._consumer = -1
+        self._moved_s = 0.0
+        """When the loader last told anything, or got something to do."""
 
     def begin(self) -> int:
         """Return the number of a new load."""
         with self._changed:
+            if all(load.ended for load in self._loads.values()):
+                self._moved_s = time.monotonic()
             self._last += 1
             self._loads[self._last] = _Load()
             return self._last
 
     def set_consumer(self, index: int) -> None:
         """Let `wait_until` mean the load `index`; -1 or one that is over: nothing is waited for."""
-        self._consumer = index
+        self.consumer_index = index
 
     def wait_until(self, threshold: int) -> None:
         """Return when layer `threshold` has landed or never will."""
         with self._changed:
-            load = self._loads.get(self._consumer)
+            load = self._loads.get(self.consumer_index)
             if load is None:
                 return
             while not (load.landed > threshold or load.failed or load.ended):
-                before = load.landed
-                if not self._changed.wait(self._stall_s) and load.landed == before:
-                    load.failed = True
+                self._wait(load)
 
     def land(self, index: int) -> bool:
         """Tell that the next layer is in device memory; False: stop, nobody wants it any more."""
         with self._changed:
             load = self._loads.get(index)
-            if load is None or load.failed:
+            if load is None:
+                return False
+            self._moved_s = time.monotonic()
+            if load.failed:
                 return False
             load.landed += 1
             self._changed.notify_all()
@@ -72,13 +89,13 @@ class LayerCounter:
         """Let everyone who waits for a layer of this load go on."""
         with self._changed:
             if (load := self._loads.get(index)) is not None:
-                load.failed = True
-                self._changed.notify_all()
+                self._give_up(load)
 
     def end(self, index: int) -> None:
         """Tell that device memory is not written any more for this load."""
         with self._changed:
             if (load := self._loads.get(index)) is not None:
+                self._moved_s = time.monotonic()
                 load.ended = True
                 self._changed.notify_all()
 
@@ -93,21 +110,35 @@ class LayerCounter:
             if load is None:
                 return True
             while not load.ended:
-                before = load.landed
-                moved = self._changed.wait(self._stall_s)
-                if moved or load.landed != before or load.ended:
-                    continue
-                if load.failed:  # it was told to stop, and a whole deadline passed since
+                if not self._wait(load):
                     raise Unreachable(f"load {index} still writes device memory")
-                load.failed = True
             del self._loads[index]
-            return not load.failed and load.landed == self.layers
+            return not load.failed and load.landed == self.num_layers
 
     def reset(self) -> None:
         """Forget all loads; whoever waits goes on."""
         with self._changed:
             for load in self._loads.values():
-                load.failed = True
+                self._give_up(load)
             self._loads.clear()
-            self._last = self._consumer = -1
-            self._changed.notify_all()
+            self._last = self.consumer_index = -1
+
+    def _wait(self, load: _Load) -> bool:
+        """Wait for anything to change; give the load up where the loader stalls.
+
+        False: it was given up, and the loader has told nothing for a whole deadline since.
+        """
+        since_s = max(self._moved_s, load.failed_s)
+        left_s = since_s + self._stall_s - time.monotonic()
+        if left_s > 0:
+            self._changed.wait(left_s)
+        elif load.failed:
+            return False
+        else:
+            self._give_up(load)
+        return True
+
+    def _give_up(self, load: _Load) -> None:
+        if not load.failed:
+            load.failed, load.failed_s = True, time.monotonic()
+        self._changed.notify_all()

@@ -3,12 +3,19 @@
 import ctypes
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from kvstore.adapters.opaque import OpaqueBlocks, Piece, StoreAddress
+from kvstore.client.blocking import Client
+from kvstore.client.replies import Acquired, SlotRef
+from kvstore.core.errors import Unreachable
 from kvstore.core.names import BlockName, Namespace, NamespaceKind
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import until_so
+from tests.sglang_devices import leases
 
 # Nodes start as processes here: seconds on a busy machine.
 pytestmark = pytest.mark.timeout(90)
@@ -66,6 +73,28 @@ def test_nothing_is_held_of_what_is_not_there(blocks: OpaqueBlocks) -> None:
     assert blocks.hold([]) is None
     blocks.close()
     assert blocks.hold(names("absent", 2)) is None
+
+
+def test_a_find_whose_rest_does_not_come_up_is_let_go(
+    blocks: OpaqueBlocks, node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = names("rest", 2)
+    stored(blocks, wanted)
+    acquire = Client.acquire
+
+    def partly(client: Client, asked: list[BlockName], **how: Any) -> Acquired:
+        got = acquire(client, asked, **how)
+        return replace(got, ready=got.ready[:1], pending=got.ready[1:])
+
+    def lost(client: Client, refs: list[SlotRef], **how: Any) -> int:
+        assert refs
+        raise Unreachable("the keeper is gone")
+
+    monkeypatch.setattr(Client, "acquire", partly)
+    monkeypatch.setattr(Client, "wait_ready", lost)
+    assert blocks.hold(wanted, wait_ms=20) is None
+    monkeypatch.undo()
+    until_so(lambda: leases(node) == 0)
 
 
 def test_a_release_without_a_node_is_harmless() -> None:

@@ -84,7 +84,7 @@ def test_a_histogram_is_counters_of_its_buckets_sum_and_count() -> None:
 
 
 def test_what_is_neither_is_left_out_and_series_are_bounded(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(exported, "MAX_SERIES", 2)
     registry, room = CollectorRegistry(), Room()
@@ -94,8 +94,28 @@ def test_what_is_neither_is_left_out_and_series_are_bounded(
         asked.labels(str(number)).inc()
     exporter = Exporter(registry, room.sink)
     exporter.export()
+    exporter.export()
     assert list(room.counters) == ["asked"] and len(room.counters["asked"].told) == 2
-    assert exporter.left_out == 2
+    assert exporter.left_out == 2, "a series is left out once"
+    asked.labels("4").inc()
+    exporter.export()
+    exporter.export()
+    told = room.gauges["kvstore_serve_series_left_out"].told
+    assert told == [(2.0, TAGS), (3.0, TAGS)]
+    assert caplog.text.count("more than 2 series") == 1
+
+
+def test_a_counter_that_was_begun_anew_goes_on_by_its_new_value() -> None:
+    registry, room = CollectorRegistry(), Room()
+    asked = Counter("asked", "How often", ["why"], registry=registry)
+    exporter = Exporter(registry, room.sink)
+    for values in ((3, 5), (2, 0), (4, 1)):
+        asked.clear()
+        for why, value in zip("ab", values, strict=True):
+            asked.labels(why).inc(value)
+        exporter.export()
+    given = [(value, tags["why"]) for value, tags in room.counters["asked"].told]
+    assert given == [(3.0, "a"), (5.0, "b"), (2.0, "a"), (2.0, "a"), (1.0, "b")]
 
 
 def test_every_family_of_the_router_goes_on() -> None:

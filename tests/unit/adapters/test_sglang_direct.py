@@ -3,121 +3,46 @@
 `tests/engines/test_sglang_linker.py` holds the class that SGLang loads against SGLang's own.
 """
 
-import hashlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kvstore.adapters.opaque import Block, OpaqueBlocks
+from kvstore.adapters.opaque import Block
 from kvstore.adapters.sglang import direct
 from kvstore.adapters.sglang.device import DevicePages
 from kvstore.adapters.sglang.direct import DirectStore, Part, Pool
 from kvstore.adapters.sglang.identity import (
     Ranks,
-    Settings,
-    device_namespace_of,
-    name_of,
-    settings_of,
 )
 from kvstore.core.errors import Unreachable, Unsupported
-from kvstore.core.names import BlockName
 from kvstore.testing.node import RunningNode, start_node
 from tests.patience import until_so
+from tests.sglang_devices import (
+    LAYERS,
+    PAGE,
+    Entry,
+    loaded,
+    names,
+    now,
+    offloaded,
+    opened,
+    pool_of,
+    rows,
+)
 
 # Nodes start as processes here: seconds on a busy machine.
 pytestmark = pytest.mark.timeout(90)
-
-PAGE, LAYERS, TOKENS = 16, 3, 320
-RANKS = Ranks(tp="0/1", pp="0/1", cp="0/1", dcp="0/1", replicated=False)
 
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[RunningNode]:
     with start_node(arena_bytes=64 << 20) as running:
         yield running
-
-
-def now() -> None:
-    """The forward wrote its pages already."""
-
-
-class Entry:
-    """A device pool's entry as SGLang's linkers have it: K and V of a layer in buffers apart."""
-
-    def __init__(self, name: str = "kv", *, page: int = PAGE, dim: int = 8) -> None:
-        self.name, self.page_size = name, page
-        buffers = [torch.zeros(TOKENS, 2, dim, dtype=torch.bfloat16) for _ in range(2 * LAYERS)]
-        self.components = [buffers]
-        self.layer_mapping = {at: (at, LAYERS + at) for at in range(LAYERS)}
-        row = 2 * dim * 2
-        self.buffer_meta = [[(one.data_ptr(), row, row * page) for one in buffers]]
-
-    def prepare_locations(self, indices: Sequence[int]) -> list[int]:
-        if len(indices) % self.page_size:
-            raise ValueError("no whole pages")
-        return list(indices[:: self.page_size])
-
-    def fill(self, seed: int) -> None:
-        dice = torch.Generator().manual_seed(seed)
-        for buffer in self.components[0]:
-            buffer.normal_(generator=dice)
-
-    def page(self, first_row: int) -> list[torch.Tensor]:
-        return [one[first_row : first_row + self.page_size].clone() for one in self.components[0]]
-
-
-def settings(node: RunningNode, **more: Any) -> Settings:
-    times = {"call_ms": 250, "pause_ms": 50, "transfer_ms": 2_000}
-    extra = {"run_dir": str(node.run_dir), "weights_digest": "w" * 64, **times, **more}
-    return settings_of(extra)
-
-
-def pool_of(node: RunningNode, entry: Entry, ranks: Ranks = RANKS, **more: Any) -> Pool:
-    pages, chosen = DevicePages(entry), settings(node, **more)
-    namespace = device_namespace_of(
-        chosen, ranks, model="m", pool=pages.name, page=pages.page, dtype=pages.dtype,
-        form=pages.form,
-    )  # fmt: skip
-    return Pool(pages, OpaqueBlocks(chosen.address, namespace, pages.page_bytes))
-
-
-def opened(
-    node: RunningNode, *entries: Entry, writes: bool = True, wait_ms: int = 20, **more: Any
-) -> DirectStore:
-    pools = {entry.name: pool_of(node, entry, **more) for entry in entries}
-    return DirectStore(pools, layers=LAYERS, writes=writes, wait_ms=wait_ms, stall_ms=10_000)
-
-
-def names(label: str, count: int) -> list[BlockName]:
-    return [
-        name_of(hashlib.sha256(f"direct {label} {at}".encode()).hexdigest()) for at in range(count)
-    ]
-
-
-def rows(*pages: int) -> list[int]:
-    return [page * PAGE for page in pages]
-
-
-def offloaded(store: DirectStore, *parts: Part, ready: Callable[[], None] = now) -> bool:
-    assert store.offload(parts, ready)
-    until_so(lambda: store.completed() == 1)
-    return store.pop()
-
-
-def loaded(store: DirectStore, rid: str, *parts: Part) -> bool:
-    """Load as the scheduler does, with a forward that waits for each layer."""
-    assert store.queue(rid, parts)
-    index = store.start(now)
-    assert index >= 0
-    store.counter.set_consumer(index)
-    for layer in range(LAYERS):
-        store.counter.wait_until(layer)
-    return store.finish(index)
 
 
 def test_what_one_engine_offloads_another_restores_behind_its_own_hit(node: RunningNode) -> None:
@@ -284,31 +209,6 @@ def test_slots_that_were_reused_while_they_were_copied_are_a_failed_load(
     monkeypatch.setattr("kvstore.client.blocking.Client.still", lambda client, ref: False)
     assert not loaded(store, "u", Part("kv", chain, rows(1)))
     store.close()
-
-
-def test_finds_of_requests_that_never_load_are_let_go(
-    node: RunningNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(direct, "MAX_HELD", 4)
-    store, chain = opened(node, Entry()), names("held", 1)
-    assert offloaded(store, Part("kv", chain, rows(0)))
-    for number in range(12):
-        assert store.lookup(f"r{number}", [Part("kv", chain)]) == [1]
-        assert store.lookup(f"r{number}", [Part("kv", chain)]) == [1]
-    assert leases(node) == 4
-    store.reset()
-    assert leases(node) == 0
-    assert loaded(store, "r0", Part("kv", chain, rows(1)))
-    store.close()
-
-
-def leases(node: RunningNode) -> int:
-    from kvstore.client.blocking import Client
-    from kvstore.core.names import Namespace
-
-    model = Namespace(weights_digest="s", kv_dtype="float32", layers=1, kv_heads=1, head_dim=8)
-    with Client.connect(node.run_dir, namespace=model, payload_bytes=4096, shares=1) as client:
-        return client.stats().leases
 
 
 def test_pages_of_another_shape_or_rank_are_other_pages(node: RunningNode) -> None:

@@ -2,9 +2,13 @@
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from kvstore.adapters.sglang import layers
 from kvstore.adapters.sglang.layers import LayerCounter
 from kvstore.core.errors import Unreachable
 
@@ -86,3 +90,105 @@ def test_no_load_is_no_wait_and_a_reset_lets_go() -> None:
     assert not forward.is_alive()
     assert not counter.land(index)
     assert counter.begin() == 0
+
+
+def test_sglang_reads_who_is_waited_for_and_how_many_layers_there_are() -> None:
+    """As its `prefill_cuda_graph_runner` and its Mamba pool do, of whatever counter they have."""
+    counter = LayerCounter(3, stall_ms=20_000)
+    assert (counter.consumer_index, counter.num_layers) == (-1, 3)
+    index = counter.begin()
+    assert counter.consumer_index == -1, "the scheduler says who waits"
+    counter.set_consumer(index)
+    assert counter.consumer_index == index
+    forward = waiting(counter, counter.num_layers - 1)
+    for _ in range(3):
+        assert forward.is_alive()
+        assert counter.land(index)
+    forward.join(10)
+    assert not forward.is_alive()
+    counter.set_consumer(-1)
+    assert counter.consumer_index == -1
+    counter.set_consumer(index)
+    counter.reset()
+    assert counter.consumer_index == -1
+
+
+class Clock:
+    """Time for one thread: it goes on while somebody waits, and then what is planned happens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, counter: LayerCounter) -> None:
+        self.now_s = 1_000.0
+        self.plan: list[tuple[float, Callable[[], object]]] = []
+        monkeypatch.setattr(layers, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr(counter._changed, "wait", self._wait)
+
+    def every(self, step_s: float, *calls: Callable[[], object]) -> None:
+        first = self.now_s
+        self.plan = [(first + step_s * (at + 1), call) for at, call in enumerate(calls)]
+
+    def _wait(self, timeout: float) -> bool:
+        due_s = self.now_s + timeout
+        if self.plan and self.plan[0][0] <= due_s:
+            self.now_s, call = self.plan.pop(0)
+            call()
+            return True
+        self.now_s = due_s
+        return False
+
+
+def test_a_load_behind_a_slow_one_is_not_late_as_long_as_the_loader_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = LayerCounter(3, stall_ms=1_000)
+    clock = Clock(monkeypatch, counter)
+    slow, behind = counter.begin(), counter.begin()
+    counter.set_consumer(behind)
+    lands = [partial(counter.land, slow)] * 3 + [partial(counter.end, slow)]
+    clock.every(0.9, *lands, *[partial(counter.land, behind)] * 3, partial(counter.end, behind))
+    counter.wait_until(0)
+    assert clock.now_s == pytest.approx(1_000 + 5 * 0.9)
+    assert counter.finish(behind)
+    assert counter.finish(slow)
+
+
+def test_a_load_behind_a_slow_one_is_finished_without_a_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = LayerCounter(1, stall_ms=1_000)
+    clock = Clock(monkeypatch, counter)
+    slow, behind = counter.begin(), counter.begin()
+    clock.every(
+        0.9, partial(counter.land, slow), partial(counter.end, slow),
+        partial(counter.land, behind), partial(counter.end, behind),
+    )  # fmt: skip
+    assert counter.finish(behind)
+
+
+def test_what_others_do_does_not_keep_a_stalled_load_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = LayerCounter(2, stall_ms=1_000)
+    clock = Clock(monkeypatch, counter)
+    index, other = counter.begin(), counter.begin()
+    counter.set_consumer(index)
+    # Loads that are begun or given up meanwhile are not the loader's doing.
+    others: list[Callable[[], object]] = [counter.begin, partial(counter.fail, other)]
+    clock.every(0.4, *others * 20)
+    counter.wait_until(0)
+    assert clock.now_s == pytest.approx(1_001)
+    with pytest.raises(Unreachable, match="still writes"):
+        counter.finish(index)
+    assert clock.now_s == pytest.approx(1_002)
+
+
+def test_an_idle_time_is_not_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = LayerCounter(1, stall_ms=1_000)
+    clock = Clock(monkeypatch, counter)
+    first = counter.begin()
+    assert counter.land(first)
+    counter.end(first)
+    clock.now_s += 3_600
+    second = counter.begin()
+    clock.every(0.9, partial(counter.land, second), partial(counter.end, second))
+    assert counter.finish(second)
+    assert counter.finish(first)
