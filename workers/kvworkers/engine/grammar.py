@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kvstore.core.errors import BadInput, TooLarge, Unsupported
+from kvstore.core.limits import MAX_GRAMMAR_BYTES
 from kvworkers.few_threads import FewThreads
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_GRAMMAR_BYTES: Final = 256 << 10
 KEPT: Final = 64
 """Compiled grammars that are remembered: most requests of an application share one."""
 COMPILERS: Final = 2
