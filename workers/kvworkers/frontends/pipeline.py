@@ -33,7 +33,7 @@ from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
 from kvworkers.frontends.fleet import Fleet
-from kvworkers.frontends.generation import CacheAccount, Chunk, Generation
+from kvworkers.frontends.generation import CacheAccount, Chunk, FieldError, Generation
 from kvworkers.frontends.grammars import ShapeChecks
 from kvworkers.frontends.ledger import Ledger, outcome_of
 from kvworkers.frontends.running import Running
@@ -187,8 +187,11 @@ class Pipeline:
             return await self.tokenizer.text(request.text)
         assert request.tokens is not None, "checked when the request was made"
         limit = self.tokenizer.vocabulary
-        if max(request.tokens) >= limit:
-            raise BadInput(f"token id {max(request.tokens)} is outside the vocabulary of {limit}")
+        least, most = min(request.tokens), max(request.tokens)
+        if least < 0 or most >= limit:
+            wrong = least if least < 0 else most
+            what = f"prompt: token id {wrong} is outside the vocabulary of {limit}"
+            raise FieldError(what, "prompt")
         return array("I", request.tokens)
 
     async def _chunks(self, running: Running) -> AsyncGenerator[Chunk, None]:
