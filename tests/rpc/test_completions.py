@@ -107,6 +107,11 @@ async def test_log_probabilities_come_in_the_older_form(shared: Shared) -> None:
     [
         ({"suffix": "the end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
@@ -132,6 +137,16 @@ async def test_what_cannot_be_done_is_refused_by_name(
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_asks_for_no_form_is_accepted(shared: Shared) -> None:
+    for fields in (
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
+        {"response_format": None, "tools": None, "tool_choice": "none", "guided_json": None},
+    ):
+        asked = {"model": "scripted", "prompt": "a", "max_tokens": 64} | fields
+        assert (await shared.http.post("/v1/completions", json=asked)).status_code == 200
 
 
 async def test_the_other_replies_begin_when_the_first_has_its_first_token(
