@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi.responses import JSONResponse
 from kvworkers.frontends.access import role_for
-from kvworkers.frontends.openai import app
 from kvworkers.frontends.openai import tokens as openai_tokens
 from kvworkers.frontends.tokenizer import ChatTokenizer
 
@@ -77,7 +77,7 @@ async def test_long_texts_are_worked_on_off_the_loop(
 
     for name in ("_conversation", "_text", "show"):
         monkeypatch.setattr(ChatTokenizer, name, noted(getattr(ChatTokenizer, name)))
-    monkeypatch.setattr(app, "JSONResponse", noted(app.JSONResponse))
+    monkeypatch.setattr("kvworkers.frontends.openai.app.JSONResponse", noted(JSONResponse))
     reply = await shared.http.post("/tokenize", json=asked)
     assert reply.json()["count"] > 3_000
     assert worked_in and threading.get_ident() not in worked_in

@@ -16,8 +16,8 @@ from kvworkers.frontends.generation import FieldError, Shape
 
 MAX_SCHEMA_BYTES: Final = 128 << 10
 LOOK_SECONDS: Final = 0.3
-"""For looking at a schema's parts, one by one, for the one at fault: others wait meanwhile, and each
-part is compiled with all that is shared."""
+"""For looking at a schema's parts, one by one, for the one at fault: others wait meanwhile, and
+each part is compiled with all that is shared."""
 KEPT: Final = 256
 CHECK_SECONDS: Final = 30.0
 _SPACE: Final = {"whitespace_pattern": r"[ \n\t]{1,20}"}
