@@ -30,6 +30,9 @@ MAX_SHARES = 1024
 MAX_ID_BYTES = 256
 """A session, request, domain or model identifier."""
 
+MAX_GRAMMAR_BYTES = 256 << 10
+"""The text of a grammar that a reply follows; schemas of a few dozen tools have some ten KiB."""
+
 MAX_DEADLINE_MS = 600_000
 """A deadline a caller may ask for; longer waits are a mistake in units."""
 

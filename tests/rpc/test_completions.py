@@ -6,12 +6,14 @@ Reaches `kvworkers.frontends.openai.completions`, `kvworkers.frontends.openai.us
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from kvworkers.frontends.server import FrontendServer
+from kvworkers.frontends.pipeline import PipelineConfig
+from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 
 from kvstore.core.errors import Unsupported
 from kvstore.core.names import pack_tokens
@@ -107,13 +109,20 @@ async def test_log_probabilities_come_in_the_older_form(shared: Shared) -> None:
     [
         ({"suffix": "the end"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": [[1], "a"]}, "prompt"),
         ({"prompt": ["a"] * 100, "n": 2}, "prompt"),
         ({"prompt": ["a", ""]}, None),
-        ({"prompt": [999]}, None),
+        ({"prompt": [999]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [[97], [97, -(1 << 70)]]}, "prompt"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": 21}, None),
@@ -130,6 +139,16 @@ async def test_what_cannot_be_done_is_refused_by_name(
     assert reply.status_code == 400, reply.text
     assert reply.json()["error"]["type"] == "invalid_request_error"
     assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_what_asks_for_no_form_is_accepted(shared: Shared) -> None:
+    for fields in (
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto"},
+        {"response_format": None, "tools": None, "tool_choice": "none", "guided_json": None},
+    ):
+        asked = {"model": "scripted", "prompt": "a", "max_tokens": 64} | fields
+        assert (await shared.http.post("/v1/completions", json=asked)).status_code == 200
 
 
 async def test_the_other_replies_begin_when_the_first_has_its_first_token(
@@ -202,6 +221,42 @@ async def test_a_client_that_leaves_ends_every_choice(
         await asyncio.gather(asking, return_exceptions=True)
     await eventually(lambda: worker.running == 0, "the worker is free again")
     assert worker.cancelled == 4
+
+
+async def test_several_replies_are_let_in_together_or_not_at_all(
+    model: Path, worker: ScriptedWorker
+) -> None:
+    config = FrontendConfig(model=model, pipeline=PipelineConfig(max_in_flight=3))
+    worker.faults.hang_after = 1
+    several = {"model": "scripted", "prompt": "a", "n": 3}
+    async with serving(config) as server:
+        await server.set_members([Member("worker", "w", worker.address)])
+        await eventually(server.ready, "the worker is ready")
+        url = f"http://{server.http_address}"
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+
+            async def ask(**fields: Any) -> httpx.Response:
+                return await http.post("/v1/completions", json=several | fields)
+
+            one = asyncio.create_task(ask(n=1))
+            await eventually(lambda: worker.running == 1, "one place is taken")
+            asked = len(worker.requests)
+            assert (await ask(stream=True)).status_code == 429, "before its first chunk"
+            assert len(worker.requests) == asked, "and nothing of it ran"
+            one.cancel()
+            await asyncio.gather(one, return_exceptions=True)
+            await eventually(lambda: worker.running == 0, "the place is free again")
+            worker.faults.hang_after = 0
+            # The first of three runs alone at first; whoever comes then finds no place.
+            three = asyncio.create_task(ask())
+            await eventually(lambda: worker.running == 1, "the first reply runs")
+            assert (await ask(n=1)).status_code == 429
+            three.cancel()
+            await asyncio.gather(three, return_exceptions=True)
+            await eventually(lambda: worker.running == 0, "all places are free again")
+            worker.faults.hang_after = -1
+            reply = await ask(n=5)  # more than there are places: some wait for others
+            assert [one["text"] for one in reply.json()["choices"]] == [TEXT] * 5
 
 
 async def test_one_request_runs_few_of_its_replies_at_once(

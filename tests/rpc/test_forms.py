@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 
 from kvstore.core.errors import BadInput
+from kvstore.core.limits import MAX_GRAMMAR_BYTES
 from kvstore.core.names import pack_tokens
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
@@ -168,6 +169,8 @@ async def test_grpc_takes_a_schema_or_a_grammar(served: Served) -> None:
             ({"json_schema": '{"type": "objekt"}'}, "objekt"),
             ({"json_schema": "{}", "grammar": 'start: "a"'}, "one of"),
             ({"grammar": "start: nowhere"}, "nowhere"),
+            ({"grammar": "x" * (MAX_GRAMMAR_BYTES + 1)}, "sampling.grammar"),
+            ({"json_schema": '{"a":' * 50_000}, "json_schema"),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as failure:
                 await said(**fields)

@@ -11,7 +11,8 @@ from kvworkers.frontends.grammars import ShapeChecks, json_shape
 from kvworkers.frontends.messages import Tool
 from kvworkers.frontends.toolcalls import calls_shape
 
-from kvstore.core.errors import Refused, TooLarge
+from kvstore.core.errors import Refused
+from kvstore.core.limits import MAX_GRAMMAR_BYTES
 
 PLACE = "response_format.json_schema.schema"
 AT = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "strin"}}}}
@@ -76,5 +77,39 @@ async def test_a_check_holds_up_nobody_but_other_checks(monkeypatch: pytest.Monk
 
 
 def test_a_schema_has_a_bound() -> None:
-    with pytest.raises(TooLarge, match=PLACE):
+    with pytest.raises(FieldError, match=PLACE) as error:
         json_shape({"enum": ["x" * grammars.MAX_SCHEMA_BYTES]}, PLACE)
+    assert error.value.param == PLACE
+
+
+async def test_a_whole_shape_has_a_bound_and_its_text_is_not_kept() -> None:
+    large = {"enum": ["x" * (grammars.MAX_SCHEMA_BYTES - 200)]}
+    tools = [Tool(name, "", large) for name in ("a", "b", "c")]
+    for only in ("", "a"):
+        with pytest.raises(FieldError, match=str(MAX_GRAMMAR_BYTES)) as error:
+            calls_shape(tools, required=True, parallel=True, only=only)
+        assert error.value.param == "tools"
+    checks, place = ShapeChecks(), "sampling.grammar"
+    with pytest.raises(FieldError, match=place) as error:
+        await checks.check(Shape("x" * (MAX_GRAMMAR_BYTES + 1), place=place))
+    assert error.value.param == place
+    await checks.check(Shape(f'start: "{"x" * 10_000}"'))
+    assert [len(key) for key in checks._good] == [32], "a digest, not the text"
+
+
+async def test_the_search_for_what_is_at_fault_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [0.0], [0]
+    heavy = {"type": "object", "properties": {str(at): {"$ref": "#/$defs/x"} for at in range(180)}}
+    whole = {"$defs": {"x": {}}, "properties": {"a": heavy}}
+
+    def slow_fault(schema: Any) -> str:
+        looks[0] += 1
+        now[0] += 0.1
+        return "heavy" if "properties" in schema else ""
+
+    monkeypatch.setattr(grammars, "monotonic", lambda: now[0])
+    monkeypatch.setattr(grammars, "_schema_fault", slow_fault)
+    with pytest.raises(FieldError, match="heavy") as error:
+        await ShapeChecks().check(json_shape(whole, PLACE))
+    assert error.value.param == PLACE + ".properties.a", "the way found so far"
+    assert looks[0] <= 6

@@ -121,7 +121,18 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos"),
         ({"messages": [CALLING | {"tool_calls": [call("f", "[]")]}]}, "messages.0.tool_calls.0"),
         ({"messages": [CALLING | {"tool_calls": [call("f", "{")]}]}, "messages.0.tool_calls.0"),
+        (
+            {"messages": [CALLING | {"tool_calls": [call("f", r'{"a": "\ud800"}')]}]},
+            "messages.0.tool_calls.0",
+        ),
+        (
+            {"messages": [CALLING | {"tool_calls": [call("f", '{"a":' * 50_000)]}]},
+            "messages.0.tool_calls.0",
+        ),
         ({"functions": [{"name": "f"}]}, "functions"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"guided_choice": ["a", "b"]}, "guided_choice"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"-5": 1}}, "logit_bias"),
         ({"logit_bias": {str(token): 1 for token in range(1_025)}}, "logit_bias"),

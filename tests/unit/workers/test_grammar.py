@@ -157,6 +157,24 @@ async def test_a_model_that_cannot_follow_says_so(model: Path, tmp_path: Path) -
         await Grammars(model, vocab_size=VOCAB, eos_token_ids=[]).follow('start: "a"', [])
 
 
+async def test_a_reply_so_far_is_gone_through_off_the_loop(grammars: Grammars) -> None:
+    asked_in = list[int]()
+
+    class Matcher:
+        def deep_copy(self) -> "Matcher":
+            return self
+
+        def consume_tokens(self, tokens: list[int]) -> bool:
+            asked_in.append(threading.get_ident())
+            return tokens == [106]
+
+    grammars._compiled["a"] = Matcher()  # type: ignore[assignment]
+    await grammars.follow("a", [])
+    assert not asked_in
+    await grammars.follow("a", [106])
+    assert len(asked_in) == 1 and threading.get_ident() not in asked_in
+
+
 async def test_compiling_is_done_once_off_the_loop_and_for_few_at_a_time(
     grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kvstore.core.errors import BadInput, TooLarge, Unsupported
+from kvstore.core.limits import MAX_GRAMMAR_BYTES
 from kvworkers.few_threads import FewThreads
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MAX_GRAMMAR_BYTES: Final = 256 << 10
 KEPT: Final = 64
 """Compiled grammars that are remembered: most requests of an application share one."""
 COMPILERS: Final = 2
@@ -28,7 +28,7 @@ STEP_FUEL: Final = 200_000
 STEP_ITEMS: Final = 50_000
 """For the parser, each token: 3 ms likewise."""
 COMPILE_SECONDS: Final = 30.0
-"""For the wait behind others and for the first one's tokenizer."""
+"""For the wait behind others and for the first one's tokenizer; or for going through a reply."""
 
 
 class Following:
@@ -90,7 +90,10 @@ class Grammars:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(text)
         matcher = compiled.deep_copy()
-        if said and not matcher.consume_tokens(list(said)):
+        # Half a microsecond a token, and a reply that goes on here may have many thousands.
+        if said and not await self._threads.run(
+            lambda: matcher.consume_tokens(list(said)), within_s=COMPILE_SECONDS
+        ):
             raise BadInput("grammar: the reply so far does not follow it")
         return Following(matcher, self._ends)
 

@@ -28,14 +28,24 @@ async def side_by_side(
     """Yield the chunks of every reply, numbered through the groups in order.
 
     A group has the replies to one prompt. What `Pipeline.run` raises for any of them ends them all;
-    closing the generator does, too.
+    closing the generator does, too. Room for all that run at the same time is taken once and at the
+    beginning: a request that was let in is not refused in the middle for others that came later.
     """
     if [len(group) for group in groups] == [1]:
         async with aclosing(pipeline.run(groups[0][0])) as chunks:
             async for chunk in chunks:
                 yield 0, chunk
         return
-    together = _Together(pipeline)
+    with pipeline.places(min(AT_ONCE, sum(len(group) for group in groups))) as places:
+        async with aclosing(_numbered(_Together(pipeline, places), groups)) as numbered:
+            async for one in numbered:
+                yield one
+
+
+async def _numbered(
+    together: "_Together", groups: Sequence[Sequence[Running]]
+) -> AsyncGenerator[Numbered, None]:
+    """Yield the chunks of several replies, within the places that are held for them."""
     tasks: list[asyncio.Task[None]] = []
     try:
         for group in groups:
@@ -60,9 +70,9 @@ async def side_by_side(
 class _Together:
     """What the replies of one request share."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, places: int) -> None:
         self._pipeline = pipeline
-        self._slots = asyncio.Semaphore(AT_ONCE)
+        self._slots = asyncio.Semaphore(places)
         self.unread: asyncio.Queue[Numbered | Exception] = asyncio.Queue(MAX_UNREAD)
 
     async def one(
@@ -72,7 +82,7 @@ class _Together:
         try:
             if not first:
                 running.prefer = await asyncio.shield(worker)
-            async with self._slots, aclosing(self._pipeline.run(running)) as chunks:
+            async with self._slots, aclosing(self._pipeline.run_placed(running)) as chunks:
                 async for chunk in chunks:
                     if first and not worker.done():
                         worker.set_result(chunk.worker)

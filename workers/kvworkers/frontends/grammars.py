@@ -6,15 +6,18 @@ Workers compile the same text again, with their model's tokens (`kvworkers.engin
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
+from time import monotonic
 from typing import Any, Final
 
-from kvstore.core.errors import TooLarge
+from kvstore.core.limits import MAX_GRAMMAR_BYTES
 from kvworkers.few_threads import FewThreads
 from kvworkers.frontends.generation import FieldError, Shape
 
 MAX_SCHEMA_BYTES: Final = 128 << 10
-MAX_LOOKS: Final = 200
-"""Parts of a schema that are looked at, one by one, for the one at fault."""
+LOOK_SECONDS: Final = 0.3
+"""For looking at a schema's parts, one by one, for the one at fault: others wait meanwhile, and
+each part is compiled with all that is shared."""
 KEPT: Final = 256
 CHECK_SECONDS: Final = 30.0
 _SPACE: Final = {"whitespace_pattern": r"[ \n\t]{1,20}"}
@@ -24,38 +27,48 @@ _SPACE: Final = {"whitespace_pattern": r"[ \n\t]{1,20}"}
 def json_shape(schema: Any, place: str) -> Shape:
     """Return the shape of JSON that a schema describes; `place` names it in errors.
 
-    Raises `TooLarge`.
+    Raises `FieldError` for one that is too long.
     """
     grammar = "start: " + embedded(schema, place)
     return Shape(grammar, ((place, schema),), place)
 
 
 def embedded(schema: Any, place: str) -> str:
-    """Return a schema as a part of a Lark grammar."""
+    """Return a schema as a part of a Lark grammar; raises `FieldError` for one that is too long."""
     if isinstance(schema, Mapping):
         schema = {**schema, "x-guidance": _SPACE}
     written = json.dumps(schema)
     if len(written) > MAX_SCHEMA_BYTES:
-        raise TooLarge(f"{place} has {len(written)} bytes; {MAX_SCHEMA_BYTES} allowed")
+        raise FieldError(f"{place} has {len(written)} bytes; {MAX_SCHEMA_BYTES} allowed", place)
     return f"%json {written}"
+
+
+def check_length(characters: int, place: str) -> None:
+    """Raise `FieldError` for a grammar longer than workers take; `place` names it."""
+    if characters > MAX_GRAMMAR_BYTES:
+        what = f"{place} makes a grammar of {characters} characters; {MAX_GRAMMAR_BYTES} allowed"
+        raise FieldError(what, place)
 
 
 class ShapeChecks:
     """Says whether shapes can be followed. One event loop's."""
 
     def __init__(self) -> None:
-        self._good: OrderedDict[str, None] = OrderedDict()
+        self._good: OrderedDict[bytes, None] = OrderedDict()
         self._threads = FewThreads("checking of grammars", 1)
 
     async def check(self, shape: Shape) -> None:
         """Raise `FieldError` naming the place in a schema, or `Refused` behind too many others."""
-        if shape.grammar not in self._good:
+        check_length(len(shape.grammar), shape.place)
+        # Remembered by digest: the texts themselves may have hundreds of kilobytes each.
+        key = sha256(shape.grammar.encode()).digest()
+        if key not in self._good:
             # Off the loop: it takes as long as the schema is twisted.
             await self._threads.run(lambda: _check(shape), within_s=CHECK_SECONDS)
-            self._good[shape.grammar] = None
+            self._good[key] = None
             while len(self._good) > KEPT:
                 self._good.popitem(last=False)
-        self._good.move_to_end(shape.grammar)
+        self._good.move_to_end(key)
 
 
 def _check(shape: Shape) -> None:
@@ -84,15 +97,17 @@ def _fault(grammars: str) -> str:
 
 
 def _place_of(schema: Mapping[str, Any], fault: str) -> list[str]:
-    """Return the way to the innermost part of a schema that has this fault by itself."""
+    """Return the way to the innermost part of a schema that has this fault by itself.
+
+    As far as it is found within `LOOK_SECONDS`.
+    """
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    looks = MAX_LOOKS
+    until = monotonic() + LOOK_SECONDS
     way: list[str] = []
     part: Any = schema
     while True:
         for step, inner in _parts(part):
-            looks -= 1
-            if looks < 0:
+            if monotonic() > until:
                 return way
             alone = {**shared, **inner} if isinstance(inner, Mapping) else inner
             if _schema_fault(alone) == fault:

@@ -9,8 +9,8 @@ Nothing here decides where a request goes (the router does) or what a token is (
 
 import time
 from array import array
-from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,7 +33,7 @@ from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
 from kvworkers.frontends.fleet import Fleet
-from kvworkers.frontends.generation import CacheAccount, Chunk, Generation
+from kvworkers.frontends.generation import CacheAccount, Chunk, FieldError, Generation
 from kvworkers.frontends.grammars import ShapeChecks
 from kvworkers.frontends.ledger import Ledger, outcome_of
 from kvworkers.frontends.running import Running
@@ -152,10 +152,29 @@ class Pipeline:
         Closing the generator cancels the worker's call. Raises `Refused` when every worker is full
         or none is alive, `Unreachable` when workers were lost too often or the deadline passed.
         """
-        if self._in_flight >= self._config.max_in_flight:
+        with self.places(1):
+            async with aclosing(self.run_placed(running)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    @contextmanager
+    def places(self, wanted: int) -> Iterator[int]:
+        """Hold that many places of those that run at once, or all that there are; yield how many.
+
+        Raises `Refused` while fewer are free.
+        """
+        places = min(wanted, self._config.max_in_flight)
+        if self._in_flight + places > self._config.max_in_flight:
             self.ledger.refused("Refused")
             raise Refused(f"{self._in_flight} requests are running here already", 1_000)
-        self._in_flight += 1
+        self._in_flight += places
+        try:
+            yield places
+        finally:
+            self._in_flight -= places
+
+    async def run_placed(self, running: Running) -> AsyncGenerator[Chunk, None]:
+        """Do what `run` does in one of the `places` that the caller holds."""
         entry = running.entry = self.ledger.begin(
             running.request.request_id,
             domain=running.request.share_domain or self._config.share_domain,
@@ -174,7 +193,6 @@ class Pipeline:
             outcome = outcome_of(error)
             raise
         finally:
-            self._in_flight -= 1
             running.span.set(outcome=outcome, output_tokens=len(running.output))
             running.span.end("" if outcome in SERVED else outcome)
             lasted_s = time.monotonic() - running.arrived
@@ -187,8 +205,11 @@ class Pipeline:
             return await self.tokenizer.text(request.text)
         assert request.tokens is not None, "checked when the request was made"
         limit = self.tokenizer.vocabulary
-        if max(request.tokens) >= limit:
-            raise BadInput(f"token id {max(request.tokens)} is outside the vocabulary of {limit}")
+        least, most = min(request.tokens), max(request.tokens)
+        if least < 0 or most >= limit:
+            wrong = least if least < 0 else most
+            what = f"prompt: token id {wrong} is outside the vocabulary of {limit}"
+            raise FieldError(what, "prompt")
         return array("I", request.tokens)
 
     async def _chunks(self, running: Running) -> AsyncGenerator[Chunk, None]:

@@ -57,7 +57,9 @@ class ChatTokenizer:
 
         Raises `BadInput` when the model's template refuses it.
         """
-        size = sum(len(message.content) for message in messages) + INLINE_CHARACTERS * bool(tools)
+        size = sum(len(message.content) for message in messages)
+        if tools or any(message.calls for message in messages):
+            size += INLINE_CHARACTERS + 1  # they are as long as they turn out when written
         return await _somewhere(size, self._conversation, messages, tools, opened)
 
     async def text(self, text: str, *, special: bool = True) -> "array[int]":
@@ -67,6 +69,10 @@ class ChatTokenizer:
     async def shown(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
         return await _somewhere(len(tokens), self._shown, tokens)
+
+    async def shown_each(self, tokens: Sequence[int]) -> list[str]:
+        """Return every token for people, as `show` does."""
+        return await asyncio.to_thread(self._shown_each, tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens left out."""
@@ -96,6 +102,10 @@ class ChatTokenizer:
 
     def _text(self, text: str, special: bool) -> "array[int]":
         return array("I", self._backend.encode(text, add_special_tokens=special).ids)
+
+    def _shown_each(self, tokens: Sequence[int]) -> list[str]:
+        shown = {token: self.show(token) for token in set(tokens)}
+        return [shown[token] for token in tokens]
 
     def _shown(self, tokens: Sequence[int]) -> str:
         return str(self._backend.decode(list(tokens), skip_special_tokens=False))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from kvworkers.frontends.generation import Shape
-from kvworkers.frontends.grammars import embedded
+from kvworkers.frontends.grammars import check_length, embedded
 from kvworkers.frontends.messages import Message, Tool, ToolCall
 from kvworkers.frontends.text import beginning
 
@@ -32,17 +32,20 @@ def calls_shape(tools: Sequence[Tool], *, required: bool, parallel: bool, only: 
     """Return the shape of replies that call these tools; `required`: of nothing but calls.
 
     Without `parallel` there is one call at most; `only` names the one tool that may be called.
+    Raises `FieldError` where they are too long.
     """
     places = [f"tools.{at}.function.parameters" for at in range(len(tools))]
-    rules = []
-    for at, (tool, place) in enumerate(zip(tools, places, strict=True)):
-        head = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
-        if only not in ("", tool.name):
-            continue
-        rules.append(
-            f'call{at}: {head} {embedded({"type": "object", **tool.parameters}, place)} "}}"'
-        )
+    forms = [
+        embedded({"type": "object", **tool.parameters}, place)
+        for tool, place in zip(tools, places, strict=True)
+    ]
+    # All of them are checked, those that must not be called as well.
+    check_length(sum(len(form) for form in forms), "tools")
     may = [at for at, tool in enumerate(tools) if only in ("", tool.name)]
+    rules = []
+    for at in may:
+        head = json.dumps(f'{{"name": "{tools[at].name}", "arguments": ')
+        rules.append(f'call{at}: {head} {forms[at]} "}}"')
     names = " | ".join(f"call{at}" for at in may)
     body = f'"\\n" ( {names} ) "\\n{CLOSING}"'
     if required:

@@ -1,5 +1,6 @@
 """The application: which path does what, and how an answer becomes a response."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -191,7 +192,9 @@ class _Serving:
             raw = await read_body(request, self.max_body_bytes)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED)
-        return JSONResponse(await parse(raw, kind).answer(self.pipeline))
+        told = await parse(raw, kind).answer(self.pipeline)
+        # Written off the loop: it may have a million tokens, and each one's text.
+        return await asyncio.to_thread(JSONResponse, told)
 
     async def _prepare(self, request: Request, body: Body) -> list[list[Running]]:
         """Return the choices of each prompt, checked and ready to run."""

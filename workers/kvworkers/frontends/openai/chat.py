@@ -81,6 +81,7 @@ class ChatBody(SharedFields):
     """The body of POST /v1/chat/completions."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SharedFields.NEUTRAL,
         "best_of": (1,),
         "functions": ([],),
         "modalities": (["text"],),

@@ -17,9 +17,13 @@ class CompletionBody(SharedFields):
     """The body of POST /v1/completions."""
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SharedFields.NEUTRAL,
         "best_of": (1,),
         "suffix": ("",),
         "prompt_logprobs": (),
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
     }
 
     prompt: str | list[int] | list[str] | list[list[int]]

@@ -4,6 +4,7 @@ Ours besides OpenAI's: `top_k`, `min_p`, `ignore_eos`, `stop_token_ids` and an o
 `no_store`, `no_read`, `kind`, `cache_salt`.
 """
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -14,6 +15,18 @@ from kvworkers.frontends.generation import FieldError, SamplingChoice
 
 MAX_CHOICES: Final = 128
 """Replies of one request, over all of its prompts."""
+
+_GUIDED: Final = (
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json_object",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+    "structured_outputs",
+)
+"""vLLM's names for the form of a reply; whoever gives one counts on it."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -40,7 +53,7 @@ class SharedFields(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=False)
 
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = dict.fromkeys(_GUIDED, ())
     """Fields we do not serve, and the values that ask for nothing: others are refused."""
 
     model: str
@@ -78,7 +91,7 @@ class SharedFields(BaseModel):
         for name, neutral in self.NEUTRAL.items():
             value = (self.model_extra or {}).get(name)
             if value is not None and value not in neutral:
-                raise FieldError(f"{name} {value!r} is not supported", name)
+                raise FieldError(f"{name} {reprlib.repr(value)} is not supported", name)
         if not 1 <= self.choices <= MAX_CHOICES:
             raise FieldError(f"n must lie in 1 to {MAX_CHOICES}, got {self.n}", "n")
         if self.cache_salt and self.kvstore.cache_salt not in ("", self.cache_salt):

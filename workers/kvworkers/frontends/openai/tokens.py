@@ -27,7 +27,10 @@ class TokenizeBody(BaseModel):
     return_token_strs: bool = False
 
     async def answer(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Return the tokens; raises `BadInput`, or `NotFound` for an unknown model."""
+        """Return the tokens; raises `BadInput`, or `NotFound` for an unknown model.
+
+        More tokens than any prompt may have are a `FieldError`: a body of a few MiB has millions.
+        """
         if (self.prompt is None) == (self.messages is None):
             raise FieldError("give exactly one of prompt and messages", "prompt")
         offer, tokenizer = pipeline.fleet.offer(self.model), pipeline.tokenizer
@@ -41,7 +44,11 @@ class TokenizeBody(BaseModel):
             if self.prompt:
                 Generation(request_id="", text=self.prompt)
             tokens = await tokenizer.text(self.prompt, special=self.add_special_tokens)
-        shown = [tokenizer.show(token) for token in tokens] if self.return_token_strs else None
+        if len(tokens) > MAX_PROMPT_TOKENS:
+            field = "messages" if self.messages is not None else "prompt"
+            what = f"{field}: {len(tokens)} tokens; {MAX_PROMPT_TOKENS} allowed"
+            raise FieldError(what, field)
+        shown = await tokenizer.shown_each(tokens) if self.return_token_strs else None
         return {
             "count": len(tokens),
             "max_model_len": offer.max_model_tokens,

@@ -1,11 +1,11 @@
 """Tools in OpenAI's form: definitions and choices in, calls out. Pure."""
 
-import json
 import uuid
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
+from pydantic_core import from_json
 
 from kvworkers.frontends.generation import FieldError, Shape
 from kvworkers.frontends.messages import Tool, ToolCall
@@ -67,7 +67,8 @@ class MessageCall(BaseModel):
     def call(self, place: str) -> ToolCall:
         """Return the call; raises `FieldError` where its arguments are no JSON object."""
         try:
-            arguments = json.loads(self.function.arguments or "{}")
+            # Unlike `json.loads` it refuses lone surrogates and what is nested without end.
+            arguments = from_json(self.function.arguments or "{}", allow_inf_nan=False)
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
