@@ -113,7 +113,7 @@ class WorkerServer:
         self.model_name = spec.name
         steps = {"step_tokens": config.step_tokens, "batch": config.max_running}
         pages = await asyncio.to_thread(new_pages, model, config.pool_bytes, **steps)
-        mover = make_mover(pages.memory, spec.forms)
+        mover = make_mover(pages.memory, model.forms)
         self._metrics.reachable_arena_bytes.set_function(lambda: mover.reachable_bytes)
         self._stack.push_async_callback(self._leave_node, mover)
         await self._join_node(model, mover)
@@ -211,7 +211,7 @@ class WorkerServer:
         client = await AsyncClient.connect(
             self.config.node,
             namespace=spec.namespace,
-            payload_bytes=spec.forms.stored.payload_bytes,
+            payload_bytes=model.forms.stored.payload_bytes,
             shares=spec.layout.kv_heads,
             share_domain=self.config.share_domain,
             name=f"{self.config.name} pid {os.getpid()}",

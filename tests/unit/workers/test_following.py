@@ -34,7 +34,7 @@ class HeldMover(Mover):
     """Moves a group when the test allows it, or fails there."""
 
     def __init__(self, pool: torch.Tensor, model: LoadedModel) -> None:
-        super().__init__(pool, model.spec.forms)
+        super().__init__(pool, model.forms)
         self.allowed = asyncio.Semaphore(0)
         self.moved = 0
         self.whole = 0

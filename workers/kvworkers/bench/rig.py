@@ -140,12 +140,12 @@ async def rig(
         client = await AsyncClient.connect(
             node.run_dir,
             namespace=spec.namespace,
-            payload_bytes=spec.forms.stored.payload_bytes,
+            payload_bytes=model.forms.stored.payload_bytes,
             shares=spec.layout.kv_heads,
             config=ClientConfig(call_ms=10_000, connect_ms=30_000),
         )
         await stack.enter_async_context(client)
-        mover = make_mover(held.memory, spec.forms)
+        mover = make_mover(held.memory, model.forms)
         stack.push_async_callback(asyncio.to_thread, mover.close)
         if isinstance(mover, DeviceMover) and not await asyncio.to_thread(
             mover.registered, client.arena, deadline_s=_REGISTER_S

@@ -18,6 +18,7 @@ from kvstore.core.names import Fidelity
 from kvworkers.models import attention
 from kvworkers.models.spec import ModelSpec, read_spec
 from kvworkers.models.step import StepInputs
+from kvworkers.stream.forms import Forms, stored_layout
 
 if TYPE_CHECKING:
     from kvworkers.models.fused import FusedDecoder
@@ -49,6 +50,13 @@ class LoadedModel:
         """Name blocks anew for a store that keeps them with `fidelity`."""
         namespace = replace(self.spec.namespace, fidelity=fidelity)
         self.spec = replace(self.spec, namespace=namespace)
+
+    @property
+    def forms(self) -> Forms:
+        """Return how blocks lie in pages and in the store, as the namespace's fidelity has it."""
+        layout = self.spec.layout
+        stored = stored_layout(layout, self.spec.namespace.fidelity)
+        return Forms(layout, stored, getattr(torch, self.spec.dtype))
 
     def page_view(self, pool: Tensor) -> Tensor:
         """Return a pool's pages as `forward` takes them, in the model's element type."""

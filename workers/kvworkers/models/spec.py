@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import RAW_CODEC, BlockLayout
 from kvstore.core.names import Namespace
 from kvworkers.models.digest import canonical, weights_digest
-from kvworkers.stream.forms import Forms, stored_layout
 
 DESCRIPTION_FILE: Final = "kvstore_model.json"
 """Written beside converted weights: the model's name and what it was made from."""
@@ -51,12 +48,6 @@ class ModelSpec:
     layout: BlockLayout
     dtype: str
     """Element type of weights in use, K and V: `float32` on a CPU."""
-
-    @property
-    def forms(self) -> Forms:
-        """Return how blocks lie in pages and in the store, as the namespace's fidelity has it."""
-        stored = stored_layout(self.layout, self.namespace.fidelity)
-        return Forms(self.layout, stored, getattr(torch, self.dtype))
 
 
 def read_spec(path: str | Path, *, device: str = "cpu", cache_dir: Path | None = None) -> ModelSpec:
