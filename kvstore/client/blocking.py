@@ -11,7 +11,7 @@ from typing import Any, Final, Self, TypeVar
 
 from kvstore.client.aio import AsyncClient
 from kvstore.client.config import ClientConfig
-from kvstore.client.copies import Payload
+from kvstore.client.copies import Payload, WriteGate
 from kvstore.client.replies import Acquired, Lookup, Names, NodeStats, Settled, SlotRef
 from kvstore.core.errors import Unreachable
 from kvstore.core.names import Namespace, Root
@@ -261,8 +261,14 @@ class Client:
     ) -> int:
         """Copy the longest prefix into buffers of yours; see `AsyncClient.get_into`."""
         limit = self._limit(deadline_ms, self._inner.config.transfer_ms)
-        work = self._inner.get_into(names, buffers, deadline_ms=deadline_ms)
-        return self._run(work, 2 * limit)
+        gate = WriteGate()
+        work = self._inner.get_into(names, buffers, deadline_ms=deadline_ms, gate=gate)
+        try:
+            return self._run(work, 2 * limit)
+        except BaseException:
+            # The copying thread may be at it still, whatever the loop knows of it.
+            gate.close()
+            raise
 
     def put(
         self,
