@@ -293,7 +293,7 @@ class AsyncClient:
         """Release a lease soon, with others in one call, and wait for nothing.
 
         For readers whose next `acquire` shall not wait for the end of the last one. A failure is
-        counted and nothing more: the lease runs out by itself.
+        counted and nothing more: the lease runs out by itself. Raises `BadInput` for no lease.
         """
         self._link.release_soon(lease)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
+from kvstore.client import checks
 from kvstore.client.aio import AsyncClient
 from kvstore.client.config import ClientConfig
 from kvstore.client.copies import Payload, WriteGate
@@ -233,6 +234,7 @@ class Client:
 
     def release(self, lease: int) -> None:
         """Release a lease soon, without waiting; see `AsyncClient.release`."""
+        checks.lease(lease)  # in the loop's thread nobody would hear of it
         self._thread.soon(partial(self._inner.release, lease))
 
     def wait(self, names: Names, *, deadline_ms: int | None = None) -> list[Outcome]:

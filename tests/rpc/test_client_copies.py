@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.client import AsyncClient, Client, ClientConfig, blocking, copies
+from kvstore.client import AsyncClient, Client, ClientConfig, blocking, copies, link
 from kvstore.core.errors import BadInput, Unreachable
 from kvstore.core.names import BlockName, Namespace
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
@@ -85,6 +85,8 @@ def test_a_lease_ends_soon_after_its_release(client: Client) -> None:
     for lease in leases:
         client.release(lease)
     client.release(0)
+    with pytest.raises(BadInput, match="not a lease: -1"):
+        client.release(-1)
     # Releases go before it on the same loop: at the latest the next two calls find them done.
     for _ in range(200):
         if client.stats().leases == 0:
@@ -116,6 +118,38 @@ async def test_leases_released_quickly_go_in_few_calls(scripted: ScriptedNode) -
     await client.close()
     client.release(50)
     assert scripted.count("Settle") == len(released), "a closed client's leases are gone"
+
+
+@pytest.mark.parametrize("wrong", [-1, 1 << 64, "7", 1.5, None])
+async def test_what_is_no_lease_spoils_no_release_of_others(
+    scripted: ScriptedNode, wrong: Any
+) -> None:
+    client = await joined(scripted)
+    client.release(1)
+    with pytest.raises(BadInput, match="not a lease"):
+        client.release(wrong)
+    client.release(2)
+    await released(scripted, [[1, 2]])
+    await client.close()
+
+
+async def test_more_leases_than_a_call_takes_go_in_several(
+    scripted: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "MAX_NAMES_PER_CALL", 3)
+    client = await joined(scripted)
+    for lease in range(1, 8):
+        client.release(lease)
+    await released(scripted, [[1, 2, 3], [4, 5, 6], [7]])
+    await client.close()
+
+
+async def released(node: ScriptedNode, leases: list[list[int]]) -> None:
+    """Wait for the calls that release just these."""
+    async with asyncio.timeout(10):
+        while node.count("Settle") < len(leases):  # noqa: ASYNC110 - calls of another task
+            await asyncio.sleep(0.002)
+    assert [list(call.release) for name, call in node.calls if name == "Settle"] == leases
 
 
 async def test_a_cancelled_reader_has_its_buffers_back(
