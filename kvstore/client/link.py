@@ -18,6 +18,7 @@ from kvstore.rpc.v1 import cache_pb2
 _SWEEP_ROUNDS: Final = 3
 """Looks after a lost answer. Two find a stray; the third is for a node that was slow to reserve."""
 
+
 class Link:
     """The current session, and the background tasks that look after it."""
 

@@ -243,6 +243,6 @@ def _load_from_proto(message: watch_pb2.Load) -> Loaded:
     rates = tuple(
         LoadRate(TierKind(rate.tier), rate.s_per_token)
         for rate in message.load_rates
-        if rate.tier in _WIRE_TIER and 0 < rate.s_per_token < math.inf
+        if int(rate.tier) in _WIRE_TIER and 0 < rate.s_per_token < math.inf
     )
     return Loaded(**{name: getattr(message, name) for name in _LOAD_FIELDS}, load_rates=rates)
