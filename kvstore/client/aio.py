@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.client import checks
 from kvstore.client.config import ClientConfig
-from kvstore.client.copies import Payload, get_copies, get_into, put_copies
+from kvstore.client.copies import Payload, WriteGate, get_copies, get_into, put_copies
 from kvstore.client.link import Link
 from kvstore.client.replies import (
     Acquired,
@@ -293,7 +293,7 @@ class AsyncClient:
         """Release a lease soon, with others in one call, and wait for nothing.
 
         For readers whose next `acquire` shall not wait for the end of the last one. A failure is
-        counted and nothing more: the lease runs out by itself.
+        counted and nothing more: the lease runs out by itself. Raises `BadInput` for no lease.
         """
         self._link.release_soon(lease)
 
@@ -332,16 +332,22 @@ class AsyncClient:
         return await get_copies(self, self._link, names, deadline)
 
     async def get_into(
-        self, names: Names, buffers: Sequence[memoryview], *, deadline_ms: int | None = None
+        self,
+        names: Names,
+        buffers: Sequence[memoryview],
+        *,
+        deadline_ms: int | None = None,
+        gate: WriteGate | None = None,
     ) -> int:
         """Copy the longest prefix that is here into `buffers`; return how many blocks.
 
         One writable buffer for each name, of the payload's size or more. What lies behind the
         blocks that came is rubbish. Buffers that are used again and again cost a copy; the fresh
-        memory of `get` costs several.
+        memory of `get` costs several. When this returns or raises nobody writes to them any more;
+        closing the `gate` ends that sooner, from any thread.
         """
         deadline = checks.deadline(deadline_ms, self.config.transfer_ms)
-        return await get_into(self, self._link, names, buffers, deadline)
+        return await get_into(self, self._link, names, buffers, deadline, gate or WriteGate())
 
     async def put(
         self,

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
+from kvstore.client import checks
 from kvstore.client.aio import AsyncClient
 from kvstore.client.config import ClientConfig
-from kvstore.client.copies import Payload
+from kvstore.client.copies import Payload, WriteGate
 from kvstore.client.replies import Acquired, Lookup, Names, NodeStats, Settled, SlotRef
 from kvstore.core.errors import Unreachable
 from kvstore.core.names import Namespace, Root
@@ -236,6 +237,7 @@ class Client:
 
     def release(self, lease: int) -> None:
         """Release a lease soon, without waiting; see `AsyncClient.release`."""
+        checks.lease(lease)  # in the loop's thread nobody would hear of it
         self._thread.soon(partial(self._inner.release, lease))
 
     def wait(self, names: Names, *, deadline_ms: int | None = None) -> list[Outcome]:
@@ -264,8 +266,14 @@ class Client:
     ) -> int:
         """Copy the longest prefix into buffers of yours; see `AsyncClient.get_into`."""
         limit = self._limit(deadline_ms, self._inner.config.transfer_ms)
-        work = self._inner.get_into(names, buffers, deadline_ms=deadline_ms)
-        return self._run(work, 2 * limit)
+        gate = WriteGate()
+        work = self._inner.get_into(names, buffers, deadline_ms=deadline_ms, gate=gate)
+        try:
+            return self._run(work, 2 * limit)
+        except BaseException:
+            # The copying thread may be at it still, whatever the loop knows of it.
+            gate.close()
+            raise
 
     def put(
         self,

@@ -22,6 +22,12 @@ def bounded(name: str, value: int, most: int) -> None:
         raise BadInput(f"{name} is {value}; 0 to {most} allowed")
 
 
+def lease(value: int) -> None:
+    """Raise `BadInput` for what cannot be a lease, which on the wire is 64 bits without a sign."""
+    if not isinstance(value, int) or not 0 <= value < 1 << 64:
+        raise BadInput(f"not a lease: {value!r}")
+
+
 def read(convert: Callable[..., _Result], *arguments: object) -> _Result:
     """Read an answer; one that this build cannot understand is as good as none."""
     try:

@@ -4,6 +4,7 @@ Engines move blocks in place (`acquire`, `view`, `still`, `settle`); this is for
 """
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -38,12 +39,44 @@ Payload = bytes | bytearray | memoryview
 _Result = TypeVar("_Result")
 
 
+class WriteGate:
+    """Ends the writing of a caller's buffers, from any thread and whatever the loop does."""
+
+    def __init__(self) -> None:
+        self._writing = threading.Lock()
+        self._stopped = threading.Event()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing more is to be copied."""
+        return self._stopped.is_set()
+
+    def stop(self) -> None:
+        """Let no block begin any more; the one that is being written goes on. Never blocks."""
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Stop, and wait for the block that is being written: nothing is written afterwards."""
+        self.stop()
+        with self._writing:
+            pass
+
+    def write(self, target: memoryview, source: memoryview) -> bool:
+        """Copy one block; False, and nothing written, once the gate was stopped."""
+        with self._writing:
+            if self.stopped:
+                return False
+            _copy(target, source)
+        return True
+
+
 async def get_copies(
     client: "AsyncClient", link: Link, names: Names, deadline_ms: int
 ) -> list[bytes]:
     """Return verified copies of the longest prefix; see `AsyncClient.get`."""
-    work = partial(copy_out, link.session.arena, payload_bytes=link.access.payload_bytes)
-    return await _with_leased(client, link, names, deadline_ms, work)
+    gate, size = WriteGate(), link.access.payload_bytes
+    work = partial(copy_out, link.session.arena, payload_bytes=size, gate=gate)
+    return await _with_leased(client, link, names, deadline_ms, work, gate)
 
 
 async def get_into(
@@ -52,14 +85,15 @@ async def get_into(
     names: Names,
     buffers: Sequence[memoryview],
     deadline_ms: int,
+    gate: WriteGate,
 ) -> int:
     """Fill buffers with the longest prefix; see `AsyncClient.get_into`."""
     packed, size = packed_names(names), link.access.payload_bytes
     if len(buffers) != len(packed) // NAME_BYTES:
         raise BadInput(f"{len(buffers)} buffers for {len(packed) // NAME_BYTES} names")
     targets = [_target(buffer, size) for buffer in buffers]
-    work = partial(copy_out_into, link.session.arena, targets)
-    return await _with_leased(client, link, packed, deadline_ms, work)
+    work = partial(copy_out_into, link.session.arena, targets, gate=gate)
+    return await _with_leased(client, link, packed, deadline_ms, work, gate)
 
 
 def _target(buffer: memoryview, size: int) -> memoryview:
@@ -75,10 +109,12 @@ async def _with_leased(
     names: Names,
     deadline_ms: int,
     work: Callable[[Sequence[SlotRef]], _Result],
+    gate: WriteGate,
 ) -> _Result:
     """Do work in a thread with the slots of the longest prefix, leased.
 
-    Returns and raises when the thread has ended: nothing is written to a caller's buffer later.
+    Returns and raises when the thread has ended: nothing is written to a caller's buffer later,
+    however often it is cancelled. A cancellation stops the gate, so that `work` ends soon.
     """
     arena = link.session.arena
     acquired = await client.acquire(
@@ -93,10 +129,18 @@ async def _with_leased(
         try:
             return await asyncio.shield(working)
         except asyncio.CancelledError:
-            await asyncio.wait([working])
+            gate.stop()
+            await _ended(working)
             raise
     finally:
         link.release_soon(acquired.lease)
+
+
+async def _ended(working: "asyncio.Future[_Result]") -> None:
+    """Wait until a thread has ended; a cancellation meanwhile does not end the wait."""
+    while not working.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([working])
 
 
 async def put_copies(
@@ -234,10 +278,14 @@ def _fill(
         filled(part)
 
 
-def copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) -> list[bytes]:
+def copy_out(
+    arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int, gate: WriteGate
+) -> list[bytes]:
     """Return copies of the blocks before the first one that was reused meanwhile."""
     blocks: list[bytes] = []
     for ref in refs:
+        if gate.stopped:
+            break
         block = bytes(arena.view(ref)[:payload_bytes])
         if not arena.still(ref):  # reused while it was being copied: a miss from here on
             break
@@ -246,12 +294,11 @@ def copy_out(arena: SharedArena, refs: Sequence[SlotRef], payload_bytes: int) ->
 
 
 def copy_out_into(
-    arena: SharedArena, targets: Sequence[memoryview], refs: Sequence[SlotRef]
+    arena: SharedArena, targets: Sequence[memoryview], refs: Sequence[SlotRef], gate: WriteGate
 ) -> int:
     """Copy blocks into `targets`; return how many come before the first one that was reused."""
     for index, (ref, target) in enumerate(zip(refs, targets, strict=False)):
-        _copy(target, arena.view(ref)[: len(target)])
-        if not arena.still(ref):
+        if not gate.write(target, arena.view(ref)[: len(target)]) or not arena.still(ref):
             return index
     return len(refs)
 

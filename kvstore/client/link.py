@@ -5,11 +5,13 @@ import contextlib
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Final
 
+from kvstore.client import checks
 from kvstore.client.config import ClientConfig
 from kvstore.client.replies import SlotRef
 from kvstore.client.reservations import Reservations
 from kvstore.client.session import Access, Session
 from kvstore.core.errors import KvStoreError, Unreachable
+from kvstore.core.limits import MAX_NAMES_PER_CALL
 from kvstore.observe.metrics import ClientMetrics
 from kvstore.rpc.v1 import cache_pb2
 
@@ -99,7 +101,11 @@ class Link:
         work.add_done_callback(self._writing.discard)
 
     def release_soon(self, lease: int) -> None:
-        """Release a lease without waiting; several together where they come quickly."""
+        """Release a lease without waiting; several together where they come quickly.
+
+        Raises `BadInput` for what is no lease, at once: it would spoil the call of all the others.
+        """
+        checks.lease(lease)
         if not lease or self.closed:
             return
         self._leases.append(lease)
@@ -109,7 +115,8 @@ class Link:
     async def _release_all(self) -> None:
         """Release what was collected; a failure is counted, for a lease runs out by itself."""
         while self._leases:
-            leases, self._leases = self._leases, []
+            leases = self._leases[:MAX_NAMES_PER_CALL]
+            del self._leases[:MAX_NAMES_PER_CALL]
             session = self.session
             request = cache_pb2.SettleRequest(
                 root=session.root, release=leases, incarnation=session.incarnation

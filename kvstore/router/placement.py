@@ -21,6 +21,10 @@ DISTRUST_MS: Final = 1_000.0
 """How long a worker that failed a request is passed over: by then its stream has spoken."""
 
 
+RATE_LEEWAY: Final = 8.0
+"""How many times faster or slower than in the answers seen here a worker may say that it loads. It
+speaks of all its loads, ours are the single ones; what is further off is a lie or a fault."""
+
 ASSUMED_SHARES: Final = {
     TierKind.DRAM: LOAD_COST,
     TierKind.NVME: 8 * LOAD_COST,
@@ -263,10 +267,18 @@ class Placement:
         return Source(
             tier.name.lower(),
             blocks * BLOCK_TOKENS,
-            seat.load_rates.get(tier) or self.learned.load_s_per_token(seat.name, tier),
+            self._load_s_per_token(seat, tier),
             self._bookings.loading(seat.device(tier)),
             ASSUMED_SHARES[tier],
         )
+
+    def _load_s_per_token(self, seat: Seat, tier: TierKind) -> float:
+        """Return what the worker says of all its loads, within what its answers here allow."""
+        told = seat.load_rates.get(tier, 0.0)
+        seen = self.learned.load_s_per_token(seat.name, tier)
+        if not told or not seen:
+            return told or seen
+        return min(max(told, seen / RATE_LEEWAY), seen * RATE_LEEWAY)
 
     def _decision(
         self, prompt: Prompt, scores: Ranking, seat: Seat, held: Held, chosen: Candidate,

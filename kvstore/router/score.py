@@ -28,7 +28,9 @@ something, and the order is the one of uncached tokens plus queue.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from math import inf
+from operator import mul
+from statistics import median, median_low
 from typing import Final, NamedTuple, overload
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 1_000.0
@@ -53,6 +55,9 @@ newcomer would tie."""
 
 BLOCK: Final = 16
 """Tokens by which a split moves."""
+
+MOST_SHARE: Final = 16.0
+"""Of the median, that a worker's rate or queue counts for at most; by simulation: 8 is worse."""
 
 
 class Work(NamedTuple):
@@ -202,7 +207,7 @@ class Score:
 
 def paces(rates: Sequence[Rates]) -> list[Pace]:
     """Return how fast each worker computes; the median of the others stands in for the unknown."""
-    speeds = [one.tokens_per_s for one in rates if one.tokens_per_s > 0]
+    speeds = [one.tokens_per_s for one in rates if 0 < one.tokens_per_s < inf]
     speed = median(speeds) if speeds else ASSUMED_PREFILL_TOKENS_PER_S
     corrections = [one.correction for one in rates if one.correction > 0]
     correction = median(corrections) if corrections else 1.0
@@ -211,10 +216,12 @@ def paces(rates: Sequence[Rates]) -> list[Pace]:
 
 def _pace(rates: Rates, speed: float, correction: float) -> Pace:
     factor = rates.correction or correction
-    if rates.linear_s > 0:
-        quadratic_s = max(0.0, rates.quadratic_s)
+    # What is no number is not known: one such price would leave all prices without an order.
+    if 0 < rates.linear_s < inf:
+        quadratic_s = rates.quadratic_s if 0 < rates.quadratic_s < inf else 0.0
         return Pace(rates.linear_s * factor, quadratic_s * factor, factor, True)
-    return Pace(factor / (rates.tokens_per_s or speed), 0.0, factor, rates.tokens_per_s > 0)
+    told = 0 < rates.tokens_per_s < inf
+    return Pace(factor / (rates.tokens_per_s if told else speed), 0.0, factor, told)
 
 
 def _load_s(sources: Sequence[Source], first: int, last: int, pace: Pace) -> float:
@@ -312,13 +319,22 @@ def arrivals(candidates: Sequence[Candidate]) -> float:
     """Return how many requests come to a worker in a second of its queue; 0 where none waits.
 
     By what waits now: where requests come steadily, as many will come while a queue lasts as came
-    while it grew. The mean of all, because who comes next is sent wherever it is best.
+    while it grew. The mean of all, weighted by queue, because who comes next is sent wherever it is
+    best. Both are what workers say: neither counts for more than `MOST_SHARE` times the median (of
+    two the lower), or one that lies would price all places.
     """
-    waiting = sum([one.waiting for one in candidates])
-    if not waiting:
+    if not sum([one.waiting for one in candidates]):
         return 0.0
-    queued_s = sum([one.pace.seconds(one.queued) for one in candidates])
-    return waiting / queued_s if queued_s > 0 else 0.0
+    queues = [(one.waiting, one.pace.seconds(one.queued)) for one in candidates]
+    said = [(one / queue_s, queue_s) for one, queue_s in queues if 1e-6 < queue_s < inf]
+    if not said:
+        return 0.0
+    most = MOST_SHARE * median_low([rate for rate, _ in said])
+    most_s = MOST_SHARE * median_low([queue_s for _, queue_s in said])
+    # Plain comparisons: this runs for every worker of every decision.
+    spans = [each if each < most_s else most_s for _, each in said]
+    rates = [rate if rate < most else most for rate, _ in said]
+    return float(sum(map(mul, rates, spans)) / sum(spans))
 
 
 def _lost(candidate: Candidate, most_own_tokens: int) -> float:

@@ -4,6 +4,7 @@ Members change seldom, loads a few times a second, decisions come thousands a se
 """
 
 from collections.abc import Sequence
+from math import inf
 from typing import Final
 
 from kvstore.directory.events import Loaded, TierKind
@@ -62,7 +63,7 @@ class Seat:
         if load is self.load:
             return False
         self.load = load
-        if load.queued_token_depths > 0:
+        if 0 < load.queued_token_depths < inf:
             self.reported = Work(load.queued_tokens, load.queued_token_depths)
         else:  # lengths that nobody tells: as long as each other
             self.reported = Work.of(load.queued_tokens, 0, max(1, load.waiting))

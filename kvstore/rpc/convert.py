@@ -235,11 +235,14 @@ def _load_to_proto(load: Loaded) -> watch_pb2.Load:
 
 
 def _load_from_proto(message: watch_pb2.Load) -> Loaded:
-    rates = tuple(_load_rate(tier_from_wire(r.tier), r.s_per_token) for r in message.load_rates)
+    """Return a load report, less the rates that cannot be.
+
+    Those are dropped alone: the refusal of a whole report would end the stream, and its repetition
+    each new one. A newer peer may load from tiers that this build does not know.
+    """
+    rates = tuple(
+        LoadRate(TierKind(rate.tier), rate.s_per_token)
+        for rate in message.load_rates
+        if int(rate.tier) in _WIRE_TIER and 0 < rate.s_per_token < math.inf
+    )
     return Loaded(**{name: getattr(message, name) for name in _LOAD_FIELDS}, load_rates=rates)
-
-
-def _load_rate(tier: TierKind, s_per_token: float) -> LoadRate:
-    if not 0 < s_per_token < math.inf:
-        raise BadInput(f"a token takes {s_per_token} s to load from {tier.name.lower()}")
-    return LoadRate(tier, s_per_token)

@@ -4,11 +4,12 @@ import asyncio
 import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
 
-from kvstore.client import AsyncClient, Client, ClientConfig, copies
+from kvstore.client import AsyncClient, Client, ClientConfig, blocking, copies, link
 from kvstore.core.errors import BadInput, Unreachable
 from kvstore.core.names import BlockName, Namespace
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
@@ -84,6 +85,8 @@ def test_a_lease_ends_soon_after_its_release(client: Client) -> None:
     for lease in leases:
         client.release(lease)
     client.release(0)
+    with pytest.raises(BadInput, match="not a lease: -1"):
+        client.release(-1)
     # Releases go before it on the same loop: at the latest the next two calls find them done.
     for _ in range(200):
         if client.stats().leases == 0:
@@ -117,13 +120,45 @@ async def test_leases_released_quickly_go_in_few_calls(scripted: ScriptedNode) -
     assert scripted.count("Settle") == len(released), "a closed client's leases are gone"
 
 
+@pytest.mark.parametrize("wrong", [-1, 1 << 64, "7", 1.5, None])
+async def test_what_is_no_lease_spoils_no_release_of_others(
+    scripted: ScriptedNode, wrong: Any
+) -> None:
+    client = await joined(scripted)
+    client.release(1)
+    with pytest.raises(BadInput, match="not a lease"):
+        client.release(wrong)
+    client.release(2)
+    await released(scripted, [[1, 2]])
+    await client.close()
+
+
+async def test_more_leases_than_a_call_takes_go_in_several(
+    scripted: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "MAX_NAMES_PER_CALL", 3)
+    client = await joined(scripted)
+    for lease in range(1, 8):
+        client.release(lease)
+    await released(scripted, [[1, 2, 3], [4, 5, 6], [7]])
+    await client.close()
+
+
+async def released(node: ScriptedNode, leases: list[list[int]]) -> None:
+    """Wait for the calls that release just these."""
+    async with asyncio.timeout(10):
+        while node.count("Settle") < len(leases):  # noqa: ASYNC110 - calls of another task
+            await asyncio.sleep(0.002)
+    assert [list(call.release) for name, call in node.calls if name == "Settle"] == leases
+
+
 async def test_a_cancelled_reader_has_its_buffers_back(
     scripted: ScriptedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever gets the cancellation may use the buffers again: the thread has to be done."""
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(*arguments: Any) -> int:
+    def slow(*arguments: Any, **options: Any) -> int:
         begun.set()
         assert go_on.wait(10)
         return 0
@@ -132,13 +167,53 @@ async def test_a_cancelled_reader_has_its_buffers_back(
     client = await joined(scripted)
     reading = asyncio.create_task(client.get_into(NAMES[:1], buffers(1, 4096)))
     assert await asyncio.to_thread(begun.wait, 5)
-    reading.cancel()
-    done, _ = await asyncio.wait([reading], timeout=0.05)
-    assert not done, "it returned while the thread still wrote"
+    for _ in range(3):  # whoever shuts down may be impatient
+        reading.cancel()
+        done, _ = await asyncio.wait([reading], timeout=0.02)
+        assert not done, "it returned while the thread still wrote"
+    assert scripted.count("Settle") == 0, "the lease went while the thread still read"
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await reading
     await client.close()
+
+
+def test_a_reader_that_gave_up_has_its_buffers_back(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call without a loop ends by its own clock, and the thread knows nothing of that."""
+    begun, closing, go_on = threading.Event(), threading.Event(), threading.Event()
+    copy, close = copies._copy, copies.WriteGate.close
+
+    def slow(target: memoryview, source: memoryview) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        copy(target, source)
+
+    def noted(gate: copies.WriteGate) -> None:
+        closing.set()
+        close(gate)
+
+    names, into = names_of(client, 1, 4), buffers(4)
+    client.put(names, [bytes(PAYLOAD)] * 4)
+    monkeypatch.setattr(copies, "_copy", slow)
+    monkeypatch.setattr(copies.WriteGate, "close", noted)
+    monkeypatch.setattr(blocking, "_GRACE_S", 0.0)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            reading = pool.submit(client.get_into, names, into, deadline_ms=250)
+            assert begun.wait(5)
+            assert closing.wait(5), "it gave up and left the thread alone"
+            assert not wait([reading], timeout=0.05).done, "it returned during a write"
+        finally:
+            go_on.set()
+        with pytest.raises(Unreachable, match="no answer within 500 ms"):
+            reading.result(5)
+    # What was being written came whole, and nothing after it.
+    assert [set(buffer) for buffer in into] == [{0}, {RUBBISH}, {RUBBISH}, {RUBBISH}]
+    # The client is as good as before.
+    monkeypatch.setattr(copies, "_copy", copy)
+    assert client.get_into(names, into) == 4
 
 
 async def test_a_cancelled_put_commits_nothing_more(

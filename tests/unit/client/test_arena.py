@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvstore.client.arena import SharedArena
-from kvstore.client.copies import _parts, copy_in, copy_out
+from kvstore.client.copies import WriteGate, _parts, copy_in, copy_out
 from kvstore.client.replies import Reserved, SlotRef
 from kvstore.core.errors import SessionLost
 from kvstore.core.slots import SlotState, SlotWord
@@ -119,9 +119,9 @@ def test_copies_end_at_the_first_block_that_was_reused(
         owner.set_word(slot, SlotWord(1, SlotState.SEALED, 0))
         shared.view(ref(slot))[:] = bytes([slot]) * BLOCK
     refs = [ref(slot) for slot in range(4)]
-    assert copy_out(shared, refs, 10) == [bytes([slot]) * 10 for slot in range(4)]
+    assert copy_out(shared, refs, 10, WriteGate()) == [bytes([slot]) * 10 for slot in range(4)]
     owner.set_word(2, SlotWord(2, SlotState.SEALED, 0))
-    assert copy_out(shared, refs, 10) == [bytes(10), b"\1" * 10]
+    assert copy_out(shared, refs, 10, WriteGate()) == [bytes(10), b"\1" * 10]
 
 
 def test_what_is_copied_in_leaves_nothing_of_an_earlier_block(

@@ -7,7 +7,7 @@ from kvstore.directory.view import ClusterView
 from kvstore.router.booking import Bookings
 from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
-from kvstore.router.placement import Placement, Prompt
+from kvstore.router.placement import RATE_LEEWAY, Placement, Prompt
 from kvstore.router.score import LOAD_COST
 
 ROOT = Root(bytes(32))
@@ -82,7 +82,30 @@ def test_loads_are_priced_as_the_worker_says_else_as_answers_taught() -> None:
     told = Loaded(load_rates=(LoadRate(TierKind.DRAM, 5e-5), LoadRate(TierKind.NVME, 1.0)))
     assert placement._view.apply("w", told, 0.0) is None
     assert load_s() == pytest.approx(320 * 5e-5, rel=0.06), "of all its loads, not of ours alone"
+
+
+@pytest.mark.parametrize(("told", "believed"), [(1e-300, 1e-5 / RATE_LEEWAY), (1e300, 8e-5)])
+def test_a_load_rate_that_answers_belie_is_believed_in_part(told: float, believed: float) -> None:
+    """A tier said to be free would draw every request for ever, whatever the loads take."""
+    placement, bookings = made([], NAMES)
+    assert RATE_LEEWAY == 8
+    said = Loaded(load_rates=(LoadRate(TierKind.DRAM, told),))
+    assert placement._view.apply("w", said, 0.0) is None
+    assert priced(placement) == told, "nothing was measured yet"
+    answer(placement, bookings, Actual(hit_tokens=320, load_ms=3.2, by_tier={TierKind.DRAM: 320}))
+    assert priced(placement) == pytest.approx(believed)
+
+
+def test_a_load_slower_than_computing_is_mostly_computed() -> None:
+    placement, _ = made([], NAMES)
     slow = Loaded(load_rates=(LoadRate(TierKind.DRAM, 2e-3),))
     assert placement._view.apply("w", slow, 0.0) is None
     decision = placement.decide(PROMPT, 0.0)
     assert decision is not None and decision.scores[0].plan.split_tokens > 160, "mostly computed"
+
+
+def priced(placement: Placement) -> float:
+    """Return the seconds that loading a token from the host is expected to take."""
+    assert placement.decide(PROMPT, 0.0) is not None  # reads the reports
+    (seat,) = placement._seats.all
+    return placement._load_s_per_token(seat, TierKind.DRAM)

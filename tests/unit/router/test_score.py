@@ -1,4 +1,5 @@
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from kvstore.router.score import (
     COPY,
     DECODE,
     LOAD_COST,
+    MOST_SHARE,
     MOVE,
     Candidate,
     Pace,
@@ -232,6 +234,34 @@ def test_as_many_come_in_a_second_of_queue_as_wait_now() -> None:
     # A queue that ended since it was counted, and one that nobody has counted yet.
     assert arrivals([candidate("a", waiting=3)]) == 0.0
     assert arrivals([candidate("a", queued=queue(500))]) == 0.0
+
+
+LIARS = {
+    "many": candidate("z", queued=queue(4_000), waiting=4_000_000_000),
+    "many behind nothing": candidate("z", queued=queue(1), waiting=50),
+    "none behind much": candidate("z", queued=queue(4_000_000_000)),
+    "no queue": candidate("z", waiting=4_000_000_000),
+    "no number": candidate("z", queued=queue(4_000), waiting=6, pace=Pace(nan)),
+    "no end": candidate("z", queued=queue(4_000), waiting=6, pace=Pace(inf)),
+    "free": candidate("z", queued=queue(4_000), waiting=6, pace=Pace(0.0)),
+}
+
+
+@pytest.mark.parametrize("liar", LIARS.values(), ids=LIARS)
+def test_one_worker_s_nonsense_prices_no_places_of_others(liar: Candidate) -> None:
+    honest = [candidate(str(at), queued=queue(19_000 + 250 * at), waiting=20) for at in range(9)]
+    alone = arrivals(honest)
+    assert alone == pytest.approx(20 / 20.0)
+    assert alone / 3 < arrivals([*honest, liar]) < 3 * alone
+    assert arrivals([honest[0], liar]) < MOST_SHARE * 20 / 19.0, "of two the lower one"
+
+
+def test_who_says_no_numbers_is_as_fast_as_the_others() -> None:
+    """A price that is no number has no place in an order, and takes the others' from them."""
+    for wrong in (nan, inf):
+        rates = [Rates(wrong), Rates(wrong, wrong), Rates(500.0)]
+        assert paces(rates) == [Pace(2e-3), Pace(2e-3), Pace(2e-3, measured=True)]
+        assert paces([Rates(9.0, 1e-3, wrong)]) == [Pace(1e-3, measured=True)]
 
 
 def test_those_who_come_later_wait_for_what_a_request_makes_a_worker_do() -> None:

@@ -1,3 +1,5 @@
+from math import inf, nan
+
 from kvstore.directory.events import Began, Ended, Event, Loaded, Lost, TierKind
 from kvstore.directory.view import ClusterView
 from kvstore.router.learning import Actual, Expected, Learned
@@ -56,6 +58,10 @@ def test_depths_of_queued_tokens_are_taken_as_they_are_told() -> None:
     feed(view, "a", Loaded(waiting=4, queued_tokens=400, queued_token_depths=90_000.0))
     first, _ = seats.update(MEMBERS)
     assert first.reported == Work(400, 90_000.0)
+    for wrong in (nan, inf):
+        feed(view, "a", Loaded(waiting=4, queued_tokens=400, queued_token_depths=wrong))
+        first, _ = seats.update(MEMBERS)
+        assert first.reported == Work.of(400, 0, 4), "no number is none told"
 
 
 def test_a_correction_changes_the_pace_and_a_new_list_builds_anew() -> None:
