@@ -29,8 +29,7 @@ something, and the order is the one of uncached tokens plus queue.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from operator import mul
-from statistics import median, median_low
+from statistics import median, median_high, median_low
 from typing import Final, NamedTuple, overload
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 1_000.0
@@ -56,8 +55,9 @@ newcomer would tie."""
 BLOCK: Final = 16
 """Tokens by which a split moves."""
 
-MOST_SHARE: Final = 16.0
-"""Of the median, that a worker's rate or queue counts for at most; by simulation: 8 is worse."""
+MOST_SHARE: Final = 8.0
+MOST_WAITING: Final = 64
+"""More than this many, and so many times the median, no worker's waiting requests count for."""
 
 
 class Work(NamedTuple):
@@ -319,22 +319,21 @@ def arrivals(candidates: Sequence[Candidate]) -> float:
     """Return how many requests come to a worker in a second of its queue; 0 where none waits.
 
     By what waits now: where requests come steadily, as many will come while a queue lasts as came
-    while it grew. The mean of all, weighted by queue, because who comes next is sent wherever it is
-    best. Both are what workers say: neither counts for more than `MOST_SHARE` times the median (of
-    two the lower), or one that lies would price all places.
+    while it grew. The mean of all, because who comes next is sent wherever it is best. It is what
+    workers say: none counts for more than `MOST_WAITING` and `MOST_SHARE` times the median (of two
+    the lower), nor for a queue of more than twice so many medians, or one that lies would price all
+    places.
     """
-    if not sum([one.waiting for one in candidates]):
+    said = [one.waiting for one in candidates]
+    if not sum(said):
         return 0.0
-    queues = [(one.waiting, one.pace.seconds(one.queued)) for one in candidates]
-    said = [(one / queue_s, queue_s) for one, queue_s in queues if 1e-6 < queue_s < inf]
-    if not said:
+    queues = [one.pace.seconds(one.queued) for one in candidates]
+    known = [queue_s for queue_s in queues if 0 < queue_s < inf]
+    if not known:
         return 0.0
-    most = MOST_SHARE * median_low([rate for rate, _ in said])
-    most_s = MOST_SHARE * median_low([queue_s for _, queue_s in said])
-    # Plain comparisons: this runs for every worker of every decision.
-    spans = [each if each < most_s else most_s for _, each in said]
-    rates = [rate if rate < most else most for rate, _ in said]
-    return float(sum(map(mul, rates, spans)) / sum(spans))
+    most, most_s = MOST_WAITING + MOST_SHARE * median_low(said), 2 * MOST_SHARE * median_high(known)
+    waiting = sum([each if each < most else most for each in said])
+    return waiting / sum([queue_s if queue_s < most_s else most_s for queue_s in known])
 
 
 def _lost(candidate: Candidate, most_own_tokens: int) -> float:
