@@ -19,11 +19,16 @@ SLOT_BYTES = 3 * 4096
 
 
 async def start(
-    directory: Path, *, slots: int = 64, loaded: bool = True, **options: Any
+    directory: Path, *, slots: int = 64, loaded: bool = True, lock_ms: int = 50, **options: Any
 ) -> NvmeTier:
     """Return a tier with room for `slots` blocks of 8 KiB in 16 segments, its index read or not."""
     config = NvmeConfig(
-        directory=directory, capacity_bytes=slots * SLOT_BYTES, threads=4, writers=2, sync_ms=60_000
+        directory=directory,
+        capacity_bytes=slots * SLOT_BYTES,
+        threads=4,
+        writers=2,
+        sync_ms=60_000,
+        lock_ms=lock_ms,
     )
     tier = await NvmeTier.start(config, Lru(), TierMetrics(CollectorRegistry()), **options)
     if loaded:

@@ -95,12 +95,13 @@ class NvmeTier:
     ) -> "NvmeTier":
         """Take the directory and begin to read its index; until that is read, the tier refuses.
 
-        Raises `BadInput` when the directory cannot be used, `Refused` when another node uses it.
+        Raises `BadInput` when the directory cannot be used, `Refused` when another node goes
+        on using it.
         """
         device = device or DiskDevice()
         tier = cls(config, policy, metrics, device=device, listener=listener, terms=terms)
         try:
-            tier._lock_fd = tier._files.lock()
+            tier._lock_fd = await asyncio.to_thread(tier._files.lock, within_ms=config.lock_ms)
         except KvStoreError:
             tier._threads.close()
             raise

@@ -22,6 +22,9 @@ class NvmeConfig:
     sync_ms: int = 5_000
     """How long rows may lie in the page cache: what a power failure may cost in index, not in
     correctness."""
+    lock_ms: int = 5_000
+    """How long another process may still have the directory: one that was killed takes a moment
+    to end, and the node of a killed keeper may be at its start."""
 
     def __post_init__(self) -> None:
         if self.capacity_bytes < 16 * 2 * HEADER_BYTES:

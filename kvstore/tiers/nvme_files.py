@@ -14,6 +14,7 @@ import fcntl
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from kvstore.tiers.nvme_device import Device, aligned_copy, aligned_page
 from kvstore.tiers.sums import block_sum
 
 _NAME: Final = re.compile(r"segment-(\d{6})-(\d+)\.rows")
+_LOCK_POLL_S: Final = 0.02
 _pages = threading.local()
 
 
@@ -43,6 +45,15 @@ class SegmentFiles:
     rows: int
 
 
+def _taken(fd: int) -> bool:
+    """Take the lock if nobody has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class NvmeFiles:
     """One directory. Every method blocks; none may be called from an event loop's thread."""
 
@@ -50,21 +61,29 @@ class NvmeFiles:
         self._directory = directory
         self._device = device
 
-    def lock(self) -> int:
+    def lock(self, *, within_ms: int) -> int:
         """Make the directory and take it; returns the lock's descriptor.
 
-        Raises `BadInput` when it cannot be made or written, `Refused` when another node has it.
+        Raises `BadInput` when it cannot be made or written, `Refused` when another node still has
+        it after `within_ms`.
         """
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise BadInput(f"NVMe directory {self._directory}: {error.strerror}") from error
+        ends = time.monotonic() + within_ms / 1000
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while not _taken(fd):
+                if time.monotonic() >= ends:
+                    raise Refused(f"NVMe directory {self._directory} is used by another node")
+                time.sleep(_LOCK_POLL_S)  # the kernel has no lock with a deadline
         except OSError as error:
             os.close(fd)
-            raise Refused(f"NVMe directory {self._directory} is used by another node") from error
+            raise BadInput(f"NVMe directory {self._directory}: {error.strerror}") from error
+        except Refused:
+            os.close(fd)
+            raise
         return fd
 
     def found(self) -> Iterator[tuple[int, int]]:

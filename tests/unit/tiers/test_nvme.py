@@ -133,6 +133,15 @@ async def test_a_directory_has_one_node(tmp_path: Path) -> None:
     await (await start(tmp_path)).close()
 
 
+async def test_a_directory_is_waited_for_while_its_last_node_ends(tmp_path: Path) -> None:
+    tier = await start(tmp_path)
+    other = asyncio.create_task(start(tmp_path, lock_ms=20_000))
+    await asyncio.wait([other], timeout=0.05)
+    assert not other.done()
+    await tier.close()
+    await (await other).close()
+
+
 async def test_an_impossible_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"file/x: Not a directory"):
