@@ -7,10 +7,8 @@ import functools
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from tests.byte_tokenizer import END, make_byte_tokenizer
+from tests.tiny_model import save_llama
 
 VOCAB = 272
 """More than the tokenizer has, as models do."""
@@ -21,19 +19,4 @@ MAX_TOKENS = 2048
 def text_model() -> Path:
     """Return a Hugging Face directory with weights and tokenizer, made once per process."""
     directory = make_byte_tokenizer(Path(tempfile.mkdtemp(prefix="kvstore-text-")))
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=END,
-        eos_token_id=END,
-        initializer_range=0.7,
-    )
-    torch.manual_seed(7)
-    LlamaForCausalLM(config).float().save_pretrained(directory)
-    return directory
+    return save_llama(directory, vocab=VOCAB, max_tokens=MAX_TOKENS, bos=END, eos=END)

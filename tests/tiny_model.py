@@ -17,17 +17,22 @@ MAX_TOKENS = 512
 def tiny_model() -> Path:
     """Return a Hugging Face directory, made once per process."""
     directory = Path(tempfile.mkdtemp(prefix="kvstore-tiny-"))
+    return save_llama(directory, vocab=VOCAB, max_tokens=MAX_TOKENS, bos=1, eos=EOS)
+
+
+def save_llama(directory: Path, *, vocab: int, max_tokens: int, bos: int, eos: int) -> Path:
+    """Write a Llama with random weights, the same ones each time, into `directory`; return it."""
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=MAX_TOKENS,
-        bos_token_id=1,
-        eos_token_id=EOS,
+        max_position_embeddings=max_tokens,
+        bos_token_id=bos,
+        eos_token_id=eos,
         initializer_range=0.7,
     )
     torch.manual_seed(7)

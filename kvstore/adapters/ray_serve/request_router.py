@@ -46,6 +46,12 @@ class KvStoreRequestRouter(RequestRouter):  # type: ignore[misc]  # untyped here
             "application": self._deployment_id.app_name, "deployment": self._deployment_id.name,
         }  # fmt: skip
         self._kv_choices.set_default_tags(self._kv_tags)
+        self._kv_export_failures = Counter(
+            "kvstore_serve_export_failures",
+            "Times the router's metrics could not be given on to Ray's; the log has why",
+            tag_keys=("application", "deployment"),
+        )
+        self._kv_export_failures.set_default_tags(self._kv_tags)
         self._kv_exports: asyncio.Task[None] | None = None
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
@@ -104,7 +110,7 @@ class KvStoreRequestRouter(RequestRouter):  # type: ignore[misc]  # untyped here
             exporter = Exporter(self._kv_placer.registry, sink_of(Counter, Gauge, self._kv_tags))
             # Kept: a task that nobody holds may be collected while it runs.
             self._kv_exports = asyncio.get_running_loop().create_task(
-                _export(weakref.ref(self), self._kv_placer, exporter)
+                _export(weakref.ref(self), self._kv_placer, exporter, self._kv_export_failures)
             )
         self._kv_placer.set_replicas(
             [_replica(one, self._kv_settings) for one in self._replicas_list]
@@ -113,7 +119,10 @@ class KvStoreRequestRouter(RequestRouter):  # type: ignore[misc]  # untyped here
 
 
 async def _export(
-    router: "weakref.ref[KvStoreRequestRouter]", placer: ReplicaPlacer, exporter: Exporter
+    router: "weakref.ref[KvStoreRequestRouter]",
+    placer: ReplicaPlacer,
+    exporter: Exporter,
+    failures: Counter,
 ) -> None:
     """Give the router's metrics on to Ray's until its handle drops it; then stop following.
 
@@ -124,6 +133,7 @@ async def _export(
             exporter.export()
         except Exception:  # task boundary: metrics must not end the placing of requests
             _log.exception("giving metrics on to Ray failed")
+            failures.inc()
         await asyncio.sleep(_EXPORT_S)
     await placer.close()
 

@@ -40,7 +40,7 @@ class Metric:
     def set_default_tags(self, tags: dict[str, str]) -> None:
         assert set(tags) == {"application", "deployment"}
 
-    def set(self, value: float, tags: dict[str, str]) -> None:
+    def set(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
         self.told.append(self.name)
 
     inc = set
@@ -83,3 +83,21 @@ async def test_a_router_that_ray_dropped_exports_and_follows_no_more(module: Any
     async with asyncio.timeout(10):
         await exports
     assert placer._router._closed
+
+
+async def test_an_export_that_fails_is_counted_and_tried_again(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(exporter: object) -> None:
+        raise RuntimeError("Ray is ending")
+
+    monkeypatch.setattr(module.Exporter, "export", fail)
+    router = module.KvStoreRequestRouter()
+    router.initialize_state()
+    router.update_replicas([])
+    await until(lambda: Metric.told.count("kvstore_serve_export_failures") > 1)
+    exports = router._kv_exports
+    del router
+    gc.collect()
+    async with asyncio.timeout(10):
+        await exports

@@ -14,6 +14,8 @@ _WINDOW_S = {"cuda": 0.3, "cpu": 3.0}
 """One look at the others: a whole load and its step fit into it."""
 _STEPS_PER_S = {"cuda": 250, "cpu": 60}
 """More than any decode of such models makes: so long the others' replies have to be."""
+_BEGUN_S = 60.0
+"""For the others' first tokens: one that failed would be waited for without an end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ async def _decoding(
 
     tasks = [asyncio.create_task(one(index)) for index in range(others)]
     try:
-        await asyncio.gather(*(event.wait() for event in first))
+        async with asyncio.timeout(_BEGUN_S):
+            await asyncio.gather(*(event.wait() for event in first))
         yield lambda: sum(counts)
         if any(task.done() for task in tasks):
             raise Corrupt("the others ended before the last window")

@@ -266,10 +266,8 @@ class Engine:
             work.sequence.in_step += 1
             if work.sequence.first_step_ms is None:
                 work.sequence.first_step_ms = started
-        actives, samplers = (
-            [self._actives[w.sequence] for w in works],
-            self._actives.samplers(works),
-        )
+        actives = [self._actives[work.sequence] for work in works]
+        samplers = self._actives.samplers(works)
         ahead = self._ahead(works)
         loads = [a.load_task for a in actives if a.run.gate is not None and a.load_task is not None]
         self._scheduler.launch(works)
