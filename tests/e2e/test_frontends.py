@@ -116,8 +116,9 @@ async def test_a_repeated_prompt_hits_and_says_the_same(frontend: FrontendServer
         cold, _ = await ask(client, QUESTION)
         hit, account = await ask(client, QUESTION)
         assert cold == hit == plain
-        assert account["cached_tokens"]["hbm"] >= 96
-        assert account["computed_tokens"] <= 32
+        # The same worker has it in HBM; another that is predicted to be as soon loads it.
+        assert sum(account["cached_tokens"].values()) >= 96, account
+        assert account["computed_tokens"] <= 32, account
 
 
 async def test_several_replies_share_one_prompt(
