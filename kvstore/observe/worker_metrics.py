@@ -44,6 +44,11 @@ class WorkerMetrics:
         )  # fmt: skip
         for call in ("connect", "acquire", "load", "settle"):  # from the start: alerts watch it
             self.store_failures.labels(call, "Unreachable")
+        self.rank_failures = Counter(
+            "kvstore_worker_rank_failures",
+            "Times that a process of a tensor-parallel worker was lost; the worker ends with it",
+            registry=registry,
+        )
         self.evictions = Counter(
             "kvstore_worker_evicted_pages", "Pages dropped from HBM", registry=registry
         )
