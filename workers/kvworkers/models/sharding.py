@@ -103,7 +103,8 @@ def cut(module: Any, part: Part, total: Summing, *, kv_heads: int) -> None:
             _keep_rows(layer.get_submodule(place), part)
         for place in _ROWS:
             owner, _, leaf = place.rpartition(".")
-            _keep_columns(row := layer.get_submodule(place), part)
+            row: Any = layer.get_submodule(place)
+            _keep_columns(row, part)
             setattr(layer.get_submodule(owner), leaf, SummedLinear(row, total))
     if part.rank:  # Nobody asks this rank for logits.
         module.lm_head.weight = _kept(module.lm_head.weight[:0])

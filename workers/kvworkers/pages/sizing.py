@@ -54,7 +54,8 @@ def new_pages(
 ) -> DevicePages:
     """Return pages of `pool_bytes` in all (None: as many as fit); `batch` as in `allocate_pages`.
 
-    `agreed` makes of each rank's count the one that all ranks have. Raises `BadInput` when that is none, and `Refused` when a GPU has no room for them.
+    `agreed` makes of each rank's count the one that all ranks have. Raises `BadInput` when that is
+    none, and `Refused` when a GPU has no room for them.
     """
     if pool_bytes is None:
         count = fit_pages(model, step_tokens=step_tokens)

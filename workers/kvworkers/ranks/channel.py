@@ -5,6 +5,7 @@ import select
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import Final
 
 from kvstore.core.errors import BadInput, Unreachable
@@ -86,10 +87,8 @@ class Channel:
 
     def close(self) -> None:
         """End the connection; who waits in `receive` is told."""
-        try:
+        with suppress(OSError):  # the other end was first
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was first
         self._sock.close()
 
     def _exactly(self, count: int) -> bytes:

@@ -81,7 +81,8 @@ class Follower:
     async def _obey(self) -> None:
         while True:
             came = self._loop.run_in_executor(self._reader, self._channel.receive)
-            await asyncio.wait([came, self._failure], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [came, self._failure]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if self._failure.done():
                 self._failure.result()
             frame, descriptor = came.result()

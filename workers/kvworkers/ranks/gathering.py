@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 
@@ -150,7 +150,8 @@ async def _unless_lost(members: dict[int, Member], work: Callable[[], _Result]) 
         loop.add_reader(member.pidfd, ended, rank)
     job = asyncio.ensure_future(asyncio.to_thread(work))
     try:
-        await asyncio.wait([job, lost], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [job, lost]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if lost.done():
             rank = lost.result()
             why = await asyncio.to_thread(_last_words, members[rank].channel)

@@ -64,8 +64,13 @@ async def hold(
     if config.tensor_parallel > 1:
         return await _hold_ranks(config, path, device, launcher, on_lost)
     model = await asyncio.to_thread(_load, config, path, device, WHOLE, only_one)
-    steps = {"step_tokens": config.step_tokens, "batch": config.max_running}
-    pages = await asyncio.to_thread(new_pages, model, config.pool_bytes, **steps)
+    pages = await asyncio.to_thread(
+        new_pages,
+        model,
+        config.pool_bytes,
+        step_tokens=config.step_tokens,
+        batch=config.max_running,
+    )
     return Held(model, pages, make_mover(pages.memory, model.forms), None, ExitStack())
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import torch
@@ -80,7 +81,7 @@ class Lead:
         self._jobs: dict[int, _Job] = {}
         self._last_job = 0
         self._arena = 0
-        self._on_lost: Callable[[str], None] = _nobody
+        self._on_lost: Callable[[str], object] = _nobody
         self._threads: list[threading.Thread] = []
 
     @property
@@ -88,12 +89,12 @@ class Lead:
         """The processes of the other ranks."""
         return tuple(member.pid for member in self._members.values())
 
-    def start(self, on_lost: Callable[[str], None]) -> None:
+    def start(self, on_lost: Callable[[str], object]) -> None:
         """Listen to the ranks; `on_lost` is told once, on a thread of its own, why it is over."""
         self._on_lost = on_lost
-        targets = [(self._hear, (rank,)) for rank in self._members]
-        for target, arguments in [*targets, (self._watch, ())]:
-            thread = threading.Thread(target=target, args=arguments, name="ranks", daemon=True)
+        loops: list[Callable[[], None]] = [partial(self._hear, rank) for rank in self._members]
+        for loop in [*loops, self._watch]:
+            thread = threading.Thread(target=loop, name="ranks", daemon=True)
             self._threads.append(thread)
             thread.start()
 

@@ -122,7 +122,8 @@ def step_of(frame: Frame) -> StepInputs:
     missing = [name for name in _STEP_ARRAYS if name not in frame.arrays]
     if missing:
         raise BadInput(f"a step without {', '.join(missing)}")
-    return StepInputs(**{name: torch.from_numpy(frame.arrays[name]) for name in _STEP_ARRAYS})
+    tensors: dict[str, Any] = {n: torch.from_numpy(frame.arrays[n]) for n in _STEP_ARRAYS}
+    return StepInputs(**tensors)
 
 
 def move_frame(
