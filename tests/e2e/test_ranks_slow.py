@@ -63,7 +63,7 @@ class Judged:
 
     def prompt(self, which: int) -> list[int]:
         tokens: list[int] = self.exactness.reference.tokenizer(
-            TEXTS[which] * 9, add_special_tokens=False
+            TEXTS[which] * 14, add_special_tokens=False
         )["input_ids"]
         return tokens[:170]
 

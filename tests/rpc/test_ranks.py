@@ -8,8 +8,10 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
+from kvworkers.engine.engine import Engine
 from kvworkers.worker import WorkerServer
 from kvworkers.worker_config import WorkerConfig
 
@@ -61,7 +63,11 @@ def the_other(server: WorkerServer) -> int:
     return pid
 
 
-async def test_ranks_share_blocks_with_a_whole_worker_and_end_together(node: RunningNode) -> None:
+async def test_ranks_share_blocks_with_a_whole_worker_and_end_together(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU: steps begin before tokens are seen, which rank 0 then gives to the others.
+    monkeypatch.setattr("kvworkers.worker.Engine", partial(Engine, overlap=True))
     async with worker(node, "two", ranks=2) as two, worker(node, "one", ranks=1) as one:
         assert two._held is not None and one._held is not None
         assert two._held.pages.memory.shape[1] * 2 == one._held.model.spec.layout.payload_bytes

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from kvstore.core.errors import BadInput
 from kvstore.core.names import Fidelity, check_fidelity
@@ -11,9 +10,7 @@ from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.convert import check_id
 from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
-
-MAX_RANKS: Final = 64
-"""Of one worker: its session names every process."""
+from kvworkers.ranks import MAX_RANKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,3 +34,9 @@ def new_run_dir() -> Path:
     path = user_dir() / secrets.token_hex(4)
     path.mkdir(mode=_PRIVATE)
     return path
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log, for a message that says why something ended."""
+    lines = log.read_text(errors="replace").strip().splitlines()[-1:]
+    return lines[0] if lines else "it left no message"

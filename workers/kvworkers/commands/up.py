@@ -40,7 +40,7 @@ _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
 
 _SAME_NAMES: Final = (
-    "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
+    "workers", "threads", "tensor_parallel", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
     "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""

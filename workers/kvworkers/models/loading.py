@@ -115,9 +115,10 @@ class LoadedModel:
     def capture(self, pages: Tensor, *, batch: int, max_pages: int) -> None:
         """Capture short appends and decode steps of up to `batch` sequences over `pages`.
 
-        Nothing on a CPU. The last of the pages becomes scratch: no sequence may be given it.
+        Nothing on a CPU, and nothing for one of several ranks: sums over them are not captured.
+        The last of the pages becomes scratch: no sequence may be given it.
         """
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.part.ranks > 1:
             return
         from kvworkers.models.graphs import StepGraphs  # needs triton
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 
 from kvstore.core.errors import Unsupported
 from kvstore.core.names import Fidelity
+from kvworkers.cluster.rundir import new_run_dir
 from kvworkers.models.loading import LoadedModel, load_model
 from kvworkers.models.provision import ensure_model
 from kvworkers.models.sharding import WHOLE, Part, Summing, only_one
@@ -87,7 +87,7 @@ async def _hold_ranks(
     if ":" in device:
         raise Unsupported(f"device {device} with {ranks} ranks: name none, each takes its own")
     with ExitStack() as undo:
-        directory = Path(tempfile.mkdtemp(prefix="kvstore-ranks-"))  # its mode is 0700
+        directory = new_run_dir()
         undo.callback(shutil.rmtree, directory, ignore_errors=True)
         launcher = launcher or Processes(ranks, device)
         undo.callback(launcher.close)
