@@ -239,6 +239,8 @@ async def follow(path: str, rank: int) -> None:
             why = str(error) if known else f"{type(error).__name__}: {error}"
             channel.send(Frame(Kind.FAILED, {"why": why}))
         raise
+    finally:
+        channel.close()
 
 
 async def obey(path: str, rank: int) -> None:

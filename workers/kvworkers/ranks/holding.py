@@ -11,7 +11,7 @@ import torch
 
 from kvstore.core.errors import Unsupported
 from kvstore.core.names import Fidelity
-from kvworkers.cluster.rundir import new_run_dir
+from kvworkers.cluster.rundir import new_ranks_dir
 from kvworkers.models.loading import LoadedModel, load_model
 from kvworkers.models.provision import ensure_model
 from kvworkers.models.sharding import WHOLE, Part, Summing, only_one
@@ -87,7 +87,7 @@ async def _hold_ranks(
     if ":" in device:
         raise Unsupported(f"device {device} with {ranks} ranks: name none, each takes its own")
     with ExitStack() as undo:
-        directory = new_run_dir()
+        directory = new_ranks_dir()
         undo.callback(shutil.rmtree, directory, ignore_errors=True)
         launcher = launcher or Processes(ranks, device)
         undo.callback(launcher.close)
