@@ -44,11 +44,6 @@ class WorkerMetrics:
         )  # fmt: skip
         for call in ("connect", "acquire", "load", "settle"):  # from the start: alerts watch it
             self.store_failures.labels(call, "Unreachable")
-        self.rank_failures = Counter(
-            "kvstore_worker_rank_failures",
-            "Times that a process of a tensor-parallel worker was lost; the worker ends with it",
-            registry=registry,
-        )
         self.evictions = Counter(
             "kvstore_worker_evicted_pages", "Pages dropped from HBM", registry=registry
         )
@@ -62,7 +57,12 @@ class WorkerMetrics:
         )
 
     def _add_moves(self, registry: CollectorRegistry) -> None:
-        """Add what copies between arena and pages take, and steps by batch."""
+        """Add what copies between arena and pages take, steps by batch, and lost ranks."""
+        self.rank_failures = Counter(
+            "kvstore_worker_rank_failures",
+            "Times that a process of a tensor-parallel worker was lost; the worker ends with it",
+            registry=registry,
+        )
         self.reachable_arena_bytes = Gauge(
             "kvstore_worker_reachable_arena_bytes", "Bytes of the arena that copies can use",
             registry=registry,

@@ -8,17 +8,20 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 from kvworkers.models.provision import ensure_model
 
 from kvstore.rpc.errors import error_from
 from kvstore.testing.node import RunningNode, start_node
+from tests.cluster_process import cluster_process, eventually
 from tests.exactness import Exactness
+from tests.inference_client import generate
 from tests.worker_process import Answer, RunningWorker, ask, cached_tokens, start_worker
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -110,7 +113,7 @@ def test_a_worker_ends_with_any_of_its_ranks(
         pids = ranks_of(three)
         os.kill(pids[1], kind)
         began = time.monotonic()
-        with pytest.raises(Exception) as failed:  # noqa: PT011 - gRPC's own
+        with pytest.raises(grpc.RpcError) as failed:
             asyncio.run(ask(three.address, prompt, max_tokens=REPLY))
         assert type(error_from(failed.value)).__name__ in ("Unreachable", "Refused")
         assert three.process.wait(DEADLINE_S + 30) == 1
@@ -118,3 +121,35 @@ def test_a_worker_ends_with_any_of_its_ranks(
         assert gone(pids)
     with worker(node, "one", ranks=1) as one:
         judged.ask(one, prompt)  # Nothing that the dead ones wrote passes for a block.
+
+
+def test_ray_keeps_a_worker_of_three_ranks_alive(judged: Judged) -> None:
+    """One actor for each rank, in one bundle; the whole worker comes back when one is killed."""
+    options = ("--workers", "1", "--tensor-parallel", "3", "--arena", "64MiB", "--pool", "48MiB")
+    with cluster_process(*options) as cluster:
+        ranks = cluster.pids("ray::RankShell")
+        assert len(ranks) == 2
+        prompt = judged.prompt(1)[:60]
+        reply = judged.exactness.reference.reply(prompt, REPLY)
+
+        def said(*, cache: bool) -> list[int]:
+            tokens = generate(cluster.grpc, prompt, max_tokens=REPLY, cache=cache).tokens
+            return [token for token in tokens if token not in judged.exactness.reference.ends]
+
+        judged.exactness.check("ray", prompt, reply, said(cache=False))
+        os.kill(ranks[0], signal.SIGKILL)
+        eventually(
+            lambda: len(new := set(cluster.pids("ray::RankShell"))) == 2 and not new & set(ranks),
+            seconds=90,
+            what="the worker starts again, with other ranks",
+        )
+        eventually(lambda: answers(said), seconds=90, what="it serves again")
+        judged.exactness.check("ray, again", prompt, reply, said(cache=True))
+
+
+def answers(said: Callable[..., list[int]]) -> bool:
+    try:
+        said(cache=False)
+    except grpc.RpcError:
+        return False
+    return True

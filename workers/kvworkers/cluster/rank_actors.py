@@ -46,15 +46,19 @@ class RankActors:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         given = ray.get_runtime_context().get_assigned_resources()
+        group = get_current_placement_group()
+        if group is None:
+            raise Unreachable("the worker of several ranks lives in no placement group")
+        shell: Any = RankShell
         actor = (
-            ray.remote(RankShell)
+            ray.remote(shell)
             .options(
                 max_restarts=0,
                 max_task_retries=0,
                 num_cpus=given.get("CPU", 0),
                 num_gpus=given.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    get_current_placement_group(), placement_group_bundle_index=self._bundle
+                    group, placement_group_bundle_index=self._bundle
                 ),
             )
             .remote()

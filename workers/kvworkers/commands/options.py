@@ -115,9 +115,6 @@ def scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--listen", type=click.Choice(["loopback", "host"]), default="loopback",
             show_default=True, help="Where nodes, workers and controller listen.",
         ),
-        click.option(
-            "--tensor-parallel", default=1, show_default=True, help="Devices of each worker.",
-        ),
         click.option("--frontends", default=1, show_default=True, help="HTTP and gRPC servers."),
     ):  # fmt: skip
         command = option(command)

@@ -156,7 +156,8 @@ class Lead:
                 self._tell(Frame(Kind.END))
         if not _wait_for_death(self._others(), _DEATH_S):
             self._kill()
-        self._collective.leave()
+        if not self.why_lost:  # Else it may wait for those that are dead.
+            self._collective.leave()
         for member in self._others():
             member.channel.close()
             os.close(member.pidfd)

@@ -127,8 +127,8 @@ def test_the_arena_is_reached_when_every_rank_has_mapped_the_newest(make: Make) 
     heard = threading.Event()
     take = scene.lead._take
 
-    def noted(*arguments: object) -> None:
-        take(*arguments)  # type: ignore[arg-type]
+    def noted(rank: int, member: Member, frame: Frame) -> None:
+        take(rank, member, frame)
         heard.set()
 
     scene.lead._take = noted  # type: ignore[method-assign]

@@ -79,7 +79,7 @@ class Told(Lead):
         self.maps: list[int] = []
         self.reach = 0
 
-    def move(self, *, store, alone, offsets, pages):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN201
+    def move(self, *, store, alone, offsets, pages):  # type: ignore[no-untyped-def]
         job: Future[None] = Future()
         self.jobs.append((store, list(offsets), job))
         return job
