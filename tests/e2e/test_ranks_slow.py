@@ -1,7 +1,7 @@
 """The real model in three ranks (SmolLM2 has three KV heads), beside a worker that is whole.
 
 Both ways through one node: what either has computed, the other finds, and the plain model's tokens
-come out. Then ranks die and hang.
+come out. Then ranks die and hang, as processes and as actors (`kvworkers.cluster.rank_actors`).
 """
 
 import asyncio
