@@ -92,6 +92,9 @@ def gone(pids: list[int]) -> bool:
 def test_three_ranks_and_one_share_blocks_both_ways(node: RunningNode, judged: Judged) -> None:
     with worker(node, "three", ranks=3) as three, worker(node, "one", ranks=1) as one:
         pids = ranks_of(three)
+        for pid in pids:  # as a terminal's Ctrl-C and a service's stop do: rank 0 decides
+            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
         for which, (first, second) in enumerate(((three, one), (one, three))):
             prompt = judged.prompt(which)
             cold = judged.ask(first, prompt)

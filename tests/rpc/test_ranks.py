@@ -73,6 +73,8 @@ async def test_ranks_share_blocks_with_a_whole_worker_and_end_together(
         assert two._held is not None and one._held is not None
         assert two._held.pages.memory.shape[1] * 2 == one._held.model.spec.layout.payload_bytes
         assert two._root() == one._root(), "the number of ranks is no part of a name"
+        assert two._client is not None, "its session ends with any of its processes"
+        assert two._client._link.access.pids == (os.getpid(), the_other(two))
         cold = await hear(two, 1)
         again = await hear(two, 1)
         there = await hear(one, 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import sys
 
 import click
@@ -15,6 +16,9 @@ from kvworkers.ranks.follower import obey
 def main(lead: str, rank: int) -> None:
     """Compute one part of a model until rank 0 ends."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Meant for all processes of a terminal or a service: rank 0 drains, and ends this one then.
+        signal.signal(number, signal.SIG_IGN)
     asyncio.run(obey(lead, rank))
 
 

@@ -64,7 +64,7 @@ class Follower:
 
     async def run(self) -> None:
         """Serve until rank 0 says that it is over; raises `Unreachable` when it just goes."""
-        self._channel.send(Frame(Kind.HELLO, {"rank": self._rank, "pid": os.getpid()}))
+        self._channel.send(Frame(Kind.HELLO, {"rank": self._rank}))
         orders = Orders.of(await self._expect(Kind.ORDERS, ORDERS_S))
         part = Part(self._rank, orders.ranks)
         self._collective = Collective(part)
