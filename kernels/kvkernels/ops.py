@@ -251,9 +251,16 @@ def plan_movement(
         pool=pool,
         pool_layout=pool_layout,
         element=kind,
-        arena_units=(offsets // UNIT_BYTES).to(pool.device),
-        pool_units=(pages * rows).to(pool.device),
+        arena_units=_sent(offsets // UNIT_BYTES, pool.device),
+        pool_units=_sent(pages * rows, pool.device),
     )
+
+
+def _sent(index: Tensor, device: torch.device) -> Tensor:
+    """Queue a host tensor's way to `device`: from memory that is not pinned it would wait there."""
+    if device.type == "cpu":
+        return index
+    return index.pin_memory().to(device, non_blocking=True)
 
 
 def load_layers(
