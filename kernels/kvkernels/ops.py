@@ -272,13 +272,13 @@ def load_layers(
 ) -> None:
     """Move blocks' `layers` (all by default) from the arena into the pages, transcoding.
 
-    On a GPU: kernels on the current stream, in launches of at most 64 MiB of the arena and
-    `programs` programs each; 16 fill a PCIe 5 bus with raw or fp8 bytes, int4 wants 32 to 64,
-    and so do stores that encode. The
-    call returns at once, so arena and index tensors stay as they are until an event recorded
-    after it. `blocks` are the plan's blocks to move, all by default: pass those of
-    `movement.slices(layers)` one by one to be able to stop in between. On the CPU it has
-    happened when the call returns. Raises `BadInput` for layers or blocks that are not there.
+    On a GPU: kernels on the current stream, of `programs` programs each; 16 fill a PCIe 5 bus with
+    raw or fp8 bytes, int4 wants 32 to 64, and so do stores that encode. The call returns at once,
+    so arena and index tensors stay as they are until an event recorded after it. `blocks` are the
+    plan's blocks to move, in one launch: pass those of `movement.slices(layers)` one by one to be
+    able to stop in between. By default all are moved, in launches of at most 64 MiB of the arena.
+    On the CPU it has happened when the call returns. Raises `BadInput` for layers or blocks that
+    are not there.
     """
     _check_layers(movement, layers, blocks, programs)
     implementation(movement.pool.device.type).move_layers(
