@@ -12,6 +12,7 @@ from functools import partial
 
 import grpc
 import pytest
+from kvworkers.engine.cache import StoreConfig
 from kvworkers.engine.engine import Engine
 from kvworkers.worker import WorkerServer
 from kvworkers.worker_config import WorkerConfig
@@ -69,6 +70,8 @@ async def test_ranks_share_blocks_with_a_whole_worker_and_end_together(
 ) -> None:
     # As on a GPU: steps begin before tokens are seen, which rank 0 then gives to the others.
     monkeypatch.setattr("kvworkers.worker.Engine", partial(Engine, overlap=True))
+    # As loads of many bytes: a step is made ready before they have come.
+    monkeypatch.setattr("kvworkers.worker.StoreConfig", partial(StoreConfig, grouped_bytes=1))
     async with worker(node, "two", ranks=2) as two, worker(node, "one", ranks=1) as one:
         assert two._held is not None and one._held is not None
         assert two._held.pages.memory.shape[1] * 2 == one._held.model.spec.layout.payload_bytes

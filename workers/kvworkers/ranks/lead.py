@@ -99,7 +99,11 @@ class Lead:
             thread.start()
 
     def compute(self, step: StepInputs, mine: Callable[[StepInputs], Tensor]) -> Tensor:
-        """Send a step to all ranks and compute this one's part: `mine` of it."""
+        """Send a step to all ranks and compute this one's part: `mine` of it.
+
+        One that follows a load waits for it first: the others have no gate to wait at.
+        """
+        step.pass_layer(0)  # A load of several ranks brings all layers at once.
         with self._lock:
             self._check()
             self._number += 1

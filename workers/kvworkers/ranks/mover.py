@@ -12,7 +12,7 @@ from kvworkers.ranks.lead import Lead
 from kvworkers.stream.device_mover import make_mover
 from kvworkers.stream.forms import Forms
 from kvworkers.stream.gate import Gate
-from kvworkers.stream.mover import Mover, to_the_end
+from kvworkers.stream.mover import Mover, to_the_end, unheard
 
 
 class PartMover:
@@ -61,9 +61,14 @@ class RanksMover(Mover):
         pages: Sequence[int],
         *,
         alone: bool = False,
+        queued: Callable[[], object] = unheard,
     ) -> None:
-        """Copy blocks at `offsets` into `pages` of every rank; `Unreachable` when one is lost."""
+        """Copy blocks at `offsets` into `pages` of every rank; `Unreachable` when one is lost.
+
+        `queued` is called when it is done: nothing less says that every rank's later copies are.
+        """
         await self._together(arena, offsets, pages, store=False, alone=alone)
+        queued()
 
     async def load_groups(
         self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], gate: Gate

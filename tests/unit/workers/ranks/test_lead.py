@@ -15,6 +15,7 @@ from kvworkers.ranks.channel import Channel
 from kvworkers.ranks.collective import Collective
 from kvworkers.ranks.lead import Lead, Member
 from kvworkers.ranks.messages import Frame, Kind, step_of
+from kvworkers.stream.gate import Gate
 from torch import Tensor
 
 from kvstore.core.errors import Unreachable
@@ -104,6 +105,21 @@ def test_tokens_that_the_host_has_not_seen_go_as_a_tensor(make: Make) -> None:
     assert scene.lead.compute(step, logits).tolist() == [99.0]
     assert scene.collective.sent == [[91, 8]]
     assert scene.hear().facts["carried"] is True
+
+
+def test_a_step_behind_a_load_is_sent_when_every_rank_has_loaded(make: Make) -> None:
+    scene = make(0.2)
+    gate = Gate(2, changed=lambda: None)
+    step = replace(make_step(([5], 16, [0, 1])), gates=(gate,))
+    computing = threading.Thread(target=scene.lead.compute, args=(step, logits))
+    computing.start()
+    with pytest.raises(Unreachable, match="said nothing"):
+        scene.rank.receive(deadline_s=0.4)
+    gate.come()
+    assert scene.hear().number("number") == 1
+    computing.join(5)
+    assert scene.lost == [], "waiting for a load is no step of a rank"
+    scene.rank.send(Frame(Kind.STEPPED, {"number": 1}))
 
 
 def test_a_copy_ends_when_every_rank_has_copied(make: Make) -> None:

@@ -103,11 +103,13 @@ def ranks_mover(path: Path) -> tuple[RanksMover, Told, memoryview, int]:
 async def test_a_copy_has_happened_when_all_have_copied(path: Path) -> None:
     mover, lead, arena, block = ranks_mover(path)
     assert mover.forms.stored.block_bytes == block, "others count in whole blocks"
-    copying = asyncio.create_task(mover.load(arena, [block], [2]))
+    behind: list[int] = []
+    copying = asyncio.create_task(mover.load(arena, [block], [2], queued=lambda: behind.append(1)))
     await asyncio.sleep(0.05)
-    assert not copying.done(), "the other rank has not answered"
+    assert not copying.done() and not behind, "the other rank has not answered"
     lead.jobs[0][2].set_result(None)
     await copying
+    assert behind == [1]
     storing = asyncio.create_task(mover.store([2], arena, [0]))
     await asyncio.sleep(0)
     storing.cancel()
