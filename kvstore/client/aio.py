@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Final, Self
 
 from prometheus_client import CollectorRegistry
@@ -138,6 +137,11 @@ class AsyncClient:
     def arena(self) -> memoryview:
         """The data of the whole arena; `SlotRef.offset` counts from its start."""
         return self._session.arena.mapping.data
+
+    @property
+    def arena_fd(self) -> int:
+        """The descriptor of its memory, ours: for processes whose pids the session names."""
+        return self._session.arena.mapping.descriptor
 
     def view(self, ref: SlotRef) -> memoryview:
         """Return a block's bytes in place, padding included, writable.
@@ -318,10 +322,8 @@ class AsyncClient:
     async def stats(self, *, deadline_ms: int | None = None) -> NodeStats:
         """Return the node's sizes, hits and misses."""
         deadline = checks.deadline(deadline_ms, self.config.call_ms)
-        request = cache_pb2.StatsRequest()
-        return checks.read(
-            stats_from, await self._link.call(self._session, "Stats", request, deadline)
-        )
+        reply = await self._link.call(self._session, "Stats", cache_pb2.StatsRequest(), deadline)
+        return checks.read(stats_from, reply)
 
     async def get(self, names: Names, *, deadline_ms: int | None = None) -> list[bytes]:
         """Return copies of the longest prefix of blocks that is here, payload only.
@@ -377,12 +379,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *failure: object) -> None:
         await self.close()
 
     @property

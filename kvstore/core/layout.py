@@ -82,6 +82,8 @@ class BlockLayout:
     kv_heads: int
     head_dim: int
     codec: Codec
+    padded: bool = True
+    """False for a part of a block, a rank's heads: behind it come others, and no padding."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim"):
@@ -116,8 +118,8 @@ class BlockLayout:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block as every tier holds it."""
-        return round_up(self.payload_bytes, GRANULE_BYTES)
+        """Bytes of a block as every tier holds it; of a part, its own."""
+        return round_up(self.payload_bytes, GRANULE_BYTES if self.padded else CELL_ALIGNMENT)
 
     @property
     def bytes_per_token(self) -> float:

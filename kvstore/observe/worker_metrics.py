@@ -57,7 +57,12 @@ class WorkerMetrics:
         )
 
     def _add_moves(self, registry: CollectorRegistry) -> None:
-        """Add what copies between arena and pages take, and steps by batch."""
+        """Add what copies between arena and pages take, steps by batch, and lost ranks."""
+        self.rank_failures = Counter(
+            "kvstore_worker_rank_failures",
+            "Times that a process of a tensor-parallel worker was lost; the worker ends with it",
+            registry=registry,
+        )
         self.reachable_arena_bytes = Gauge(
             "kvstore_worker_reachable_arena_bytes", "Bytes of the arena that copies can use",
             registry=registry,

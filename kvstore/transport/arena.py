@@ -14,6 +14,7 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -135,6 +136,9 @@ class ArenaMapping:
         """Every slot's word as a raw integer; the owner stores into it, one word at a time."""
         self.data = memoryview(self._data)
         """All blocks: `data[record.offset : record.offset + record.block_bytes]`."""
+        self.descriptor = os.dup(fd)
+        """The memory's, as long as this object lives: to be passed to other processes."""
+        self._forget_descriptor = weakref.finalize(self, os.close, self.descriptor)
 
     @property
     def incarnation(self) -> int:
@@ -318,3 +322,4 @@ class ArenaMapping:
         self.data.release()
         self._table.close()
         self._data.close()
+        self._forget_descriptor()

@@ -32,7 +32,7 @@ def test_every_key_is_explained_with_its_default() -> None:
     assert set(listed) == set(KEYS)
     config = ClusterConfig(model=Path("m"), run_dir=Path("r"))
     for key in ("listen", "drain_ms", "ray.namespace", "ray.spare_cpus", "workers.count",
-                "frontends.count", "nodes.policy"):  # fmt: skip
+                "workers.tensor_parallel", "frontends.count", "nodes.policy"):  # fmt: skip
         assert listed[key] == str(getattr(config, KEYS[key][0])), key
 
 

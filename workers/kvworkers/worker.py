@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,7 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from kvstore.client import AsyncClient, ClientConfig
-from kvstore.core.errors import BadInput, KvStoreError
+from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.heap import settle_heap
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import Fidelity, Root, derive_root, pack_tokens
@@ -43,11 +44,10 @@ from kvworkers.engine.report import Reporter
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
 from kvworkers.engine.sequence import Request
-from kvworkers.models.loading import LoadedModel, load_model
-from kvworkers.models.provision import ensure_model
+from kvworkers.models.loading import LoadedModel
 from kvworkers.pages.pool import PagePool
-from kvworkers.pages.sizing import new_pages
-from kvworkers.stream.device_mover import make_mover
+from kvworkers.ranks.gathering import Launcher
+from kvworkers.ranks.holding import Held, hold
 from kvworkers.stream.mover import Mover
 from kvworkers.worker_config import WorkerConfig
 from kvworkers.worker_service import SERVICE_NAME, WorkerIdentity, WorkerService, WorkerState
@@ -58,12 +58,15 @@ _WARM_UP_TOKENS: Final = 64
 _LAST_STORES_MS: Final = 1_000
 _RECONNECT_FIRST_S: Final = 0.1
 _RECONNECT_MOST_S: Final = 2.0
+_END_S: Final = 10.0
+"""How long a worker that is broken may take to end in good order."""
 
 
 class WorkerServer:
     """A running worker. `start` returns when it serves; one event loop owns it."""
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(self, config: WorkerConfig, launcher: Launcher | None = None) -> None:
+        """`launcher` starts the other ranks of a tensor-parallel one; None: as processes."""
         self.config = config
         self.registry = CollectorRegistry()
         self.address = ""
@@ -78,10 +81,13 @@ class WorkerServer:
         self._link: StoreLink | None = None
         self._stack = contextlib.AsyncExitStack()
         self._engine: Engine | None = None
+        self._launcher = launcher
+        self._held: Held | None = None
+        self._why_lost = ""
 
     @property
     def broken(self) -> asyncio.Event:
-        """Set when the model fails step after step: end the process and start another."""
+        """Set when steps fail one after another or a rank is lost: end the process."""
         assert self._engine is not None, "not started"
         return self._engine.broken
 
@@ -108,12 +114,10 @@ class WorkerServer:
 
     async def _start(self) -> None:
         config = self.config
-        model = await asyncio.to_thread(_load, config)
-        spec = model.spec
+        held = self._held = await hold(config, self._launcher, self._lost)
+        self._stack.push_async_callback(held.close)
+        model, pages, mover, spec = held.model, held.pages, held.mover, held.model.spec
         self.model_name = spec.name
-        steps = {"step_tokens": config.step_tokens, "batch": config.max_running}
-        pages = await asyncio.to_thread(new_pages, model, config.pool_bytes, **steps)
-        mover = make_mover(pages.memory, model.forms)
         self._metrics.reachable_arena_bytes.set_function(lambda: mover.reachable_bytes)
         self._stack.push_async_callback(self._leave_node, mover)
         await self._join_node(model, mover)
@@ -122,6 +126,8 @@ class WorkerServer:
         pool = PagePool(pages.count, block_bytes=spec.layout.block_bytes, policy=policy)
         publisher = Publisher(config.name, self.incarnation, [TierKind.HBM], pool, host=host)
         engine = self._engine = self._new_engine(model, pages.view, pool, publisher)
+        if self._why_lost:
+            raise Unreachable(self._why_lost)
         engine.start()
         self._stack.push_async_callback(engine.stop, drain_ms=config.drain_ms)
         await _warm_up(engine, spec.max_model_tokens)
@@ -183,6 +189,13 @@ class WorkerServer:
         """Return the node's root, or one of our own while there was never a node."""
         return self._client.root if self._client is not None else self._local_root
 
+    def _lost(self, why: str) -> None:
+        """Take note that a rank is lost: nothing can be computed without its heads."""
+        self._metrics.rank_failures.inc()
+        self._why_lost = why
+        if self._engine is not None:
+            self._engine.broken.set()
+
     async def _join_node(self, model: LoadedModel, mover: Mover) -> None:
         """Connect to the cache node; when it is away, go on without and keep trying."""
         if not self.config.store or self.config.node is None:
@@ -207,7 +220,7 @@ class WorkerServer:
 
     async def _connect(self, model: LoadedModel, mover: Mover) -> None:
         spec = model.spec
-        assert self.config.node is not None
+        assert self.config.node is not None and self._held is not None
         client = await AsyncClient.connect(
             self.config.node,
             namespace=spec.namespace,
@@ -215,10 +228,11 @@ class WorkerServer:
             shares=spec.layout.kv_heads,
             share_domain=self.config.share_domain,
             name=f"{self.config.name} pid {os.getpid()}",
+            pids=(os.getpid(), *self._held.pids),
             config=ClientConfig(),
             metrics=self._client_metrics,
         )
-        mover.meet(client.arena)
+        mover.meet(client.arena, lambda: client.arena_fd)
         self._client = client
         self._link = StoreLink(
             client,
@@ -241,15 +255,6 @@ def health_status(name: str) -> int:
     from grpc_health.v1 import health_pb2
 
     return int(health_pb2.HealthCheckResponse.ServingStatus.Value(name))
-
-
-def _load(config: WorkerConfig) -> LoadedModel:
-    path = ensure_model(config.model)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    fidelity = Fidelity(config.fidelity)
-    return load_model(path, device=device, threads=config.threads, fidelity=fidelity)
 
 
 async def _warm_up(engine: Engine, max_model_tokens: int) -> None:
@@ -287,6 +292,13 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--pool-bytes", type=int, help="Bytes of pages; default: as there is room.")
 @click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
               show_default=True, help="How exactly its store keeps K and V.")  # fmt: skip
+@click.option("--tensor-parallel", default=1, show_default=True, help="Devices of this worker.")
+@click.option(
+    "--rank-deadline-ms",
+    default=30_000,
+    show_default=True,
+    help="How long a device may take for a step before all end.",
+)
 @click.option("--threads", type=int, help="Compute threads; default: torch's choice.")
 @click.option("--no-store", is_flag=True, help="Do not use the cache node.")
 @click.option("--store-call-ms", default=250, show_default=True, help="Patience with the node.")
@@ -332,6 +344,11 @@ async def _serve_until_told(config: WorkerConfig, *, as_json: bool) -> int:
     for task in waits:
         task.cancel()
     status = 1 if server.broken.is_set() else 0
+    if status:
+        # Threads may wait for a device or a rank that never answers: that must not hold up the end.
+        timer = threading.Timer(_END_S, os._exit, [status])
+        timer.daemon = True
+        timer.start()
     await server.stop()
     return status
 

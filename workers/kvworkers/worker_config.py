@@ -10,6 +10,7 @@ from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.convert import check_id
 from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
+from kvworkers.ranks import MAX_RANKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +36,11 @@ class WorkerConfig:
     policy: str = DEFAULT_POLICY
     """Which pages are evicted, by the name in `kvstore.directory.policies`."""
     threads: int | None = None
-    """Compute threads; None: as torch decides."""
+    """Compute threads of each rank; None: as torch decides."""
+    tensor_parallel: int = 1
+    """Devices that compute the model together, one process each."""
+    rank_deadline_ms: int = 30_000
+    """How long one of them may take for a step or a copy; longer means that it is lost."""
     store: bool = True
     """Whether to use the cache node at all."""
     store_call_ms: int = 250
@@ -64,6 +69,10 @@ class WorkerConfig:
                 raise BadInput(f"{field} must be positive, got {value}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise BadInput(f"device {self.device!r}: auto, cpu, cuda or cuda:N")
+        if not 1 <= self.tensor_parallel <= MAX_RANKS:
+            raise BadInput(f"tensor_parallel {self.tensor_parallel}: must lie in 1..{MAX_RANKS}")
+        if self.rank_deadline_ms <= 0:
+            raise BadInput(f"rank_deadline_ms must be positive, got {self.rank_deadline_ms}")
         if self.drain_ms < 0 or self.incarnation < 0:
             raise BadInput("drain_ms and incarnation must not be negative")
         if self.threads is not None and self.threads <= 0:

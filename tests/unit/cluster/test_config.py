@@ -1,5 +1,6 @@
 """A cluster's configuration travels to its session as one line and is refused when wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def test_it_survives_the_way_to_the_session() -> None:
         ("arena_bytes", 1, "--arena"),
         ("pool_bytes", -1, "--pool"),
         ("threads", -1, "--threads"),
+        ("tensor_parallel", 0, "--tensor-parallel"),
+        ("tensor_parallel", 65, "--tensor-parallel"),
     ],
 )
 def test_a_wrong_value_names_its_flag(field: str, value: int, flag: str) -> None:
@@ -39,3 +42,6 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
 def test_workers_share_the_cores() -> None:
     assert CONFIG.threads_per_worker(cores=16) == 5
     assert CONFIG.threads_per_worker(cores=2) == 1
+    ranks = replace(CONFIG, tensor_parallel=2)
+    assert ranks.ranks() == 2 * CONFIG.workers
+    assert ranks.threads_per_worker(cores=4 * CONFIG.workers) == 2

@@ -68,3 +68,21 @@ def test_run_directories_are_private_and_short() -> None:
         assert len(str(path)) < 40
     finally:
         path.rmdir()
+
+
+def test_directories_of_ranks_that_were_killed_are_swept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "user_dir", lambda: tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    names = {"dead": f"ranks-{child.pid}-a", "fresh": f"ranks-{child.pid}-b",
+             "alive": f"ranks-{os.getpid()}-c", "other": "0a1b2c3d"}  # fmt: skip
+    for what, name in names.items():
+        (tmp_path / name).mkdir()
+        if what != "fresh":  # a process that we do not see may be another container's
+            os.utime(tmp_path / name, (0, 0))
+    path = rundir.new_ranks_dir()
+    assert path.stat().st_mode & 0o077 == 0 and len(path.name) < 30
+    left = {entry.name for entry in tmp_path.iterdir()} - {path.name}
+    assert left == {names["fresh"], names["alive"], names["other"]}

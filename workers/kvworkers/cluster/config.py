@@ -15,6 +15,7 @@ from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
 from kvstore.service.below import BelowConfig
 from kvstore.tiers.quotas import QuotaRule, Quotas
+from kvworkers.ranks import MAX_RANKS
 
 MAX_WORKERS: Final = 1_024
 """Workers of one cluster: what a router's view is laid out for."""
@@ -59,6 +60,8 @@ class ClusterConfig:
     arena_bytes: int = 1 << 30
     pool_bytes: int = 0
     threads: int = 0
+    tensor_parallel: int = 1
+    """Devices of each worker, on one host; the worker's ranks are an actor each."""
     fidelity: str = Fidelity.EXACT.value
     policy: str = DEFAULT_POLICY
     nvme: Path | None = None
@@ -85,6 +88,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= MAX_WORKERS:
             raise BadInput(f"--workers {self.workers}: must lie in 1..{MAX_WORKERS}")
+        if not 1 <= self.tensor_parallel <= MAX_RANKS:
+            raise BadInput(f"--tensor-parallel {self.tensor_parallel}: must lie in 1..{MAX_RANKS}")
         if self.arena_bytes < MIN_ARENA_BYTES:
             raise BadInput(f"--arena {self.arena_bytes}: at least {MIN_ARENA_BYTES} bytes")
         if self.pool_bytes < 0 or self.threads < 0:
@@ -141,8 +146,12 @@ class ClusterConfig:
         return Address(address.host, address.port + index if address.port else 0)
 
     def threads_per_worker(self, cores: int | None = None) -> int:
-        """Return the compute threads of one worker: an equal part of the machine by default."""
-        return self.threads or max(1, (cores or os.cpu_count() or 1) // self.workers)
+        """Return the compute threads of one rank: an equal part of the machine by default."""
+        return self.threads or max(1, (cores or os.cpu_count() or 1) // self.ranks())
+
+    def ranks(self) -> int:
+        """Return how many processes compute, each on a device of its own."""
+        return self.workers * self.tensor_parallel
 
     def _paths(self) -> dict[str, Path | None]:
         return {

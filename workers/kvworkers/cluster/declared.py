@@ -70,6 +70,7 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "workers.count": ("workers", _integer),
     "workers.pool": ("pool_bytes", _size),
     "workers.threads": ("threads", _integer),
+    "workers.tensor_parallel": ("tensor_parallel", _integer),
     "workers.fidelity": ("fidelity", _text),
     "nodes.arena": ("arena_bytes", _size),
     "nodes.policy": ("policy", _text),
@@ -86,7 +87,8 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
 
 FLAGS: Final[Mapping[str, str]] = {
     "--workers": "workers.count", "--arena": "nodes.arena", "--pool": "workers.pool",
-    "--threads": "workers.threads", "--frontends": "frontends.count", "--drain-ms": "drain_ms",
+    "--threads": "workers.threads", "--tensor-parallel": "workers.tensor_parallel",
+    "--frontends": "frontends.count", "--drain-ms": "drain_ms",
     "--control-port": "control_port", "--ray-namespace": "ray.namespace",
     "--spare": "ray.spare_cpus",
     "--listen": "listen", "--http": "frontends.http", "--grpc": "frontends.grpc",

@@ -119,7 +119,7 @@ def running_cluster(config: ClusterConfig) -> Iterator[RunningCluster]:
     started = (
         joined_ray(config.ray_address, namespace=config.ray_namespace)
         if joins
-        else local_ray(config.run_dir, workers=config.workers + config.spare_cpus)
+        else local_ray(config.run_dir, workers=config.ranks() + config.spare_cpus)
     )
     with started as ray:
         controller = (

@@ -18,6 +18,7 @@ from kvstore.core.errors import KvStoreError, Unreachable
 from kvstore.core.heap import settle_heap
 from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.plan import MemberList, Phase, Report, Role
+from kvworkers.cluster.rundir import last_line
 
 _STOP_SECONDS: Final = 8.0
 """How long a part may take to end in good order before it is killed."""
@@ -174,7 +175,7 @@ class NodeShell(Shell):
             raise Unreachable(f"the keeper was not ready in {_KEEPER_READY_SECONDS} s") from None
         if not line:
             status = await self._keeper.wait()
-            raise Unreachable(f"the keeper ended with status {status}: {_last_line(log)}")
+            raise Unreachable(f"the keeper ended with status {status}: {last_line(log)}")
         facts = json.loads(line)
         self._note(
             phase=Phase.SERVING,
@@ -219,12 +220,13 @@ class NodeShell(Shell):
 
 
 class WorkerShell(Shell):
-    """Runs one worker on the device that its placement group bundle pins."""
+    """Runs one worker, or its rank 0, on the devices that its placement group bundle pins."""
 
     role = Role.WORKER
 
-    def __init__(self, name: str, config: ClusterConfig) -> None:
+    def __init__(self, name: str, config: ClusterConfig, bundle: int = 0) -> None:
         super().__init__(name, config)
+        self._bundle = bundle
         self._server: Any = None
         self._end: asyncio.Task[None] | None = None
 
@@ -258,6 +260,7 @@ class WorkerShell(Shell):
 
     def _build(self) -> Any:
         """Import the engine and make the server; imports alone take seconds."""
+        from kvworkers.cluster.rank_actors import rank_actors
         from kvworkers.worker import WorkerServer
         from kvworkers.worker_config import WorkerConfig
 
@@ -269,6 +272,7 @@ class WorkerShell(Shell):
             name=self._report.name,
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
+            tensor_parallel=chosen.tensor_parallel,
             policy=chosen.policy,
             fidelity=chosen.fidelity,
             trace=chosen.trace,
@@ -280,7 +284,7 @@ class WorkerShell(Shell):
         )
         if chosen.pool_bytes:
             config = replace(config, pool_bytes=chosen.pool_bytes)
-        return WorkerServer(config)
+        return WorkerServer(config, rank_actors(self._bundle, chosen.tensor_parallel))
 
     async def drain(self, drain_ms: int) -> None:
         """Refuse new requests and finish those that run, for so long; then it serves no more."""
@@ -392,9 +396,3 @@ def _ray_node() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else ""
-
-
-def _last_line(log: Path) -> str:
-    """Return the last line of a log, for a message that says why something ended."""
-    lines = log.read_text(errors="replace").strip().splitlines()[-1:]
-    return lines[0] if lines else "it left no message"

@@ -60,6 +60,7 @@ class Placer:
     async def group(self, name: str, count: int, *, avoid: Collection[str] = ()) -> None:
         """Make, or find, a group of `count` workers' places; `Refused` when there is no room.
 
+        A place is a bundle with a device for each of the worker's ranks: so they share a host.
         None of them is on a host of `avoid`, by Ray's ids of nodes.
         """
         from ray.util.placement_group import (
@@ -68,7 +69,7 @@ class Placer:
             remove_placement_group,
         )
 
-        device = await self._device()
+        device = {k: n * self._config.tensor_parallel for k, n in (await self._device()).items()}
         selector = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
         elsewhere = [dict(selector) for _ in range(count)]
 
@@ -117,8 +118,9 @@ class Placer:
         place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=seat.bundle)
         device = await self._device()
         return self._actor(
-            name, Role.WORKER, place, CPU=device.get("CPU", 0), GPU=device.get("GPU", 0)
-        )
+            name, Role.WORKER, place, seat.bundle,
+            CPU=device.get("CPU", 0), GPU=device.get("GPU", 0),
+        )  # fmt: skip
 
     def frontend(self, name: str, host: str = "") -> Any:
         """Return the actor of a frontend: on this host, or on whichever has the fewest parts."""
@@ -139,7 +141,9 @@ class Placer:
         resources = await _called(ray.cluster_resources)
         return {"GPU": 1.0} if resources.get("GPU", 0) >= 1 else {"CPU": 1.0}
 
-    def _actor(self, name: str, role: Role, place: Any, *, CPU: float = 0, GPU: float = 0) -> Any:
+    def _actor(
+        self, name: str, role: Role, place: Any, *told: Any, CPU: float = 0, GPU: float = 0
+    ) -> Any:
         import ray
 
         return (
@@ -154,7 +158,7 @@ class Placer:
                 num_gpus=GPU,
                 scheduling_strategy=place,
             )
-            .remote(name, self._config)
+            .remote(name, self._config, *told)
         )
 
 

@@ -5,13 +5,16 @@ A Unix socket's path has at most 107 bytes, so everything lies under /tmp/kvstor
 
 import os
 import secrets
+import shutil
 import stat
+import time
 from pathlib import Path
 from typing import Final
 
 from kvstore.core.errors import BadInput
 
 _PRIVATE: Final = 0o700
+_FORGOTTEN_S: Final = 3_600.0
 
 
 def user_dir() -> Path:
@@ -34,3 +37,24 @@ def new_run_dir() -> Path:
     path = user_dir() / secrets.token_hex(4)
     path.mkdir(mode=_PRIVATE)
     return path
+
+
+def new_ranks_dir() -> Path:
+    """Return a fresh directory for the sockets of a worker's ranks, named by this process.
+
+    Removes those of processes that were killed: nobody else does.
+    """
+    for left in user_dir().glob("ranks-*"):
+        pid = left.name.split("-")[1]
+        old = time.time() - left.lstat().st_mtime > _FORGOTTEN_S  # not one of another container's
+        if old and not Path("/proc", pid).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    path = user_dir() / f"ranks-{os.getpid()}-{secrets.token_hex(4)}"
+    path.mkdir(mode=_PRIVATE)
+    return path
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log, for a message that says why something ended."""
+    lines = log.read_text(errors="replace").strip().splitlines()[-1:]
+    return lines[0] if lines else "it left no message"

@@ -41,7 +41,7 @@ _READY_SECONDS: Final = 900.0
 
 _SAME_NAMES: Final = (
     "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
-    "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
+    "tensor_parallel", "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 
@@ -55,6 +55,7 @@ _LOG_POLL_SECONDS: Final = 0.2
 @click.option("--name", default="default", show_default=True, help="For `down` and `chat`.")
 @click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
               show_default=True, help="How exactly workers' stores keep K and V.")  # fmt: skip
+@click.option("--tensor-parallel", default=1, show_default=True, help="Devices of each worker.")
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 @click.option("--notify-fd", type=int, hidden=True, default=None)

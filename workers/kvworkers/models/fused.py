@@ -15,6 +15,7 @@ from kvkernels.plans import AttentionPlan
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from kvworkers.models.sharding import Summing, only_one
 from kvworkers.models.step import StepInputs
 from kvworkers.stream.gate import layer_groups
 
@@ -40,14 +41,20 @@ class _Layer:
 class FusedDecoder:
     """Computes a step of a model that `fuses` says yes to. For one thread at a time."""
 
-    def __init__(self, module: Any) -> None:
-        """Merge `module`'s weights, layer by layer: at most one layer's lie there twice."""
+    def __init__(self, module: Any, total: Summing = only_one) -> None:
+        """Merge `module`'s weights, layer by layer: at most one layer's lie there twice.
+
+        `total` sums over the ranks that have parts of it.
+        """
         config, model = module.config, module.model
         self._epsilon = float(config.rms_norm_eps)
-        self._query_heads = int(config.num_attention_heads)
         self._module = module
+        self._total = total
         self._rotary = model.rotary_emb
         self._layers = [_merged(layer) for layer in model.layers]
+        attention = model.layers[0].self_attn
+        # Not the configuration's number: a rank has some of them.
+        self._query_heads = attention.q_proj.weight.shape[0] // int(attention.head_dim)
         self._later_groups = {group.start for group in layer_groups(len(self._layers))} - {0}
 
     def parts(self, step: StepInputs, pages: Tensor, plan: AttentionPlan) -> Iterator[Tensor]:
@@ -82,9 +89,10 @@ class FusedDecoder:
             attended = _attend(query, pages, step, plan, index).flatten(1)
             if index == len(self._layers) - 1:
                 attended, residual = attended[step.sample_rows], residual[step.sample_rows]
-            hidden = linear(attended, layer.out, layer.out_bias)
+            hidden = self._total(linear(attended, layer.out, layer.out_bias))
             normed, residual = fused.add_rms_norm(hidden, residual, layer.mlp_norm, epsilon=epsilon)
             hidden = linear(fused.gated_silu(linear(normed, layer.gate_up)), layer.down)
+            hidden = self._total(hidden)
         normed, _ = fused.add_rms_norm(hidden, residual, model.norm.weight, epsilon=epsilon)
         yield linear(normed, self._module.lm_head.weight).float()
 

@@ -2,11 +2,12 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from kvkernels import ops
@@ -14,8 +15,10 @@ from kvkernels.plans import AttentionPlan
 from torch import Tensor
 
 from kvstore.core.errors import BadInput
+from kvstore.core.layout import BlockLayout
 from kvstore.core.names import Fidelity
 from kvworkers.models import attention
+from kvworkers.models.sharding import WHOLE, Part, Summing, cut, only_one
 from kvworkers.models.spec import ModelSpec, read_spec
 from kvworkers.models.step import StepInputs
 from kvworkers.stream.forms import Forms, stored_layout
@@ -23,6 +26,14 @@ from kvworkers.stream.forms import Forms, stored_layout
 if TYPE_CHECKING:
     from kvworkers.models.fused import FusedDecoder
     from kvworkers.models.graphs import StepGraphs
+
+
+class StepLead(Protocol):
+    """Who has the other ranks compute a step together with this one."""
+
+    def compute(self, step: StepInputs, mine: Callable[[StepInputs], Tensor]) -> Tensor:
+        """Send a checked step that lies on the host to all ranks; return what `mine` gives."""
+        ...
 
 
 @dataclass(slots=True)
@@ -37,14 +48,23 @@ class LoadedModel:
     """Captured steps over one pool; None until `capture`, and always on a CPU."""
     fused: "FusedDecoder | None" = None
     """Computes the module in fewer launches; None on a CPU, and where it does not know the kind."""
+    part: Part = WHOLE
+    """Which heads it has, of a model that several ranks compute together."""
+    total: Summing = only_one
+    """Sums over those ranks."""
+    lead: "StepLead | None" = None
+    """Lets the other ranks compute what this one does; None on those, and where there are none."""
 
     def new_pool(self, pages: int) -> Tensor:
         """Return a zeroed page pool, uint8 [pages, block_bytes], on the model's device."""
         if pages <= 0:
             raise BadInput(f"a pool needs at least one page, got {pages}")
-        return torch.zeros(
-            (pages, self.spec.layout.block_bytes), dtype=torch.uint8, device=self.device
-        )
+        return torch.zeros((pages, self.page_bytes), dtype=torch.uint8, device=self.device)
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of a page on this device: a block, or a rank's part of one."""
+        return self.part.layout(self.spec.layout).block_bytes
 
     def keep_as(self, fidelity: Fidelity) -> None:
         """Name blocks anew for a store that keeps them with `fidelity`."""
@@ -54,13 +74,21 @@ class LoadedModel:
     @property
     def forms(self) -> Forms:
         """Return how blocks lie in pages and in the store, as the namespace's fidelity has it."""
-        layout = self.spec.layout
+        return self._forms(self.spec.layout)
+
+    @property
+    def part_forms(self) -> Forms:
+        """Return the same of what this rank has of them."""
+        return self._forms(self.part.layout(self.spec.layout))
+
+    def _forms(self, layout: BlockLayout) -> Forms:
         stored = stored_layout(layout, self.spec.namespace.fidelity)
         return Forms(layout, stored, getattr(torch, self.spec.dtype))
 
     def page_view(self, pool: Tensor) -> Tensor:
         """Return a pool's pages as `forward` takes them, in the model's element type."""
-        return ops.page_view(pool, self.spec.layout, getattr(torch, self.spec.dtype))
+        layout = self.part.layout(self.spec.layout)
+        return ops.page_view(pool, layout, getattr(torch, self.spec.dtype))
 
     def forward(self, step: StepInputs, pages: Tensor) -> Tensor:
         """Compute one step: write K and V of the new tokens, return logits fp32 [S, vocab].
@@ -75,16 +103,22 @@ class LoadedModel:
             max_model_tokens=self.spec.max_model_tokens,
         )
         with torch.inference_mode():
-            if self.graphs is not None and self.graphs.fits(step, pages):
-                return self.graphs.forward(step)
-            return last_of(self._parts(step.on(self.device), pages, None))
+            if self.lead is not None:
+                return self.lead.compute(step, partial(self._forward, pages))
+            return self._forward(pages, step)
+
+    def _forward(self, pages: Tensor, step: StepInputs) -> Tensor:
+        if self.graphs is not None and self.graphs.fits(step, pages):
+            return self.graphs.forward(step)
+        return last_of(self._parts(step.on(self.device), pages, None))
 
     def capture(self, pages: Tensor, *, batch: int, max_pages: int) -> None:
         """Capture short appends and decode steps of up to `batch` sequences over `pages`.
 
-        Nothing on a CPU. The last of the pages becomes scratch: no sequence may be given it.
+        Nothing on a CPU, and nothing for one of several ranks: sums over them are not captured.
+        The last of the pages becomes scratch: no sequence may be given it.
         """
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or self.part.ranks > 1:
             return
         from kvworkers.models.graphs import StepGraphs  # needs triton
 
@@ -103,7 +137,7 @@ class LoadedModel:
         from kvworkers.models.fused import FusedDecoder, fuses
 
         if fuses(self.module):
-            self.fused = FusedDecoder(self.module)
+            self.fused = FusedDecoder(self.module, self.total)
 
     def _parts(
         self, step: StepInputs, pages: Tensor, plan: AttentionPlan | None
@@ -158,12 +192,14 @@ def load_model(
     threads: int | None = None,
     cache_dir: Path | None = None,
     fidelity: Fidelity = Fidelity.EXACT,
+    part: Part = WHOLE,
+    total: Summing = only_one,
 ) -> LoadedModel:
     """Load the Hugging Face directory `path` on `device`.
 
     `fidelity` is how exactly a store may keep its blocks; `threads` sets torch's intra-op threads
-    for this process. Raises what `read_spec` raises, and `Unsupported` for a device without
-    kernels.
+    for this process; `part` is what the device gets of a model that `total` sums over. Raises what
+    `read_spec` raises, and `Unsupported` for a device without kernels or a model without parts.
     """
     ops.implementation(torch.device(device).type)
     spec = read_spec(path, device=torch.device(device).type, cache_dir=cache_dir)
@@ -175,7 +211,9 @@ def load_model(
         attention.register()
         module = _load_weights(spec)
     module.requires_grad_(False)
-    model = LoadedModel(spec, torch.device(device), module.to(device).eval())
+    cut(module, part, total, kv_heads=spec.kv_heads)
+    there = module.to(device).eval()
+    model = LoadedModel(spec, torch.device(device), there, part=part, total=total)
     model.keep_as(fidelity)
     model.fuse()
     return model

@@ -1,5 +1,6 @@
 """How many pages a device's memory leaves, measured with the largest step that will ever run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,21 +45,27 @@ def allocate_pages(model: LoadedModel, count: int, *, batch: int) -> DevicePages
 
 
 def new_pages(
-    model: LoadedModel, pool_bytes: int | None, *, step_tokens: int, batch: int
+    model: LoadedModel,
+    pool_bytes: int | None,
+    *,
+    step_tokens: int,
+    batch: int,
+    agreed: Callable[[int], int] = int,
 ) -> DevicePages:
     """Return pages of `pool_bytes` in all (None: as many as fit); `batch` as in `allocate_pages`.
 
-    Raises `BadInput` when that is none, and `Refused` when a GPU has no room for them.
+    `agreed` makes of each rank's count the one that all ranks have. Raises `BadInput` when that is
+    none, and `Refused` when a GPU has no room for them.
     """
     if pool_bytes is None:
         count = fit_pages(model, step_tokens=step_tokens)
     else:
         count = _asked(model, pool_bytes, step_tokens)
-    return allocate_pages(model, count, batch=batch)
+    return allocate_pages(model, agreed(count), batch=batch)
 
 
 def _asked(model: LoadedModel, pool_bytes: int, step_tokens: int) -> int:
-    block_bytes = model.spec.layout.block_bytes
+    block_bytes = model.page_bytes
     count = pool_bytes // block_bytes
     if count == 0:
         raise BadInput(f"pool_bytes {pool_bytes} is below one block of {block_bytes}")
@@ -74,7 +81,7 @@ def fit_pages(model: LoadedModel, *, step_tokens: int) -> int:
 
     On a CPU, `CPU_PAGES_BYTES` of them. Raises `Refused` when nothing is left.
     """
-    block = model.spec.layout.block_bytes
+    block = model.page_bytes
     if model.device.type != "cuda":
         return max(1, CPU_PAGES_BYTES // block)
     peak = _largest_step(model, step_tokens)

@@ -65,7 +65,7 @@ class DeviceMover(Mover):
         """Bytes that are registered now."""
         return 0 if self._registration is None else self._registration.registered_bytes
 
-    def meet(self, arena: memoryview) -> None:
+    def meet(self, arena: memoryview, descriptor: Callable[[], int] | None = None) -> None:
         """Begin to register: the first request is to find it done, or well under way."""
         self._known(arena)
 

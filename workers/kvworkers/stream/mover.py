@@ -79,8 +79,11 @@ class Mover:
         """Bytes of the arena met last that copies can use now."""
         return self._met_bytes
 
-    def meet(self, arena: memoryview) -> None:
-        """Make ready for a mapping that copies will use: what takes long begins now."""
+    def meet(self, arena: memoryview, descriptor: Callable[[], int] | None = None) -> None:
+        """Make ready for a mapping that copies will use: what takes long begins now.
+
+        `descriptor` gives that of the memory, for movers of several processes.
+        """
         self._met_bytes = arena.nbytes
 
     def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
