@@ -81,12 +81,12 @@ def node_seconds(pids: Sequence[int]) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
-def interval(ratios: Sequence[float], dice: random.Random) -> tuple[float, float]:
+def interval(ratios: Sequence[float], dice: random.Random) -> list[float]:
     """Return the 95 % interval of the median, by the percentile bootstrap."""
     medians = sorted(
         statistics.median(dice.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES)
     )
-    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+    return [round(medians[int(edge * RESAMPLES)], 4) for edge in (0.025, 0.975)]
 
 
 def added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -165,23 +165,30 @@ def rows(case: str, spent: dict[str, list[Spent]], work: Workload, base: dict[st
         if run != "off":
             wall = [1 / ratio for ratio in ratios(run, lambda one: one.wall_s)]
             limit = {"limit": THROUGHPUT_BAR} if run in ("ask", "store") else {}
-            yield row(run, "throughput", statistics.median(wall), "ratio to vLLM alone",
-                      interval_95=[round(edge, 4) for edge in interval(wall, dice)], **limit)  # fmt: skip
+            yield row(
+                run, "throughput", statistics.median(wall), "ratio to vLLM alone",
+                interval_95=interval(wall, dice), **limit,
+            )  # fmt: skip
             cpu = ratios(run, engine_cpu)
-            yield row(run, "cpu", statistics.median(cpu), "ratio of CPU seconds to vLLM alone",
-                      interval_95=[round(edge, 4) for edge in interval(cpu, dice)])  # fmt: skip
-        steps = {kind: sum(one.steps.get(kind, 0) for one in spent[run]) / len(spent[run])
-                 for kind in ("computed", "empty")}  # fmt: skip
-        yield row(run, "steps", steps["computed"], "steps a round that compute",
-                  empty=round(steps["empty"], 2))  # fmt: skip
+            yield row(
+                run, "cpu", statistics.median(cpu), "ratio of CPU seconds to vLLM alone",
+                interval_95=interval(cpu, dice),
+            )  # fmt: skip
+        computed, empty = (
+            statistics.mean(one.steps.get(kind, 0) for one in spent[run])
+            for kind in ("computed", "empty")
+        )
+        yield row(run, "steps", computed, "steps a round that compute", empty=round(empty, 2))
         kinds = sorted({kind for one in spent[run] for kind in one.cpu_s})
         by_kind = {
             kind: statistics.median(one.cpu_s.get(kind, 0.0) for one in spent[run])
             for kind in kinds
         }
-        yield row(run, "cpu_ms", engine_cpu(Spent(0, by_kind, {}, {})) * 1e3 / requests,
-                  "CPU ms a request, of the engine's process",
-                  by_thread={kind: round(s * 1e3 / requests, 3) for kind, s in by_kind.items()})  # fmt: skip
+        shown = {kind: round(seconds * 1e3 / requests, 3) for kind, seconds in by_kind.items()}
+        whole = statistics.median(engine_cpu(one) for one in spent[run]) * 1e3 / requests
+        yield row(
+            run, "cpu_ms", whole, "CPU ms a request, of the engine's process", by_thread=shown
+        )
         if run in ("ask", "store"):
             yield scheduler_row(run, spent[run], row)
 

@@ -112,15 +112,14 @@ def closed_loop(
     while core.scheduler.has_requests() and time.perf_counter() < ends:
         llm.step()
     seconds = time.perf_counter() - began
-    spent = thread_seconds()
-    spent.subtract(before)
-    return {"s": seconds, "cpu_s": dict(spent), "steps": dict(_STEPS)}
+    spent = {kind: s - before.get(kind, 0.0) for kind, s in thread_seconds().items()}
+    return {"s": seconds, "cpu_s": spent, "steps": dict(_STEPS)}
 
 
-def thread_seconds() -> "Counter[str]":
+def thread_seconds() -> dict[str, float]:
     """Return the CPU seconds of this process's threads: engine, connector, its copies, gRPC."""
     ours = {thread.native_id: thread.name for thread in threading.enumerate()}
-    spent: Counter[str] = Counter()
+    spent: dict[str, float] = dict.fromkeys(("engine", "connector", "copies", "grpc"), 0.0)
     for task in Path("/proc/self/task").iterdir():
         try:
             nanoseconds = int((task / "schedstat").read_text().split()[0])

@@ -14,7 +14,7 @@ from kvstore.core.names import BlockName
 _IDLE_PATIENCE_NS: Final = 10_000_000
 _BUSY_PATIENCE_NS: Final = 3_000_000
 _SHORTEST_NS: Final = 300_000
-"""An answer hardly takes less (one over loopback takes about 1 ms): shorter waits are for nothing."""
+"""An answer hardly takes less (about 1 ms is usual): a shorter wait is for nothing."""
 _COST_OF_GAIN: Final = 8
 """A wait costs at most one part in so many of what it may save."""
 

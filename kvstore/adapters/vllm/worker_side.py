@@ -82,9 +82,10 @@ class WorkerSide:
                 queued.cut_off |= queued.job.request in requests
 
     def rest(self, seconds: float) -> None:
-        """Wait up to `seconds` for a load or store to end, when there is one and nothing to compute.
+        """Wait up to `seconds` for a load or store to end, where there is one.
 
-        The engine would step on and on until then, and take the processor from the copies.
+        For steps that compute nothing: without it the engine steps on and on until then, and takes
+        the processor and the interpreter's lock from the copies.
         """
         if self._loading or self._storing:
             self._ended.wait(seconds)
