@@ -1,6 +1,6 @@
 """What the connector costs a real vLLM on CPU when nothing is ever found.
 
-    python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python
+    python benchmarks/vllm_miss.py --vllm-python .venv-vllm/bin/python    # about 10 minutes
 
 One engine over a real node; its connector is exchanged between batches, in scheduler and worker,
 because two engines beside each other differ by 40 % without any connector (memory and cores fall
