@@ -12,6 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
 REPLY_S = 180.0
+STORED_S = 20.0
 
 
 class Engine:
@@ -56,8 +57,14 @@ class Engine:
         return found
 
     def forget(self) -> None:
-        """Empty vLLM's own prefix cache: what it knows next comes from the node."""
-        assert self.ask(forget=True)["forgot"]
+        """Empty vLLM's own prefix cache: what it knows next comes from the node.
+
+        vLLM refuses while blocks are in use; a finished request's are until its stores have ended.
+        """
+        ends = time.monotonic() + STORED_S
+        while not self.ask(forget=True)["forgot"]:
+            assert time.monotonic() < ends, "blocks are still in use: stores do not end"
+            time.sleep(0.05)
 
     def close(self) -> None:
         """End the process; by force where it does not come to an end."""

@@ -1,7 +1,8 @@
 """A real vLLM in a process of its own, in its own environment: one JSON object a line each way.
 
 python vllm_process.py MODEL CONNECTOR_CONFIG_OR_- KV_ROLE
-→ {"connector": false}                             ← {"connector": false}
+→ {"arm": "off"}                                   ← {"arm": "off"}
+→ {"loop": [[token, …], …], "replies", "clients"}  ← {"s", "cpu_s", "steps"}
 → {"prompts": [[token, …], …], "max_tokens": 8}    ← {"replies": [{"tokens", "cached", "s"}, …]}
 """
 
@@ -48,8 +49,12 @@ def serve(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
 
     if order.get("forget"):
         return {"forgot": engine.reset_prefix_cache()}
-    if "connector" in order:
-        return {"connector": switched(engine, order["connector"])}
+    if "arm" in order or "loop" in order:
+        from tests.engines import vllm_arms
+
+        if "arm" in order:
+            return {"arm": vllm_arms.take_arm(engine, order["arm"])}
+        return vllm_arms.closed_loop(engine, order["loop"], order["replies"], order["clients"])
     if order.get("metrics"):
         return {"metrics": counted()}
     sampling = SamplingParams(temperature=0.0, max_tokens=order["max_tokens"], ignore_eos=True)
@@ -70,31 +75,6 @@ def serve(engine: Any, order: dict[str, Any]) -> dict[str, Any]:
             for out, s in zip(outputs, spent, strict=True)
         ]
     }
-
-
-_KEPT: dict[str, Any] = {}
-
-
-def switched(engine: Any, on: bool) -> bool:
-    """Take the connector out of an idle engine, or put it back; say whether it is in.
-
-    Without it scheduler and worker do what they do where none was configured. Needs
-    VLLM_ENABLE_V1_MULTIPROCESSING=0: the engine's core has to be in this process.
-    """
-    core = engine.llm_engine.engine_core.engine_core
-    connector = _KEPT.setdefault("scheduler", core.scheduler.connector)
-    core.scheduler.connector = connector if on else None
-    core.model_executor.collective_rpc(switch_worker, args=(on,))
-    return core.scheduler.connector is not None
-
-
-def switch_worker(worker: Any, on: bool) -> None:
-    """Do the same in a worker's process."""
-    from vllm.distributed.kv_transfer import kv_transfer_state as state
-
-    if not hasattr(state, "kept_by_test"):
-        state.kept_by_test = state._KV_CONNECTOR_AGENT
-    state._KV_CONNECTOR_AGENT = state.kept_by_test if on else None
 
 
 def counted() -> dict[str, float]:

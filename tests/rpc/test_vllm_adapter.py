@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore import Namespace
+from kvstore.adapters.vllm import scheduler_side
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.pages import EnginePages
 from kvstore.adapters.vllm.scheduler_side import SchedulerSide, StepPlan
@@ -131,6 +132,54 @@ def test_one_engine_loads_what_another_stored(engines: tuple[Engine, Engine]) ->
     assert two.worker.take_counts()["loaded_blocks_dram"] == 6
     assert two.scheduler.sources(Request("b"), 96) != {}
     assert two.scheduler.finished("b") is False, "what was loaded is not stored again"
+
+
+def test_requests_that_arrive_together_start_in_one_step(
+    engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = engines
+    asked: list[int] = []
+
+    def patience_ns(*, running: int, step_ns: int) -> int:
+        asked.append(running)
+        return 0 if running else 8_000_000_000
+
+    monkeypatch.setattr(scheduler_side, "patience_ns", patience_ns)
+    one.step([], [])
+    one.link.submit(_hold(0.02))
+    together = [Request(name, prompt_token_ids=list(range(9_000, 9_100))) for name in "de"]
+    for request in together:
+        one.scheduler.arrived(request)
+    assert [one.scheduler.matched(request, 0)[0] for request in together] == [0, 0]
+    counts = one.scheduler.take_counts()
+    assert counts["waited_ns"] > 0
+    one.step([("d", 100), ("e", 100)], [0, 1, 2, 3])
+    one.link.submit(_hold(0.5))
+    late = Request("f", prompt_token_ids=list(range(9_500, 9_600)))
+    assert one.scheduler.matched(late, 0) == (None, False), "two others would be kept waiting"
+    one.scheduler.finished("d")
+    one.step([("e", 101)], [0, 1, 2, 3])
+    one.scheduler.finished("e")
+    assert asked == [0, 2, 1, 0]
+    assert one.scheduler.matched(late, 0)[0] == 0, "nobody is kept waiting any more"
+
+
+def test_steps_without_work_rest_until_the_stores_have_ended(
+    engines: tuple[Engine, Engine],
+) -> None:
+    one, _ = engines
+    name, plan = next(
+        (name, plan)
+        for name in "uvw"
+        if one.matched(Request(name, prompt_token_ids=list(range(3_000, 3_100)))) == 0
+        and (plan := one.step([(name, 100)], [0, 1, 2, 3])).stores
+    )
+    assert one.scheduler.finished(name)
+    steps = 0
+    while name not in one.worker.ended({name})[0]:
+        one.worker.rest(8.0)
+        steps += 1
+    assert len(plan.stores) == 1 and steps <= 2, "the engine spins beside the copies"
 
 
 def test_an_engine_that_only_consumes_loads_and_stores_nothing(

@@ -36,7 +36,7 @@ from kvstore.directory.events import TierKind
 check_engine(vllm.__version__)
 
 _REST_S: Final = 0.002
-"""How long a step that computes nothing waits for a load: the engine would spin otherwise."""
+"""How long a step that computes nothing waits for a load or store: the engine would spin."""
 _SOURCES: Final = {TierKind.DRAM: CacheHitSource.HOST, TierKind.NVME: CacheHitSource.DISK}
 
 

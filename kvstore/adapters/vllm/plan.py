@@ -6,9 +6,30 @@ engine blocks of B tokens; at least one token is left to compute
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import BlockName
+
+_IDLE_PATIENCE_NS: Final = 10_000_000
+_BUSY_PATIENCE_NS: Final = 3_000_000
+_SHORTEST_NS: Final = 300_000
+"""An answer hardly takes less (about 1 ms is usual): a shorter wait is for nothing."""
+_COST_OF_GAIN: Final = 8
+"""A wait costs at most one part in so many of what it may save."""
+
+
+def patience_ns(*, running: int, step_ns: int) -> int:
+    """Return how long the scheduler may wait for answers in one step.
+
+    Without an answer a request loses a step, `step_ns`; a wait keeps `running` requests from going
+    on. Waiting pays while `running` times the wait is well below a step. With nothing running
+    nobody is kept waiting; the bound is for a node that hangs.
+    """
+    if not running:
+        return _IDLE_PATIENCE_NS
+    most = min(step_ns // (_COST_OF_GAIN * running), _BUSY_PATIENCE_NS)
+    return most if most >= _SHORTEST_NS else 0
 
 
 def usable_hit(

@@ -1,27 +1,35 @@
-"""The half that lives in vLLM's scheduler: asks the node early, never waits for its answer.
+"""The half that lives in vLLM's scheduler: asks the node early, waits only where that is cheaper.
 
 A question is put when a request arrives. Until the answer is there the scheduler is told "ask
-again"; at the deadline, or without a node, "nothing". Nothing here imports vLLM.
+again"; at the deadline, or without a node, "nothing". "Ask again" costs a request a step, and where
+several arrive together it parts them: each starts when its answer came, and every further step
+reads all weights once more. So a short wait for an answer comes first (`patience_ns` says how
+long). Nothing here imports vLLM.
 """
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from kvstore.adapters.vllm.link import NodeLink
-from kvstore.adapters.vllm.plan import LoadJob, RequestState, StoreJob, blocks_to_store, usable_hit
+from kvstore.adapters.vllm.plan import (
+    LoadJob,
+    RequestState,
+    StoreJob,
+    blocks_to_store,
+    patience_ns,
+    usable_hit,
+)
 from kvstore.core.errors import KvStoreError
 from kvstore.core.limits import BLOCK_TOKENS, MAX_NAMES_PER_CALL
 from kvstore.core.names import BlockName, ExtraKey, chain, pack_tokens
 from kvstore.directory.events import TierKind
 
 _log = logging.getLogger(__name__)
-_REST_S: Final = 0.002
-"""Of an idle step; an answer takes about 1 ms."""
 
 
 class Found(NamedTuple):
@@ -54,7 +62,7 @@ class _Tracked:
 
 
 class SchedulerSide:
-    """Questions, hits and jobs of all requests; every method returns at once, idle steps soon."""
+    """Questions, hits and jobs of all requests; every method but `matched` returns at once."""
 
     def __init__(self, link: NodeLink, *, block_tokens: int, stores: bool = True) -> None:
         """`block_tokens` are the engine's; without `stores` only loads are planned."""
@@ -66,6 +74,11 @@ class SchedulerSide:
         self._stores = stores
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
+        self._running: set[str] = set()
+        """Requests that were computed and have not ended: a wait keeps them from going on."""
+        self._step_began_ns = self._step_ns = 0
+        self._patience_ns = patience_ns(running=0, step_ns=0)
+        """What is left of it in this step."""
 
     def arrived(self, request: Any) -> None:
         """Put the question about a new request, if the node can be asked."""
@@ -75,10 +88,14 @@ class SchedulerSide:
         self._spent(began)
 
     def matched(self, request: Any, local_tokens: int) -> tuple[int | None, bool]:
-        """Return (tokens to load, True), (None, False) for "ask again", or (0, False)."""
-        began = time.perf_counter_ns()
+        """Return (tokens to load, True), (None, False) for "ask again", or (0, False).
+
+        May wait for the answer, at most `patience_ns` in all calls of one step.
+        """
         self.arrived(request)
         tracked = self._tracked[request.request_id]
+        self._await(tracked)
+        began = time.perf_counter_ns()
         answer: tuple[int | None, bool] = (0, False)
         if tracked.question is not None and not tracked.question.done():
             answer = (None, False)
@@ -142,24 +159,18 @@ class SchedulerSide:
             if (tracked := self._tracked.get(name)) is not None:
                 tracked.state.stored = 0  # what was sent may have been cut off: offered again
                 plan.preempted.append(name)
+        if self._running:
+            self._step_ns = began - self._step_began_ns
+        self._step_began_ns = began
         for name, computed in progress:
+            self._running.add(name)
             job = self._store(name, computed, blocks_of)
             if job is not None:
                 plan.stores.append(job)
+        self._patience_ns = patience_ns(running=len(self._running), step_ns=self._step_ns)
         self.counts["steps"] += 1
         self._spent(began)
-        if plan.idle:
-            self._rest()
         return plan
-
-    def _rest(self) -> None:
-        """Let the answers come: vLLM asks step after step, and that would hold up their thread.
-
-        Only where nothing is computed, so nobody is kept waiting.
-        """
-        asked = [one.question for one in self._tracked.values() if one.question is not None]
-        if asked and not any(question.done() for question in asked):
-            wait(asked, _REST_S, FIRST_COMPLETED)
 
     def loads_ended(self, requests: Iterable[str], bad_blocks: set[int]) -> None:
         """Note which loads ended; a request one of whose blocks is bad does not load again."""
@@ -177,6 +188,9 @@ class SchedulerSide:
     def finished(self, name: str) -> bool:
         """Forget a request; True when the worker was given stores and must tell their end."""
         tracked = self._tracked.pop(name, None)
+        self._running.discard(name)
+        if not self._running:
+            self._patience_ns = patience_ns(running=0, step_ns=0)
         self._loads = [job for job in self._loads if job.request != name]
         return tracked is not None and tracked.state.stores > 0
 
@@ -211,6 +225,17 @@ class SchedulerSide:
             return Found(names, 0, [])
         tiers = [min(places) for places in looked.tiers[: looked.prefix]]
         return Found(names, looked.prefix, tiers)
+
+    def _await(self, tracked: _Tracked) -> None:
+        """Wait for an answer as long as this step's patience lasts."""
+        question = tracked.question
+        if question is None or question.done() or self._patience_ns <= 0:
+            return
+        began = time.perf_counter_ns()
+        wait([question], self._patience_ns / 1e9)
+        waited = time.perf_counter_ns() - began
+        self._patience_ns -= waited
+        self.counts["waited_ns"] += waited
 
     def _answer(self, tracked: _Tracked) -> Found | None:
         if tracked.question is not None:

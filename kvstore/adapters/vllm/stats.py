@@ -70,6 +70,7 @@ class KvStoreProm(KVConnectorPromMetrics):  # type: ignore[misc]
             f"{name}_ns": self._family(f"kvstore_vllm_{name}_seconds", text)
             for name, text in (
                 ("scheduler", "Time of the scheduler's thread inside the connector"),
+                ("waited", "Time that the scheduler's thread waited for answers"),
                 ("load", "Time of loads, from their start to their end"),
                 ("store", "Time of stores in the background"),
             )

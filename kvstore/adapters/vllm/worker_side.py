@@ -82,8 +82,12 @@ class WorkerSide:
                 queued.cut_off |= queued.job.request in requests
 
     def rest(self, seconds: float) -> None:
-        """Wait up to `seconds` for a load to end, when there is one and nothing else to do."""
-        if self._loading:
+        """Wait up to `seconds` for a load or store to end, where there is one.
+
+        For steps that compute nothing: without it the engine steps on and on until then, and takes
+        the processor and the interpreter's lock from the copies.
+        """
+        if self._loading or self._storing:
             self._ended.wait(seconds)
 
     def ended(self, finished: set[str]) -> tuple[set[str], set[str]]:
@@ -213,6 +217,7 @@ class WorkerSide:
                 self.counts["stored_blocks"] += stored
                 self._owing[queued.job.request] -= 1
                 self._saving = None
+                self._ended.set()
 
     async def _save(self, queued: _Queued) -> int:
         """Store the job's blocks that the node has not got; return how many of ours."""

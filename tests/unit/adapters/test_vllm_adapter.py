@@ -9,7 +9,7 @@ from kvworkers.models import digest
 
 from kvstore.adapters.vllm.identity import model_layout, model_namespace, weights_digest
 from kvstore.adapters.vllm.pages import EnginePages
-from kvstore.adapters.vllm.plan import RequestState, blocks_to_store, usable_hit
+from kvstore.adapters.vllm.plan import RequestState, blocks_to_store, patience_ns, usable_hit
 from kvstore.adapters.vllm.settings import read_settings
 from kvstore.adapters.vllm.versions import check_engine
 from kvstore.core.errors import BadInput, Unsupported
@@ -96,6 +96,23 @@ def test_only_full_blocks_of_known_tokens_are_stored_and_each_once() -> None:
     assert len(drafted) == 0, "a drafted token may still be rejected"
     late = blocks_to_store(state, computed_tokens=96, known_tokens=96, block_tokens=32)
     assert late == range(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("running", "step_ms", "most_ms"),
+    [
+        (0, 0, 10),  # nobody is kept waiting
+        (1, 16, 2),  # an eighth of what is saved
+        (4, 64, 2),
+        (1, 1_000, 3),  # answers take about 1 ms: the rest would be a node that hangs
+        (64, 20, 0),  # a wait of all of them costs more than one's step
+        (1, 2, 0),  # no answer comes that soon
+    ],
+)
+def test_answers_are_awaited_only_where_a_lost_step_costs_more(
+    running: int, step_ms: int, most_ms: int
+) -> None:
+    assert patience_ns(running=running, step_ns=step_ms * 1_000_000) == most_ms * 1_000_000
 
 
 class TextConfig:
