@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvstore.core.errors import BadInput
 from kvstore.core.names import Fidelity, check_fidelity
+from kvstore.directory.events import WorkerRole
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.convert import check_id
 from kvstore.rpc.event_writers import check_redis
@@ -45,6 +46,8 @@ class WorkerConfig:
     """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     events_redis: str = ""
     """Redis that events are written to, besides serving `Watch`; "": none."""
+    role: str = WorkerRole.BOTH.value
+    """What it is there for: a name of `kvstore.directory.events.WorkerRole`."""
     host: str = ""
     """Who shares an arena; by default the cache node's name."""
     incarnation: int = 0
@@ -64,6 +67,8 @@ class WorkerConfig:
                 raise BadInput(f"{field} must be positive, got {value}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise BadInput(f"device {self.device!r}: auto, cpu, cuda or cuda:N")
+        if self.role not in frozenset(WorkerRole):
+            raise BadInput(f"role {self.role!r}: {', '.join(WorkerRole)}")
         if self.drain_ms < 0 or self.incarnation < 0:
             raise BadInput("drain_ms and incarnation must not be negative")
         if self.threads is not None and self.threads <= 0:

@@ -67,6 +67,8 @@ class StoreJob:
     """Blocks without slots yet: an Acquire reserves some; `pages[i]` holds `names[i]`."""
     pages: Sequence[int] = ()
     first_block: int = 0
+    checked: bool = False
+    """Whether to look for what is no number first: of pages whose step chose no token."""
 
 
 class StoreLink:
@@ -182,6 +184,9 @@ class StoreLink:
                 writes += [(job.pages[entry.index], entry.slot) for entry in got.reserved]
                 reserved += [entry.slot for entry in got.reserved]
             kept, left = self._reached(writes)
+            if job.checked and not await self._mover.finite([page for page, _ in kept]):
+                self._metrics.store_failures.labels("store", "not_finite").inc()
+                kept, left = [], [slot for _, slot in writes]
             await self._write(kept)
         except BaseException:
             self._owe(reserved)
