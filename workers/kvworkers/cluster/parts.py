@@ -267,7 +267,9 @@ class WorkerShell(Shell):
             node=str(self._node_dir),
             host=self._report.host,
             name=self._report.name,
+            role=chosen.role_of(self._report.name),
             incarnation=self._report.incarnation,
+            pool_bytes=chosen.pool_bytes or None,
             threads=chosen.threads_per_worker(),
             policy=chosen.policy,
             fidelity=chosen.fidelity,
@@ -278,8 +280,6 @@ class WorkerShell(Shell):
             metrics=f"{where}:0",
             security=chosen.security,
         )
-        if chosen.pool_bytes:
-            config = replace(config, pool_bytes=chosen.pool_bytes)
         return WorkerServer(config)
 
     async def drain(self, drain_ms: int) -> None:

@@ -40,8 +40,8 @@ _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
 
 _SAME_NAMES: Final = (
-    "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
-    "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
+    "workers", "prefill", "decode", "threads", "policy", "nvme", "files", "http", "grpc",
+    "frontends", "listen", "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 

@@ -1,7 +1,7 @@
 """Tells a worker when the blocks of a prompt are in the store, for whoever goes on elsewhere.
 
-    chunk ends ─▶ began ─▶ copy, Settle ─▶ ended        … for every chunk
-    run ends   ─▶ ended                                  all ended: settled
+chunk ends ─▶ began ─▶ copy, Settle ─▶ ended        … for every chunk
+run ends   ─▶ ended                                  all ended: settled
 """
 
 import asyncio

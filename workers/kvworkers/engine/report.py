@@ -36,9 +36,7 @@ class Reporter:
                 self._publisher.delete(root, TierKind.HBM, names)
             else:
                 self._publisher.set(root, TierKind.HBM, names, block_bytes=pool.block_bytes)
-        self._publisher.load = replace(
-            load, load_rates=self._loads.rates(), role=self._role
-        )
+        self._publisher.load = replace(load, load_rates=self._loads.rates(), role=self._role)
         metrics = self._metrics
         metrics.evictions.inc(pool.evictions - self._evictions)
         self._evictions = pool.evictions
