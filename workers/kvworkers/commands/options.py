@@ -115,11 +115,23 @@ def scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--listen", type=click.Choice(["loopback", "host"]), default="loopback",
             show_default=True, help="Where nodes, workers and controller listen.",
         ),
-        click.option("--decode", default=0, show_default=True,
-                     help="Workers that are kept free for answers: docs/worker.md."),
-        click.option("--prefill", default=0, show_default=True,
-                     help="Workers that compute prompts for the others of their host."),
         click.option("--frontends", default=1, show_default=True, help="HTTP and gRPC servers."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def role_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what workers are there for."""
+    for option in (
+        click.option(
+            "--decode", default=0, show_default=True,
+            help="Workers that are kept free for answers: docs/worker.md.",
+        ),
+        click.option(
+            "--prefill", default=0, show_default=True,
+            help="Workers that compute prompts for the others of their host.",
+        ),
     ):  # fmt: skip
         command = option(command)
     return command

@@ -329,35 +329,36 @@ class Pipeline:
         # A reply may end before any token: its end is what its caller waited for, then.
         first = bool(tokens or reply.finish_reason) and not running.output
         running.output.extend(tokens)
-        self._hand_over(running, decision, reply)
+        reason = self._reason(running, decision, reply)
         if first:
             running.ttft_ms = (time.monotonic() - running.arrived) * 1_000
             if running.entry is not None:
                 self.ledger.first_token(running.entry, running.ttft_ms)
         text, stopped = running.matcher.push(running.detokeniser.push(tokens) if tokens else "")
-        if stopped or reply.finish_reason:
-            reason = "stop" if stopped else reply.finish_reason
+        if stopped or reason:
+            reason = "stop" if stopped else reason
             return running.last(worker, reason, text, reply, stopped=stopped, first=first)
         if not tokens:
             return None
         return running.piece(worker, text, reply, first=first)
 
-    def _hand_over(self, running: Running, decision: Decision, reply: worker_pb2.RunReply) -> None:
-        """Note how far a request that two workers serve has come.
+    def _reason(self, running: Running, decision: Decision, reply: worker_pb2.RunReply) -> str:
+        """Return why a reply ends with this message; empty where it goes on.
 
-        The end of the first one's part is not the reply's: it is taken out of the message.
+        As after the part of the first of two workers: that ends its call, and not the reply.
         """
         now = time.monotonic()
         if running.handed_at and reply.tokens:
             self._metrics.hand_over_seconds.observe(now - running.handed_at)
-            running.handed_at = 0.0
+            running.taken_over()
         if decision.split is None:
-            return
+            return reply.finish_reason
         if reply.tokens:
             running.handed_at = now
         if reply.finish_reason == "length" and len(running.output) < running.max_tokens:
-            reply.finish_reason = ""
             running.hand_over(decision.split.takers)
+            return ""
+        return reply.finish_reason
 
 
 def _withhold(reply: worker_pb2.RunReply) -> None:

@@ -32,7 +32,7 @@ class Placing:
             running.offer = self._fleet.offer(running.offer.model)
         packed = (running.prompt + running.output).tobytes()
         names, tokens = self._names(running, packed), len(packed) // 4
-        whole, running.handed = _whole(running), False
+        whole = _whole(running)
         domain = running.request.share_domain or self._share_domain
 
         def prompt(exclude: Sequence[str], among: Collection[str]) -> Prompt:
@@ -43,7 +43,9 @@ class Placing:
             )  # fmt: skip
 
         everyone, left_ms = running.offer.workers, running.left_s * 1_000
-        preferred, running.prefer = (running.prefer & everyone) - failed, frozenset()
+        preferred = (running.prefer & everyone) - failed
+        if not running.handed:
+            running.prefer = frozenset()
         if preferred:
             with suppress(Refused):  # they are full, or gone: then whoever is best
                 return await self._router.route(prompt((), preferred), wait_ms=0, deadline_ms=0)

@@ -39,7 +39,7 @@ class Running:
     computed_by: str = ""
     """Who computed the prompt, once its first token is out."""
     handed: bool = False
-    """Whether the one that has just ended gave the first token only, for another to go on."""
+    """Whether one gave the first token only, and none of those that may go on a token yet."""
     handed_at: float = 0.0
     """When that token came, in `time.monotonic()` seconds; 0: nobody is waited for."""
 
@@ -71,6 +71,10 @@ class Running:
     def hand_over(self, takers: Collection[str]) -> None:
         """Let one of `takers` go on; whoever is best if they cannot."""
         self.handed, self.prefer = True, frozenset(takers)
+
+    def taken_over(self) -> None:
+        """Take note that another worker has given a token."""
+        self.handed, self.prefer, self.handed_at = False, frozenset(), 0.0
 
     def asked(self, share_domain: str, *, first_only: bool) -> worker_pb2.RunRequest:
         """Return what a worker is asked: all that is left, or one token for another to go on."""
