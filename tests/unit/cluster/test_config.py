@@ -1,5 +1,6 @@
 """A cluster's configuration travels to its session as one line and is refused when wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ def test_it_survives_the_way_to_the_session() -> None:
         ("arena_bytes", 1, "--arena"),
         ("pool_bytes", -1, "--pool"),
         ("threads", -1, "--threads"),
+        ("prefill", -1, "--prefill"),
+        ("prefill", 3, "--prefill 3: must lie in 0..2"),
+        ("prefill", 2, "--prefill 2: none of the workers would answer"),
+        ("decode", 3, "--decode 3: must lie in 0..2"),
     ],
 )
 def test_a_wrong_value_names_its_flag(field: str, value: int, flag: str) -> None:
@@ -39,3 +44,13 @@ def test_what_is_no_configuration_is_refused(text: str) -> None:
 def test_workers_share_the_cores() -> None:
     assert CONFIG.threads_per_worker(cores=16) == 5
     assert CONFIG.threads_per_worker(cores=2) == 1
+
+
+def test_roles_go_by_number_and_whoever_is_left_can_answer() -> None:
+    config = replace(CONFIG, workers=4, prefill=1, decode=2)
+    roles = [config.role_of(f"worker-{number}") for number in range(6)]
+    # Those that `kvstore scale` adds have none; what it leaves of these begins with the first.
+    assert roles == ["decode", "decode", "both", "prefill", "both", "both"]
+    with pytest.raises(BadInput, match="--prefill 2: with 3 to decode more than the 4 workers"):
+        replace(config, prefill=2, decode=3)
+    assert {CONFIG.role_of(f"worker-{number}") for number in range(3)} == {"both"}
