@@ -87,7 +87,7 @@ async def test_a_worker_killed_at_the_hand_over_changes_no_token(
         tokens=inference_pb2.TokenIds(packed=pack_tokens(prompt)),
         sampling=worker_pb2.Sampling(max_tokens=REPLY_TOKENS, ignore_eos=True),
     )
-    replies = []
+    replies: list[inference_pb2.GenerateReply] = []
     async with open_channel(frontend.grpc_address) as channel:
         async for reply in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60):
             if not replies:
