@@ -22,7 +22,7 @@ from kvstore.router.score import BLOCK, Candidate, Ranking, Score, Source, arriv
 
 CALLS_S: Final = 0.010
 """What a hand-over costs besides loading and computing: the last blocks are settled, one more call
-begins, and the node is asked. *Measured* from 6.5 ms on, on two busy cores (docs/worker.md)."""
+begins, and the node is asked. *Measured* from 6 ms on, on two busy cores (docs/worker.md)."""
 
 
 class Whole(StrEnum):

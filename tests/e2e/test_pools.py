@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from kvworkers import worker_service
 from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 from kvworkers.worker import WorkerServer
 from kvworkers.worker_config import WorkerConfig
@@ -19,7 +20,7 @@ from kvstore.directory.view import Health
 from kvstore.router import seats
 from kvstore.router.members import Member
 from kvstore.rpc.channel import open_channel
-from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
+from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvstore.testing.node import RunningNode, start_node
 from tests.text_model import VOCAB, text_model
 from tests.worker_process import ask
@@ -95,6 +96,8 @@ async def pools() -> AsyncIterator[Pools]:
         # no split would pay, as it should not.
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(seats, "KEPT_FREE", 1_000_000)
+        # Cores are shared: what a late block costs is another test's.
+        patch.setattr(worker_service, "SETTLE_MS", 30_000)
         node = stack.enter_context(start_node(arena_bytes=64 << 20))
         frontend = await stack.enter_async_context(serving(FrontendConfig(model=model)))
         workers = {}
@@ -170,16 +173,54 @@ async def test_blocks_settle_as_chunks_end(pools: Pools) -> None:
 
 async def test_what_own_pages_have_is_in_the_arena_too(pools: Pools) -> None:
     prompt = prompt_of(6, 320)
-    expected = await pools.alone(prompt)
-    await pools.together(prompt)
-    client = pools.workers["p"]._client
-    assert client is not None
-    await client.clear()  # what the worker has in its own pages is nowhere else now
+    _, replies = await pools.together(prompt, max_tokens=1)
+    assert replies[-1].worker == "p", "a single token needs nobody else"
+    worker = pools.workers["p"]
+    assert worker._client is not None
+    assert await worker.settled(deadline_ms=5_000)
+    await worker._client.clear()  # what it has in its own pages is nowhere else now
     before = pools.tokens("p", "hbm"), pools.tokens("d", "computed")
-    again, _ = await pools.together([*prompt[:310], *prompt_of(7, 10)])
+    await pools.together([*prompt[:310], *prompt_of(7, 10)])
     assert pools.tokens("p", "hbm") - before[0] == 304
     assert pools.tokens("d", "computed") - before[1] == 1
-    assert len(again) == len(expected)
+
+
+async def test_a_call_ends_when_every_block_is_stored(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, may_go = pools.workers["p"], asyncio.Event()
+    assert worker._link is not None
+    mover = worker._link._mover
+    store = mover.store
+
+    async def held(*arguments: Any) -> None:
+        await may_go.wait()
+        await store(*arguments)
+
+    monkeypatch.setattr(mover, "store", held)
+    name, labels = "kvstore_worker_store_failures_total", {"call": "hand_over", "error": "late"}
+    before = worker.registry.get_sample_value(name, labels) or 0
+    request = worker_pb2.RunRequest(
+        tokens=pack_tokens(prompt_of(9, 100)), hand_over=True,
+        sampling=worker_pb2.Sampling(max_tokens=1, ignore_eos=True),
+    )  # fmt: skip
+    async with open_channel(worker.address) as channel:
+        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=20)
+        first = await call.read()
+        assert first.tokens and not first.finish_reason, "it waits for nothing"
+        end = asyncio.ensure_future(call.read())
+        await asyncio.wait([end], timeout=0.1)
+        assert not end.done()
+        may_go.set()
+        assert (await end).finish_reason == "length"
+        may_go.clear()
+        monkeypatch.setattr(worker_service, "SETTLE_MS", 20)
+        request.tokens = pack_tokens(prompt_of(10, 100))
+        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=20)
+        ends = [reply.finish_reason async for reply in call]
+    assert ends == ["", "length"], "whoever goes on computes what is late"
+    assert worker.registry.get_sample_value(name, labels) == before + 1
+    may_go.set()
 
 
 async def test_a_worker_for_prompts_gives_nobody_more(pools: Pools) -> None:
