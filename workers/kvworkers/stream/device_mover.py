@@ -121,7 +121,7 @@ class DeviceMover(Mover):
 
     async def finite(self, pages: Sequence[int]) -> bool:
         """Say whether every element of `pages` is a number."""
-        return await self._stores.call(partial(self._finite, pages))
+        return await self._do(partial(self._stores.there, partial(self._finite, pages)))
 
     def forget(self) -> None:
         """Unregister the arena: its mapping is about to end, and no copy is running."""
