@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.errors import BadInput, KvStoreError, Refused
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import BlockName, ExtraKey, Root, chain, pack_tokens
-from kvstore.directory.events import Changed, Loaded, TierKind
+from kvstore.directory.events import Changed, Loaded, TierKind, WorkerRole
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import RedisMetrics
 from kvstore.rpc.channel import NO_SECURITY, listen, make_server
@@ -67,6 +67,7 @@ class ScriptedWorker:
     reply: Sequence[int] = tuple(range(65, 91))
     tier: TierKind = TierKind.HBM
     host: str = "host-a"
+    role: WorkerRole = WorkerRole.BOTH
     model: str = "scripted"
     incarnation: int = 1
     max_model_tokens: int = 4096
@@ -86,7 +87,9 @@ class ScriptedWorker:
             self.name, self.incarnation, [self.tier], self.shelf, host=self.host
         )
         if self.tier is TierKind.HBM:
-            self.publisher.load = Loaded(prefill_tokens_per_s=1_000.0, kv_capacity_bytes=1 << 20)
+            self.publisher.load = Loaded(
+                prefill_tokens_per_s=1_000.0, kv_capacity_bytes=1 << 20, role=self.role
+            )
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
         self._server, _ = make_server(gate=gate_of(self.security, CollectorRegistry()))
@@ -248,6 +251,7 @@ async def _serve(options: argparse.Namespace) -> None:
         step_s=options.step_s,
         events_redis=options.events_redis,
         reply=[ord(letter) for letter in options.reply],
+        role=WorkerRole(options.role),
     )
     address = await worker.start(options.listen)
     prompt = pack_tokens(range(options.hold * BLOCK_TOKENS))
@@ -268,6 +272,7 @@ def main() -> None:
     parser.add_argument("--die-after", type=int, default=-1)
     parser.add_argument("--hang-after", type=int, default=-1)
     parser.add_argument("--events-redis", default="")
+    parser.add_argument("--role", default="both")
     parser.add_argument("--refuse", action="store_true")
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--reply", default="ABCDEFGHIJKLMNOPQRSTUVWXYZ")

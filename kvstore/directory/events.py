@@ -6,7 +6,7 @@ late can only make the view over-promise until the next event, mark or snapshot.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple
 
 from kvstore.core.names import BlockName, Root
@@ -20,6 +20,16 @@ class TierKind(IntEnum):
     NVME = 3
     PEER = 4
     FILES = 5
+
+
+class WorkerRole(StrEnum):
+    """What a worker is there for, as its operator says."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    """Computes prompts and gives their first tokens; another worker goes on."""
+    DECODE = "decode"
+    """Is kept free for answers: computes a prompt where that is cheaper all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +115,7 @@ class Loaded:
     A token deep in a prompt takes longer than one at its beginning."""
     load_rates: tuple[LoadRate, ...] = ()
     """Of the tiers that it has loaded from."""
+    role: WorkerRole = WorkerRole.BOTH
 
 
 @dataclass(frozen=True, slots=True)

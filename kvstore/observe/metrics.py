@@ -284,6 +284,15 @@ class RouterMetrics:
             " come later than asked, the deadline passed waiting, or no worker is alive",
             ["reason"], registry=registry,
         )  # fmt: skip
+        self.splits = Counter(
+            "kvstore_router_splits", "Requests of clusters whose workers have roles: split over two"
+            " workers, or why not", ["outcome"], registry=registry,
+        )  # fmt: skip
+        self.hand_over_seconds = Histogram(
+            "kvstore_hand_over_seconds",
+            "Time from a split request's first token until another worker has given the next",
+            buckets=LATENCY_SECONDS, registry=registry,
+        )  # fmt: skip
         self.replications = Counter(
             "kvstore_hot_prefix_copies", "Requests that made another copy of a hot prefix",
             registry=registry,

@@ -1,25 +1,28 @@
 """Where a prompt would go: scores every worker from view, bookings and member list. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import BLOCK_TOKENS, MAX_PROMPT_TOKENS
 from kvstore.core.names import BlockName, Root
-from kvstore.directory.events import TierKind
+from kvstore.directory.events import TierKind, WorkerRole
 from kvstore.directory.reach import Held
 from kvstore.directory.view import ClusterView, Health
 from kvstore.router.booking import Booking, Bookings
 from kvstore.router.heat import Heat
 from kvstore.router.learning import Actual, Expected, Learned, Promise
 from kvstore.router.members import Members
-from kvstore.router.score import LOAD_COST, Candidate, Ranking, Source, Work, rank
+from kvstore.router.score import LOAD_COST, Candidate, Ranking, Score, Source, Work, rank
 from kvstore.router.seats import Seat, Seats
+from kvstore.router.split import Side, Split, Whole, choose
 
 DISTRUST_MS: Final = 1_000.0
 """How long a worker that failed a request is passed over: by then its stream has spoken."""
 
+
+_SILENT: Final = "gives first tokens only"
 
 RATE_LEEWAY: Final = 8.0
 """How many times faster or slower than in the answers seen here a worker may say that it loads. It
@@ -54,6 +57,8 @@ class Prompt:
     """Higher goes first where requests wait."""
     ttft_slo_ms: float = 0.0
     """Refuse it at once when no worker can answer so soon; 0: none."""
+    whole: Whole | None = Whole.CALLER
+    """Why it must not be split over two workers; None: it may be."""
 
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= MAX_PROMPT_TOKENS:
@@ -93,6 +98,10 @@ class Decision:
     hot_tokens: int = 0
     """Leading tokens that deserve another copy."""
     booking: int = 0
+    split: Split | None = None
+    """Set where `worker` gives the first token only, and another one goes on."""
+    whole: Whole | None = None
+    """Why it is not split; None where no worker has a role, too."""
 
     @property
     def hit_tokens(self) -> int:
@@ -134,6 +143,10 @@ class Decision:
         """Say for people how the choice came about."""
         lines = [score.explain() for score in self.scores]
         lines += [f"{name}: {why}" for name, why in self.excluded.items()]
+        if self.split is not None:
+            lines += [self.split.alone.explain(), self.split.explain()]
+        elif self.whole is not None:
+            lines.append(f"not split: {self.whole}")
         return "\n".join([*lines, f"not cached: {self.missed}"])
 
 
@@ -178,13 +191,50 @@ class Placement:
             self._candidate(seat, found, coming.get(seat.name, 0) if coming else 0, most, trusts)
             for seat, found in zip(allowed, held, strict=True)
         ]
-        own_blocks = [one.own_tokens // BLOCK_TOKENS for one in candidates]
+        sides: Sequence[int] = range(len(allowed))
+        if roles := any(seat.role is not WorkerRole.BOTH for seat in allowed):
+            sides = [at for at in sides if _answers(allowed[at], prompt)]
+            if not sides:
+                return None
+        own_blocks = [candidates[at].own_tokens // BLOCK_TOKENS for at in sides]
         hot_blocks = self.heat.hot_blocks(prompt.names, own_blocks, now_ms)
-        scores = rank(candidates, prompt.tokens, min(hot_blocks, most) * BLOCK_TOKENS)
-        at = scores.best_index
-        return self._decision(
-            prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts, hot_blocks
-        )
+        hot_tokens = min(hot_blocks, most) * BLOCK_TOKENS
+
+        def decision(at: int, scores: Ranking) -> Decision:
+            return self._decision(
+                prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts, hot_blocks
+            )
+
+        scores = rank([candidates[at] for at in sides], prompt.tokens, hot_tokens)
+        alone = decision(sides[scores.best_index], scores)
+        if not roles:
+            return alone
+        split = self._split(prompt, scores[0], allowed, candidates, hot_tokens, now_ms)
+        if isinstance(split, Whole):
+            silent = {seat.name: _SILENT for seat in allowed if not _answers(seat, prompt)}
+            return replace(alone, whole=split, excluded=excluded | silent)
+        return replace(decision(split.prefill, split.scores), split=split)
+
+    def _split(
+        self, prompt: Prompt, alone: Score, seats: Sequence[Seat], candidates: Sequence[Candidate],
+        hot_tokens: int, now_ms: float,
+    ) -> Split | Whole:  # fmt: skip
+        """Say whether two workers are better than the best one, and which."""
+        if not prompt.keeps or prompt.whole is not None:
+            return prompt.whole or Whole.NO_STORE
+        blocks = prompt.tokens // BLOCK_TOKENS
+        arenas = {
+            host: any(self._view.health(node, now_ms) is Health.LIVE for node in nodes)
+            for host, nodes in self._seats.nodes.items()
+        }
+        sides = [
+            Side(
+                candidate, seat.role, seat.host,
+                self._source(seat, TierKind.DRAM, blocks) if arenas.get(seat.host) else None,
+            )
+            for seat, candidate in zip(seats, candidates, strict=True)
+        ]  # fmt: skip
+        return choose(sides, prompt.tokens, alone, hot_tokens)
 
     def warm(self, decision: Decision, prompt: Prompt, now_ms: float) -> None:
         """Note that a decision is carried out: its prefixes are asked for."""
@@ -320,3 +370,8 @@ class Placement:
             hot_tokens=hot_blocks * BLOCK_TOKENS,
             doubts={name: trusts[name] for name in (worker, publisher) if name in trusts},
         )  # fmt: skip
+
+
+def _answers(seat: Seat, prompt: Prompt) -> bool:
+    """Say whether a worker may take a prompt alone."""
+    return seat.role is not WorkerRole.PREFILL or prompt.whole is Whole.FIRST_TOKEN

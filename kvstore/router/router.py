@@ -268,6 +268,8 @@ class Router:
         self._placement.warm(decision, prompt, self._now_ms())
         if decision.hot_tokens > decision.scores[0].own_tokens:
             self._metrics.replications.inc()
+        if decision.split is not None or decision.whole is not None:
+            self._metrics.splits.labels(outcome=str(decision.whole or "split")).inc()
         booking = self._bookings.book(
             decision.worker,
             prompt.root,

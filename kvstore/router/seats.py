@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import inf
 from typing import Final
 
-from kvstore.directory.events import Loaded, TierKind
+from kvstore.directory.events import Loaded, TierKind, WorkerRole
 from kvstore.directory.reach import Reach
 from kvstore.directory.view import ClusterView, PublisherView, reach_over
 from kvstore.router.learning import Learned
@@ -16,6 +16,19 @@ from kvstore.router.score import ASSUMED_PACE, NO_WORK, Pace, Rates, Work, paces
 
 _SILENT: Final = Loaded()
 """Stands for the load of a worker that has reported none."""
+
+KEPT_FREE: Final = 16
+"""Answers that a `decode` worker counts as running beside those that do: its operator keeps it free
+for them, and what comes while it computes a prompt waits as well. So many a worker runs at most,
+unless told otherwise."""
+
+
+def delayed(load: Loaded) -> int:
+    """Return how many answers a prefill delays at a worker that reports this."""
+    if load.role is WorkerRole.PREFILL:
+        return 0  # nobody answers there: its requests wait for their turn, and that is its queue
+    running = load.running + load.waiting
+    return running + KEPT_FREE if load.role is WorkerRole.DECODE else running
 
 
 class Seat:
@@ -35,6 +48,7 @@ class Seat:
         "publisher",
         "reach",
         "reported",
+        "role",
         "running",
     )  # fmt: skip
 
@@ -51,7 +65,9 @@ class Seat:
         """What the worker says it has to compute."""
         self.load_rates: dict[TierKind, float] = {}
         """Seconds a token, by the tiers that the worker has loaded from."""
+        self.role = WorkerRole.BOTH
         self.running = 0
+        """Requests there that a prefill delays."""
         self.kv_used = 0.0
         self.reach = Reach(0)
         self._bits: dict[TierKind, int] | None = None
@@ -68,7 +84,8 @@ class Seat:
         else:  # lengths that nobody tells: as long as each other
             self.reported = Work.of(load.queued_tokens, 0, max(1, load.waiting))
         self.load_rates = dict(load.load_rates)
-        self.running = load.running + load.waiting
+        self.role = load.role
+        self.running = delayed(load)
         self.kv_used = load.kv_used_bytes / max(1, load.kv_capacity_bytes)
         return True
 

@@ -27,6 +27,7 @@ from kvstore.directory.events import (
     Lost,
     Marked,
     TierKind,
+    WorkerRole,
 )
 from kvstore.rpc.v1 import types_pb2, watch_pb2
 
@@ -41,6 +42,7 @@ _TEXT_FIELDS: Final = (
     "group",
 )
 _NUMBER_FIELDS: Final = ("layout_version", "block_tokens", "layers", "kv_heads", "head_dim")
+_ROLES: Final = frozenset(WorkerRole)
 _WIRE_TIER: Final = {tier: types_pb2.Tier.Name(int(tier)) for tier in TierKind}
 MAX_NAMESPACE_TEXT: Final = 4_096
 """Bytes of one text field of a namespace: RoPE factors of long-context models are lists."""
@@ -229,6 +231,8 @@ _LOAD_FIELDS: Final = (
 
 def _load_to_proto(load: Loaded) -> watch_pb2.Load:
     message = watch_pb2.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+    if load.role is not WorkerRole.BOTH:
+        message.role = load.role
     for rate in load.load_rates:
         message.load_rates.add(tier=_WIRE_TIER[rate.tier], s_per_token=rate.s_per_token)
     return message
@@ -238,11 +242,14 @@ def _load_from_proto(message: watch_pb2.Load) -> Loaded:
     """Return a load report, less the rates that cannot be.
 
     Those are dropped alone: the refusal of a whole report would end the stream, and its repetition
-    each new one. A newer peer may load from tiers that this build does not know.
+    each new one. A newer peer may load from tiers, or have a role, that this build does not know.
     """
     rates = tuple(
         LoadRate(TierKind(rate.tier), rate.s_per_token)
         for rate in message.load_rates
         if int(rate.tier) in _WIRE_TIER and 0 < rate.s_per_token < math.inf
     )
-    return Loaded(**{name: getattr(message, name) for name in _LOAD_FIELDS}, load_rates=rates)
+    role = WorkerRole(message.role) if message.role in _ROLES else WorkerRole.BOTH
+    return Loaded(
+        **{name: getattr(message, name) for name in _LOAD_FIELDS}, load_rates=rates, role=role
+    )

@@ -5,6 +5,8 @@ import torch
 from kvkernels import ops
 from kvkernels.formats import encode_block
 from kvkernels.movement import Movement
+from kvworkers.stream.device_mover import make_mover
+from kvworkers.stream.forms import Forms
 
 from kvstore.core.errors import BadInput
 from kvstore.core.layout import BlockLayout, Codec
@@ -55,3 +57,16 @@ def test_memory_that_the_gpu_cannot_reach_is_refused() -> None:
     arena = torch.zeros(layout.block_bytes, dtype=torch.uint8)
     with pytest.raises(BadInput, match="pinned"):
         ops.plan_movement(arena, layout, zero, arena[None].cuda(), layout, zero)
+
+
+async def test_pages_are_looked_through_for_what_is_no_number() -> None:
+    layout = BlockLayout(layers=3, kv_heads=1, head_dim=16, codec=Codec.RAW16)
+    pool = torch.zeros((3, layout.block_bytes), dtype=torch.uint8, device="cuda")
+    pool[:, layout.payload_bytes :] = 0xFF  # padding, which nobody writes: no number either
+    mover = make_mover(pool, Forms(layout, layout, torch.bfloat16))
+    assert await mover.finite([0, 1, 2])
+    pool[2, : layout.payload_bytes].view(torch.bfloat16)[-1] = torch.nan
+    torch.cuda.synchronize()
+    assert await mover.finite([0, 1])
+    assert not await mover.finite([1, 2])
+    mover.close()

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -87,6 +88,14 @@ async def test_a_worker_that_cannot_start_says_why(run_dir: Path) -> None:
     report = await until(shell, Phase.FAILED, Phase.SERVING)
     assert "no-model" in report.detail
     await shell.stop()
+
+
+async def test_a_worker_has_the_role_of_its_number(run_dir: Path) -> None:
+    told = replace(config(run_dir), workers=3, prefill=1, decode=1, pool_bytes=1 << 20)
+    servers = [WorkerShell(f"worker-{number}", told)._build() for number in range(3)]
+    assert [server.config.role for server in servers] == ["decode", "both", "prefill"]
+    assert servers[0].config.pool_bytes == 1 << 20
+    assert WorkerShell("worker-0", config(run_dir))._build().config.pool_bytes is None
 
 
 async def test_a_frontend_that_cannot_start_says_why(run_dir: Path) -> None:

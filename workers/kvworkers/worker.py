@@ -27,7 +27,7 @@ from kvstore.core.errors import BadInput, KvStoreError, Unreachable
 from kvstore.core.heap import settle_heap
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import Fidelity, Root, derive_root, pack_tokens
-from kvstore.directory.events import TierKind
+from kvstore.directory.events import TierKind, WorkerRole
 from kvstore.directory.policies import make_policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import ClientMetrics, WorkerMetrics
@@ -137,13 +137,18 @@ class WorkerServer:
             host=host,
             share_domain=config.share_domain,
             device=str(model.device),
+            role=WorkerRole(config.role),
         )
         tracing = start_tracing(config.trace, service="kvstore-worker", name=config.name)
         self._stack.push_async_callback(asyncio.to_thread, tracing.close)
         tokens = pages.count * BLOCK_TOKENS
+        late = self._metrics.store_failures.labels("hand_over", "late").inc
         await self._serve(
-            WorkerState(identity, spec, engine, publisher, capacity_tokens=tokens, tracing=tracing)
-        )
+            WorkerState(
+                identity, spec, engine, publisher,
+                capacity_tokens=tokens, tracing=tracing, late=late,
+            )
+        )  # fmt: skip
         await self._stack.enter_async_context(
             written_to_redis(publisher, config.events_redis, self.registry)
         )
@@ -163,7 +168,7 @@ class WorkerServer:
             view,
             pool,
             Scheduler(bounds, pool),
-            Reporter(publisher, self._metrics),
+            Reporter(publisher, self._metrics, WorkerRole(config.role)),
             root=self._root,
             store=lambda: self._link,
         )
@@ -287,6 +292,8 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--metrics", default="127.0.0.1:0", show_default=True, help="Prometheus metrics.")
 @click.option("--name", default="worker-0", show_default=True)
 @click.option("--security", type=click.Path(path_type=Path), help="Who may connect, as TOML.")
+@click.option("--role", type=click.Choice([role.value for role in WorkerRole]), default="both",
+              show_default=True, help="What it is there for: docs/worker.md.")  # fmt: skip
 @click.option("--host", default="", help="Who shares an arena; default: the node's name.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
 @click.option("--pool-bytes", type=int, help="Bytes of pages; default: as there is room.")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvstore.core.errors import BadInput
 from kvstore.core.names import Fidelity, check_fidelity
+from kvstore.directory.events import WorkerRole
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.convert import check_id
 from kvstore.rpc.event_writers import check_redis
@@ -50,6 +51,8 @@ class WorkerConfig:
     """Where spans go: `http://HOST:PORT` of an OTLP collector; empty: nowhere."""
     events_redis: str = ""
     """Redis that events are written to, besides serving `Watch`; "": none."""
+    role: str = WorkerRole.BOTH.value
+    """What it is there for: a name of `kvstore.directory.events.WorkerRole`."""
     host: str = ""
     """Who shares an arena; by default the cache node's name."""
     incarnation: int = 0
@@ -73,6 +76,8 @@ class WorkerConfig:
             raise BadInput(f"tensor_parallel {self.tensor_parallel}: must lie in 1..{MAX_RANKS}")
         if self.rank_deadline_ms <= 0:
             raise BadInput(f"rank_deadline_ms must be positive, got {self.rank_deadline_ms}")
+        if self.role not in frozenset(WorkerRole):
+            raise BadInput(f"role {self.role!r}: {', '.join(WorkerRole)}")
         if self.drain_ms < 0 or self.incarnation < 0:
             raise BadInput("drain_ms and incarnation must not be negative")
         if self.threads is not None and self.threads <= 0:

@@ -5,17 +5,17 @@ typed error that names the field.
 """
 
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import grpc.aio
 
-from kvstore.core.errors import BadInput, Forbidden, TooLarge, Unsupported
+from kvstore.core.errors import BadInput, Forbidden, Refused, TooLarge, Unsupported
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_PROMPT_TOKENS
 from kvstore.core.names import Root, pack_tokens
-from kvstore.directory.events import TierKind
+from kvstore.directory.events import TierKind, WorkerRole
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.tracing import OFF, Span, Tracing, from_metadata
 from kvstore.rpc.convert import check_id, namespace_to_proto
@@ -23,6 +23,7 @@ from kvstore.rpc.v1 import types_pb2, watch_pb2, worker_pb2, worker_pb2_grpc
 from kvstore.rpc.watch_server import serve_watch
 from kvworkers.engine.engine import Engine
 from kvworkers.engine.grammar import Following, Grammars
+from kvworkers.engine.handover import HandOver
 from kvworkers.engine.output import FirstTokens, Output
 from kvworkers.engine.sampling import Constraint, SamplingParams
 from kvworkers.engine.sequence import CacheUse, Request
@@ -30,6 +31,10 @@ from kvworkers.models.spec import ModelSpec
 
 SERVICE_NAME: Final = "kvstore.rpc.v1.Worker"
 """What the health service calls this."""
+
+SETTLE_MS: Final = 1_000
+"""How long the end of a prompt that goes on elsewhere waits for its blocks to be in the store: then
+whoever goes on computes what has not come."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -44,7 +49,7 @@ class WorkerIdentity:
     """Who shares an arena: the cache node's name."""
     share_domain: str
     device: str
-    role: str = "both"
+    role: WorkerRole = WorkerRole.BOTH
 
 
 class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
@@ -78,8 +83,11 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
         self, request: worker_pb2.RunRequest, context: Context
     ) -> AsyncIterator[worker_pb2.RunReply]:
         """Run one request and stream its tokens."""
-        _check_domain(request.share_domain, self._worker.identity.share_domain)
         worker = self._worker
+        _check_domain(request.share_domain, worker.identity.share_domain)
+        if worker.identity.role is WorkerRole.PREFILL and request.sampling.max_tokens > 1:
+            # Whoever knows roles does not ask; it may have asked before it heard of this one.
+            raise Refused("a worker of role prefill gives first tokens only")
         parent = from_metadata(dict(context.invocation_metadata() or ()))
         with worker.tracing.begin("worker", parent, request=request.request_id) as span:
             following = await _following(request, worker.grammars)
@@ -96,6 +104,12 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):  # type: ignore[misc]
                     if output.finish is not None and following is not None and following.error:
                         # Not an end of the reply: what does not follow must not pass for it.
                         raise Unsupported(f"grammar: {following.error}")
+                    if output.finish is not None and checked.hand_over is not None:
+                        # Tokens are not kept back for what others want of the store.
+                        yield reply_of(replace(output, finish=None), host=worker.identity.host)
+                        if not await checked.hand_over.settled(deadline_ms=SETTLE_MS):
+                            worker.late()
+                        output = Output(finish=output.finish)
                     yield reply_of(output, host=worker.identity.host)
 
     async def Watch(
@@ -118,13 +132,16 @@ class WorkerState:
         *,
         capacity_tokens: int,
         tracing: Tracing = OFF,
+        late: Callable[[], object],
     ) -> None:
+        """`late` is told of a hand-over whose blocks were not stored in time."""
         self.identity = identity
         self.spec = spec
         self.engine = engine
         self.publisher = publisher
         self.capacity_tokens = capacity_tokens
         self.tracing = tracing
+        self.late = late
         self.grammars = Grammars(
             spec.path, vocab_size=spec.vocab_size, eos_token_ids=spec.eos_token_ids
         )
@@ -163,6 +180,8 @@ def request_from_wire(
         raise TooLarge(f"{len(message.tokens) // 4} tokens; {MAX_PROMPT_TOKENS} allowed")
     if message.deadline_ms > MAX_DEADLINE_MS:
         raise BadInput(f"deadline_ms is {message.deadline_ms}; {MAX_DEADLINE_MS} allowed")
+    if message.hand_over and (message.no_store or message.no_read):
+        raise BadInput("hand_over excludes no_store and no_read: blocks go through the store")
     return Request(
         request_id=message.request_id,
         tokens=message.tokens,
@@ -175,6 +194,7 @@ def request_from_wire(
         cache_salt=message.cache_salt,
         deadline_ms=message.deadline_ms,
         traceparent=traceparent,
+        hand_over=HandOver() if message.hand_over else None,
     )
 
 

@@ -26,7 +26,7 @@ from kvstore.rpc.v1 import types_pb2 as kvstore_dot_rpc_dot_v1_dot_types__pb2
 from kvstore.rpc.v1 import worker_pb2 as kvstore_dot_rpc_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvstore/rpc/v1/inference.proto\x12\x0ekvstore.rpc.v1\x1a\x1akvstore/rpc/v1/types.proto\x1a\x1bkvstore/rpc/v1/worker.proto\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\x08Messages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvstore.rpc.v1.Message\"\x1a\n\x08TokenIds\x12\x0e\n\x06packed\x18\x01 \x01(\x0c\"\xe5\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.kvstore.rpc.v1.MessagesH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.kvstore.rpc.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.kvstore.rpc.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08no_store\x18\x07 \x01(\x08\x12\x0f\n\x07no_read\x18\x08 \x01(\x08\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\r\x12\x0c\n\x04kind\x18\x0c \x01(\t\x12\x13\n\x0bjson_schema\x18\r \x01(\t\x12\x14\n\x0cprefill_only\x18\x0e \x01(\x08\x42\x08\n\x06prompt\"\xea\x01\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12*\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x1b.kvstore.rpc.v1.CacheReport\x12\x0f\n\x07ttft_ms\x18\x05 \x01(\x01\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x15\n\routput_tokens\x18\x07 \x01(\r\x12\x0f\n\x07retries\x18\x08 \x01(\r\x12/\n\x08logprobs\x18\t \x03(\x0b\x32\x1d.kvstore.rpc.v1.TokenLogprobs\"\x13\n\x11ListModelsRequest\"8\n\x0fListModelsReply\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvstore.rpc.v1.Model\">\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x18\n\x10max_model_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x04\x32\xab\x01\n\tInference\x12L\n\x08Generate\x12\x1f.kvstore.rpc.v1.GenerateRequest\x1a\x1d.kvstore.rpc.v1.GenerateReply0\x01\x12P\n\nListModels\x12!.kvstore.rpc.v1.ListModelsRequest\x1a\x1f.kvstore.rpc.v1.ListModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ekvstore/rpc/v1/inference.proto\x12\x0ekvstore.rpc.v1\x1a\x1akvstore/rpc/v1/types.proto\x1a\x1bkvstore/rpc/v1/worker.proto\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"5\n\x08Messages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.kvstore.rpc.v1.Message\"\x1a\n\x08TokenIds\x12\x0e\n\x06packed\x18\x01 \x01(\x0c\"\xe5\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.kvstore.rpc.v1.MessagesH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.kvstore.rpc.v1.TokenIdsH\x00\x12*\n\x08sampling\x18\x05 \x01(\x0b\x32\x18.kvstore.rpc.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08no_store\x18\x07 \x01(\x08\x12\x0f\n\x07no_read\x18\x08 \x01(\x08\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\n \x01(\r\x12\x10\n\x08priority\x18\x0b \x01(\r\x12\x0c\n\x04kind\x18\x0c \x01(\t\x12\x13\n\x0bjson_schema\x18\r \x01(\t\x12\x14\n\x0cprefill_only\x18\x0e \x01(\x08\x42\x08\n\x06prompt\"\x82\x02\n\rGenerateReply\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\rfinish_reason\x18\x03 \x01(\t\x12*\n\x05\x63\x61\x63he\x18\x04 \x01(\x0b\x32\x1b.kvstore.rpc.v1.CacheReport\x12\x0f\n\x07ttft_ms\x18\x05 \x01(\x01\x12\x0e\n\x06worker\x18\x06 \x01(\t\x12\x15\n\routput_tokens\x18\x07 \x01(\r\x12\x0f\n\x07retries\x18\x08 \x01(\r\x12/\n\x08logprobs\x18\t \x03(\x0b\x32\x1d.kvstore.rpc.v1.TokenLogprobs\x12\x16\n\x0eprefill_worker\x18\n \x01(\t\"\x13\n\x11ListModelsRequest\"8\n\x0fListModelsReply\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.kvstore.rpc.v1.Model\">\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x18\n\x10max_model_tokens\x18\x02 \x01(\r\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x04\x32\xab\x01\n\tInference\x12L\n\x08Generate\x12\x1f.kvstore.rpc.v1.GenerateRequest\x1a\x1d.kvstore.rpc.v1.GenerateReply0\x01\x12P\n\nListModels\x12!.kvstore.rpc.v1.ListModelsRequest\x1a\x1f.kvstore.rpc.v1.ListModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=233
   _globals['_GENERATEREQUEST']._serialized_end=590
   _globals['_GENERATEREPLY']._serialized_start=593
-  _globals['_GENERATEREPLY']._serialized_end=827
-  _globals['_LISTMODELSREQUEST']._serialized_start=829
-  _globals['_LISTMODELSREQUEST']._serialized_end=848
-  _globals['_LISTMODELSREPLY']._serialized_start=850
-  _globals['_LISTMODELSREPLY']._serialized_end=906
-  _globals['_MODEL']._serialized_start=908
-  _globals['_MODEL']._serialized_end=970
-  _globals['_INFERENCE']._serialized_start=973
-  _globals['_INFERENCE']._serialized_end=1144
+  _globals['_GENERATEREPLY']._serialized_end=851
+  _globals['_LISTMODELSREQUEST']._serialized_start=853
+  _globals['_LISTMODELSREQUEST']._serialized_end=872
+  _globals['_LISTMODELSREPLY']._serialized_start=874
+  _globals['_LISTMODELSREPLY']._serialized_end=930
+  _globals['_MODEL']._serialized_start=932
+  _globals['_MODEL']._serialized_end=994
+  _globals['_INFERENCE']._serialized_start=997
+  _globals['_INFERENCE']._serialized_end=1168
 # @@protoc_insertion_point(module_scope)

@@ -61,7 +61,7 @@ class GenerateRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Union[Messages, _Mapping]] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_worker_pb2.Sampling, _Mapping]] = ..., stop: _Optional[_Iterable[str]] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., kind: _Optional[str] = ..., json_schema: _Optional[str] = ..., prefill_only: bool = ...) -> None: ...
 
 class GenerateReply(_message.Message):
-    __slots__ = ("text", "tokens", "finish_reason", "cache", "ttft_ms", "worker", "output_tokens", "retries", "logprobs")
+    __slots__ = ("text", "tokens", "finish_reason", "cache", "ttft_ms", "worker", "output_tokens", "retries", "logprobs", "prefill_worker")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class GenerateReply(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RETRIES_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     text: str
     tokens: bytes
     finish_reason: str
@@ -80,7 +81,8 @@ class GenerateReply(_message.Message):
     output_tokens: int
     retries: int
     logprobs: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TokenLogprobs]
-    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[bytes] = ..., finish_reason: _Optional[str] = ..., cache: _Optional[_Union[_types_pb2.CacheReport, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., worker: _Optional[str] = ..., output_tokens: _Optional[int] = ..., retries: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_worker_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    prefill_worker: str
+    def __init__(self, text: _Optional[str] = ..., tokens: _Optional[bytes] = ..., finish_reason: _Optional[str] = ..., cache: _Optional[_Union[_types_pb2.CacheReport, _Mapping]] = ..., ttft_ms: _Optional[float] = ..., worker: _Optional[str] = ..., output_tokens: _Optional[int] = ..., retries: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_worker_pb2.TokenLogprobs, _Mapping]]] = ..., prefill_worker: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

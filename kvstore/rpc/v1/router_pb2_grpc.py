@@ -55,7 +55,8 @@ class RouterServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Route(self, request, context):
-        """Chooses a worker and books the load. The booking expires unless completed.
+        """Chooses a worker and books the load. The booking expires unless completed. The worker answers
+        alone: workers of role "prefill" are left out, and no request is split.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

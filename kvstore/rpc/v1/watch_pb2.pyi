@@ -98,7 +98,7 @@ class LoadRate(_message.Message):
     def __init__(self, tier: _Optional[_Union[_types_pb2.Tier, str]] = ..., s_per_token: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "queued_tokens", "kv_used_bytes", "kv_capacity_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_linear_s", "prefill_quadratic_s", "draining", "queued_token_depths", "load_rates")
+    __slots__ = ("running", "waiting", "queued_tokens", "kv_used_bytes", "kv_capacity_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "prefill_linear_s", "prefill_quadratic_s", "draining", "queued_token_depths", "load_rates", "role")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +111,7 @@ class Load(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKEN_DEPTHS_FIELD_NUMBER: _ClassVar[int]
     LOAD_RATES_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     queued_tokens: int
@@ -123,4 +124,5 @@ class Load(_message.Message):
     draining: bool
     queued_token_depths: float
     load_rates: _containers.RepeatedCompositeFieldContainer[LoadRate]
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_used_bytes: _Optional[int] = ..., kv_capacity_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., prefill_linear_s: _Optional[float] = ..., prefill_quadratic_s: _Optional[float] = ..., draining: bool = ..., queued_token_depths: _Optional[float] = ..., load_rates: _Optional[_Iterable[_Union[LoadRate, _Mapping]]] = ...) -> None: ...
+    role: str
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., kv_used_bytes: _Optional[int] = ..., kv_capacity_bytes: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., prefill_linear_s: _Optional[float] = ..., prefill_quadratic_s: _Optional[float] = ..., draining: bool = ..., queued_token_depths: _Optional[float] = ..., load_rates: _Optional[_Iterable[_Union[LoadRate, _Mapping]]] = ..., role: _Optional[str] = ...) -> None: ...

@@ -26,6 +26,10 @@ def test_it_survives_the_way_to_the_session() -> None:
         ("threads", -1, "--threads"),
         ("tensor_parallel", 0, "--tensor-parallel"),
         ("tensor_parallel", 65, "--tensor-parallel"),
+        ("prefill", -1, "--prefill"),
+        ("prefill", 3, "--prefill 3: must lie in 0..2"),
+        ("prefill", 2, "--prefill 2: none of the workers would answer"),
+        ("decode", 3, "--decode 3: must lie in 0..2"),
     ],
 )
 def test_a_wrong_value_names_its_flag(field: str, value: int, flag: str) -> None:
@@ -45,3 +49,13 @@ def test_workers_share_the_cores() -> None:
     ranks = replace(CONFIG, tensor_parallel=2)
     assert ranks.ranks() == 2 * CONFIG.workers
     assert ranks.threads_per_worker(cores=4 * CONFIG.workers) == 2
+
+
+def test_roles_go_by_number_and_whoever_is_left_can_answer() -> None:
+    config = replace(CONFIG, workers=4, prefill=1, decode=2)
+    roles = [config.role_of(f"worker-{number}") for number in range(6)]
+    # Those that `kvstore scale` adds have none; what it leaves of these begins with the first.
+    assert roles == ["decode", "decode", "both", "prefill", "both", "both"]
+    with pytest.raises(BadInput, match="--prefill 2: with 3 to decode more than the 4 workers"):
+        replace(config, prefill=2, decode=3)
+    assert {CONFIG.role_of(f"worker-{number}") for number in range(3)} == {"both"}

@@ -15,7 +15,7 @@ listen: loopback
 drain_ms: 1000
 control_port: 7000
 ray: {address: auto, namespace: prod, spare_cpus: 1}
-workers: {count: 4, pool: 1GiB, threads: 2, tensor_parallel: 8}
+workers: {count: 4, pool: 1GiB, threads: 2, prefill: 1, decode: 2, tensor_parallel: 8}
 nodes: {arena: 64GiB, policy: lru, nvme: cache, nvme_bytes: 1TiB, quotas: ["domain:a:dram=1GiB"]}
 frontends: {count: 2, http: "127.0.0.1:8000", grpc: "127.0.0.1:9000"}
 """
@@ -36,6 +36,7 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     assert (config.arena_bytes, config.nvme, config.nvme_bytes) == (
         64 << 30, tmp_path / "cache", 1 << 40,
     )  # fmt: skip
+    assert (config.prefill, config.decode) == (1, 2)
     assert config.quotas == ("domain:a:dram=1GiB",)
     assert (config.ray_address, config.ray_namespace) == ("auto", "prod")
     assert config.frontend_address(config.http, 1) == Address("127.0.0.1", 8001)
@@ -57,6 +58,8 @@ def test_an_empty_tree_is_the_default_cluster(tmp_path: Path) -> None:
         ("workers: {count: true}", "workers.count: True"),
         ("workers: {count: 0}", "workers.count 0: must lie in"),
         ("workers: {tensor_parallel: 0}", "workers.tensor_parallel 0: must lie in"),
+        ("workers: {prefill: 2}", "workers.prefill 2: none of the workers"),
+        ("workers: {decode: 3}", "workers.decode 3: must lie in"),
         ("nodes: {arena: 1}", "nodes.arena 1: at least"),
         ("nodes: {arena: much}", "nodes.arena: 'much' is not a size"),
         ("frontends: {count: 0}", "frontends.count 0: one per host"),

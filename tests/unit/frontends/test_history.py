@@ -11,7 +11,7 @@ from kvstore.observe.metrics import RouterMetrics
 def served(ledger: Ledger, hbm: int, ttft_ms: float) -> None:
     entry = ledger.begin("r", domain="d", model="m", prompt_tokens=100)
     by_tier = dict.fromkeys(TierKind, 0) | {TierKind.HBM: hbm}
-    ledger.found(entry, CacheAccount(100, by_tier, 100 - hbm, MissReason.ABSENT, ""))
+    ledger.found(entry, CacheAccount(100, by_tier, 100 - hbm, MissReason.ABSENT, ""), "w")
     ledger.first_token(entry, ttft_ms)
     ledger.end(entry, "stop", output_tokens=1, lasted_s=1.0)
 

@@ -27,7 +27,7 @@ def test_usage_is_counted_by_domain(registry: CollectorRegistry) -> None:
     ledger = Ledger(RouterMetrics(registry))
     for domain in ("acme", "acme", "zoo"):
         entry = ledger.begin("r", domain=domain, model="m", prompt_tokens=100)
-        ledger.found(entry, ACCOUNT)
+        ledger.found(entry, ACCOUNT, "w")
         ledger.first_token(entry, 250.0)
         ledger.end(entry, "stop", output_tokens=5, lasted_s=1.25)
 
@@ -69,7 +69,7 @@ def test_totals_and_usage_are_what_the_console_shows(registry: CollectorRegistry
     ledger = Ledger(RouterMetrics(registry))
     entry = ledger.begin("r", domain="acme", model="m", prompt_tokens=100)
     assert ledger.running == 1 == registry.get_sample_value("kvstore_requests_in_flight")
-    ledger.found(entry, ACCOUNT)
+    ledger.found(entry, ACCOUNT, "w")
     ledger.first_token(entry, 250.0)
     ledger.end(entry, "stop", output_tokens=5, lasted_s=1.0)
     assert ledger.running == 0 and ledger.usage["acme"] == Usage(1, 100, 48, 5)

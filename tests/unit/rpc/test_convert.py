@@ -23,6 +23,7 @@ from kvstore.directory.events import (
     Lost,
     Marked,
     TierKind,
+    WorkerRole,
 )
 from kvstore.rpc.convert import (
     MAX_NAMESPACE_TEXT,
@@ -104,6 +105,7 @@ EVENTS = st.one_of(
         load_rates=st.lists(
             st.builds(LoadRate, st.sampled_from(TierKind), st.floats(1e-9, 1)), max_size=3
         ).map(tuple),
+        role=st.sampled_from(WorkerRole),
     ),
 )  # fmt: skip
 
@@ -185,3 +187,11 @@ def test_rates_that_cannot_be_are_dropped_and_nothing_else(tier: int, s_per_toke
     )
     assert len(reply.load.load_rates) == 2
     assert event_from_reply(reply) == Loaded(running=3, load_rates=(sound,))
+
+
+def test_a_role_of_a_newer_worker_is_no_role_here() -> None:
+    reply = event_to_reply(Loaded(running=3, role=WorkerRole.DECODE))
+    assert reply.load.role == "decode"
+    reply.load.role = "encode"
+    assert event_from_reply(reply) == Loaded(running=3)
+    assert event_to_reply(Loaded()).load.role == ""

@@ -206,3 +206,20 @@ async def test_closing_gives_back_the_pages_of_jobs_left() -> None:
         assert not await it.link.drained(deadline_ms=10)
         await it.link.close()
         assert it.done == 3
+
+
+async def test_what_is_no_number_is_given_to_nobody() -> None:
+    async with rig() as it:
+        it.pool.view(torch.bfloat16)[1, 3] = torch.nan
+        writes = [(0, slot(4)), (1, slot(5))]
+        it.link.submit(it.job(writes=writes, aborts=[slot(3)], checked=True))
+        assert await it.link.drained(deadline_ms=1_000)
+        (given,) = it.client.settled
+        assert given["commit"] == []
+        assert sorted(ref.slot for ref in given["abort"]) == [3, 4, 5]
+        assert it.failures("store", "not_finite") == 1
+        it.pool.view(torch.bfloat16)[1, 3] = 1.0
+        it.link.submit(it.job(writes=writes, checked=True))
+        assert await it.link.drained(deadline_ms=1_000)
+        assert [ref.slot for ref in it.client.settled[1]["commit"]] == [4, 5]
+        assert it.done == 2

@@ -99,3 +99,17 @@ async def test_a_load_that_fails_ends_its_gate() -> None:
     gate.pass_layer(0)  # would wait
     assert gate.come_groups == 0
     mover.close()
+
+
+async def test_pages_are_looked_through_for_what_is_no_number() -> None:
+    odd = replace(LAYOUT, layers=3)
+    assert odd.payload_bytes < odd.block_bytes
+    pool = torch.zeros((3, odd.block_bytes), dtype=torch.uint8)
+    pool[:, odd.payload_bytes :] = 0xFF  # padding, which nobody writes: no number either
+    mover = Mover(pool, forms(odd, odd))
+    assert await mover.finite([0, 1, 2])
+    assert await mover.finite([])
+    pool[2, : odd.payload_bytes].view(torch.bfloat16)[-1] = torch.inf
+    assert await mover.finite([0, 1])
+    assert not await mover.finite([1, 2])
+    mover.close()

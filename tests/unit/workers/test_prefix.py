@@ -3,6 +3,7 @@
 from typing import Any
 
 from kvworkers.engine.cache import StoreJob
+from kvworkers.engine.handover import HandOver
 from kvworkers.engine.loader import Ask, LoadResult
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import Rates
@@ -25,6 +26,7 @@ def slot(number: int) -> SlotRef:
 class ScriptedLink:
     def __init__(self) -> None:
         self.usable = True
+        self.sees_all = True
         self.result = LoadResult()
         self.raises: Exception | None = None
         self.asked: Ask | None = None
@@ -160,3 +162,83 @@ async def test_a_run_without_names_in_its_pages_keeps_no_loaded_block() -> None:
     it.store.settle_prompt(it.run)  # its caller left, or its pages were disowned
     (job,) = it.link.jobs
     assert (list(job.kept), list(job.writes), list(job.aborts)) == ([], [], [slot(1)])
+
+
+async def handed(**result: Any) -> Rig:
+    """Return a run that another worker goes on with, after its fetch."""
+    it = Rig(hand_over=HandOver())
+    it.link.result = LoadResult(**result)
+    it.store.begin_hand_over(it.run)
+    await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
+    return it
+
+
+async def test_a_prompt_that_goes_on_elsewhere_is_stored_chunk_by_chunk() -> None:
+    it = await handed(reserved={0: slot(0), 1: slot(1), 2: slot(2)}, leases=[9])
+    waiting = it.run.request.hand_over
+    assert waiting is not None
+    for computed, blocks in ((10, 0), (40, 2), (45, 2)):
+        it.run.computed = computed
+        it.store.settle_chunk(it.run)
+        assert sum(len(job.writes) for job in it.link.jobs) == blocks
+    (chunk,) = it.link.jobs
+    assert list(chunk.writes) == [(it.run.pages[0], slot(0)), (it.run.pages[1], slot(1))]
+    assert chunk.checked, "no token was chosen from it yet"
+    assert not chunk.leases
+    it.run.computed = 70
+    it.store.settle_prompt(it.run)
+    it.store.store_rest(it.run)
+    it.store.leave(it.run)
+    _, last, rest = it.link.jobs
+    assert list(last.writes) == [(it.run.pages[2], slot(2))]
+    assert (last.leases, last.checked, rest.first_block) == ([9], False, 3)
+    for job in it.link.jobs:
+        assert not await waiting.settled(deadline_ms=1)
+        job.done()
+    assert await waiting.settled(deadline_ms=1)
+
+
+async def test_what_cannot_be_looked_through_waits_for_the_end_of_its_prompt() -> None:
+    it = await handed(reserved={0: slot(0), 1: slot(1)})
+    it.link.sees_all = False
+    it.run.computed = 40
+    it.store.settle_chunk(it.run)
+    assert it.link.jobs == []
+    it.run.computed = 70
+    it.store.settle_prompt(it.run)
+    (job,) = it.link.jobs
+    assert [to for _, to in job.writes] == [slot(0), slot(1)]
+
+
+async def test_other_prompts_are_stored_in_one_piece() -> None:
+    it = Rig()
+    it.link.result = LoadResult(reserved={0: slot(0)})
+    await it.store.fetch(it.run, it.link)  # type: ignore[arg-type]
+    it.run.computed = 40
+    it.run.hbm_blocks = 1
+    it.store.begin_hand_over(it.run)
+    it.store.settle_chunk(it.run)
+    assert it.link.jobs == []
+
+
+async def test_what_own_pages_have_is_offered_to_the_store_again() -> None:
+    it = Rig(hand_over=HandOver())
+    it.run.hbm_blocks = 3
+    it.store.begin_hand_over(it.run)
+    (job,) = it.link.jobs
+    assert (list(job.names), list(job.pages)) == (it.run.names[:3], it.run.pages[:3])
+    assert job.first_block == 0
+    it.link.usable = False
+    it.store.begin_hand_over(it.run)
+    assert len(it.link.jobs) == 1
+
+
+async def test_a_run_that_ends_early_keeps_nobody_waiting() -> None:
+    it = await handed(reserved={0: slot(0)})
+    it.store.settle_prompt(it.run)
+    it.store.leave(it.run)
+    (job,) = it.link.jobs
+    assert list(job.aborts) == [slot(0)]
+    job.done()
+    assert it.run.request.hand_over is not None
+    assert await it.run.request.hand_over.settled(deadline_ms=1)

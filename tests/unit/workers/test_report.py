@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.names import BlockName, Root
 from kvstore.core.outcomes import MissReason
-from kvstore.directory.events import Loaded, LoadRate, TierKind
+from kvstore.directory.events import Loaded, LoadRate, TierKind, WorkerRole
 from kvstore.directory.lru import Lru
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
@@ -77,3 +77,11 @@ def test_with_the_load_go_the_rates_of_loading() -> None:
     reporter.first_token(FirstTokens(use, 50.0, 5.0, 4.0))
     reporter.publish(pool, Loaded(running=2))
     assert publisher.load == Loaded(running=2, load_rates=(LoadRate(TierKind.DRAM, 5e-6),))
+
+
+def test_with_the_load_goes_the_role() -> None:
+    pool = PagePool(1, block_bytes=4096, policy=Lru())
+    publisher = Publisher("w", 1, [TierKind.HBM], pool)
+    metrics = WorkerMetrics(CollectorRegistry())
+    Reporter(publisher, metrics, WorkerRole.PREFILL).publish(pool, Loaded(running=1))
+    assert publisher.load == Loaded(running=1, role=WorkerRole.PREFILL)

@@ -10,6 +10,7 @@ from typing import Final
 from kvstore.cli.values import Address, parse_bytes
 from kvstore.core.errors import BadInput
 from kvstore.core.names import Fidelity, check_fidelity
+from kvstore.directory.events import WorkerRole
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.rpc.event_writers import check_redis
 from kvstore.rpc.security import check_listen, check_metrics, load_security
@@ -39,6 +40,7 @@ DEFAULT_GRPC: Final = Address("127.0.0.1", 0)
 class ClusterConfig:
     """One cluster. `model` is a prepared directory; `run_dir` holds every socket and log.
 
+    Of the `workers` the last `prefill` and the first `decode` have those roles, the others both.
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
     the worker and to the machine. `fidelity` is how exactly workers' stores keep K and V. `policy`
     evicts in every tier. `nvme` is a directory on a local disk in which each node keeps a tier of
@@ -57,6 +59,8 @@ class ClusterConfig:
     model: Path
     run_dir: Path
     workers: int = 2
+    prefill: int = 0
+    decode: int = 0
     arena_bytes: int = 1 << 30
     pool_bytes: int = 0
     threads: int = 0
@@ -90,6 +94,7 @@ class ClusterConfig:
             raise BadInput(f"--workers {self.workers}: must lie in 1..{MAX_WORKERS}")
         if not 1 <= self.tensor_parallel <= MAX_RANKS:
             raise BadInput(f"--tensor-parallel {self.tensor_parallel}: must lie in 1..{MAX_RANKS}")
+        self._check_roles()
         if self.arena_bytes < MIN_ARENA_BYTES:
             raise BadInput(f"--arena {self.arena_bytes}: at least {MIN_ARENA_BYTES} bytes")
         if self.pool_bytes < 0 or self.threads < 0:
@@ -118,6 +123,26 @@ class ClusterConfig:
             policy=self.policy,
         )
         Quotas([QuotaRule.parse(rule, parse_bytes) for rule in self.quotas])
+
+    def _check_roles(self) -> None:
+        for flag, count in (("--prefill", self.prefill), ("--decode", self.decode)):
+            if not 0 <= count <= self.workers:
+                raise BadInput(f"{flag} {count}: must lie in 0..{self.workers}")
+        if self.prefill == self.workers:
+            raise BadInput(f"--prefill {self.prefill}: none of the workers would answer")
+        if self.prefill + self.decode > self.workers:
+            many = f"with {self.decode} to decode more than the {self.workers} workers"
+            raise BadInput(f"--prefill {self.prefill}: {many}")
+
+    def role_of(self, worker: str) -> WorkerRole:
+        """Return the role of the worker with this name: by its number, so it keeps it.
+
+        Those that only compute prompts come last: whatever `kvstore scale` leaves can answer.
+        """
+        number = int(worker.rpartition("-")[2])
+        if self.workers - self.prefill <= number < self.workers:
+            return WorkerRole.PREFILL
+        return WorkerRole.DECODE if number < self.decode else WorkerRole.BOTH
 
     def _check_addresses(self) -> None:
         security = load_security(self.security)

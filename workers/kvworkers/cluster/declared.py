@@ -68,6 +68,8 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "ray.namespace": ("ray_namespace", _text),
     "ray.spare_cpus": ("spare_cpus", _integer),
     "workers.count": ("workers", _integer),
+    "workers.prefill": ("prefill", _integer),
+    "workers.decode": ("decode", _integer),
     "workers.pool": ("pool_bytes", _size),
     "workers.threads": ("threads", _integer),
     "workers.tensor_parallel": ("tensor_parallel", _integer),
@@ -86,8 +88,9 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
 """Key of the file → field of `ClusterConfig` and how it is read."""
 
 FLAGS: Final[Mapping[str, str]] = {
-    "--workers": "workers.count", "--arena": "nodes.arena", "--pool": "workers.pool",
-    "--threads": "workers.threads", "--tensor-parallel": "workers.tensor_parallel",
+    "--workers": "workers.count", "--prefill": "workers.prefill", "--decode": "workers.decode",
+    "--arena": "nodes.arena", "--pool": "workers.pool", "--threads": "workers.threads",
+    "--tensor-parallel": "workers.tensor_parallel",
     "--frontends": "frontends.count", "--drain-ms": "drain_ms",
     "--control-port": "control_port", "--ray-namespace": "ray.namespace",
     "--spare": "ray.spare_cpus",

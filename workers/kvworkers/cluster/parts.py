@@ -270,7 +270,9 @@ class WorkerShell(Shell):
             node=str(self._node_dir),
             host=self._report.host,
             name=self._report.name,
+            role=chosen.role_of(self._report.name),
             incarnation=self._report.incarnation,
+            pool_bytes=chosen.pool_bytes or None,
             threads=chosen.threads_per_worker(),
             tensor_parallel=chosen.tensor_parallel,
             policy=chosen.policy,
@@ -282,8 +284,6 @@ class WorkerShell(Shell):
             metrics=f"{where}:0",
             security=chosen.security,
         )
-        if chosen.pool_bytes:
-            config = replace(config, pool_bytes=chosen.pool_bytes)
         return WorkerServer(config, rank_actors(self._bundle, chosen.tensor_parallel))
 
     async def drain(self, drain_ms: int) -> None:

@@ -121,6 +121,22 @@ def scope_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def role_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what workers are there for."""
+    for option in (
+        click.option(
+            "--decode", default=0, show_default=True,
+            help="Workers that are kept free for answers: docs/worker.md.",
+        ),
+        click.option(
+            "--prefill", default=0, show_default=True,
+            help="Workers that compute prompts for the others of their host.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 _WITH_CONFIG: Final = frozenset({"config_file", "detach", "as_json", "notify_fd"})
 
 

@@ -32,6 +32,7 @@ from kvworkers.commands.options import (
     cluster_options,
     make_directory,
     refuse_with_config,
+    role_options,
     scope_options,
     with_free_ports,
 )
@@ -40,8 +41,9 @@ _READY_SECONDS: Final = 900.0
 """`--detach` waits this long: a first start downloads and converts a model."""
 
 _SAME_NAMES: Final = (
-    "workers", "threads", "policy", "nvme", "files", "http", "grpc", "frontends", "listen",
-    "tensor_parallel", "security", "ray_namespace", "drain_ms", "trace", "events_redis", "fidelity",
+    "workers", "prefill", "decode", "threads", "policy", "nvme", "files", "http", "grpc",
+    "frontends", "listen", "tensor_parallel", "security", "ray_namespace", "drain_ms", "trace",
+    "events_redis", "fidelity",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 
@@ -52,6 +54,7 @@ _LOG_POLL_SECONDS: Final = 0.2
 @cluster_options
 @address_options("127.0.0.1:8000")
 @scope_options
+@role_options
 @click.option("--name", default="default", show_default=True, help="For `down` and `chat`.")
 @click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
               show_default=True, help="How exactly workers' stores keep K and V.")  # fmt: skip

@@ -67,6 +67,8 @@ class StoreJob:
     """Blocks without slots yet: an Acquire reserves some; `pages[i]` holds `names[i]`."""
     pages: Sequence[int] = ()
     first_block: int = 0
+    checked: bool = False
+    """Whether to look for what is no number first: of pages whose step chose no token."""
 
 
 class StoreLink:
@@ -104,6 +106,11 @@ class StoreLink:
     def usable(self) -> bool:
         """Whether asking makes sense at this moment."""
         return self._loop.time() >= self._open_until
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether jobs that are to be `checked` can be: `Mover.sees_all`."""
+        return self._mover.sees_all
 
     async def load(self, ask: Ask, follower: Follower | None = None) -> LoadResult:
         """Load the longest cached prefix of a prompt: `Loader.load`."""
@@ -182,6 +189,9 @@ class StoreLink:
                 writes += [(job.pages[entry.index], entry.slot) for entry in got.reserved]
                 reserved += [entry.slot for entry in got.reserved]
             kept, left = self._reached(writes)
+            if job.checked and not await self._mover.finite([page for page, _ in kept]):
+                self._metrics.store_failures.labels("store", "not_finite").inc()
+                kept, left = [], [slot for _, slot in writes]
             await self._write(kept)
         except BaseException:
             self._owe(reserved)

@@ -213,6 +213,7 @@ class Engine:
 
     def _begin(self, active: Active) -> None:
         """Fetch what the store has for an admitted run, or let it compute at once."""
+        self._prefix.begin_hand_over(active.run)
         link = self._prefix.wanted(active.run)
         if link is None:
             self._scheduler.loaded(active.run, 0, now_ms=self._now_ms())
@@ -319,6 +320,7 @@ class Engine:
             return
         self._scheduler.advance(work, now_ms=now_ms)
         if sampled is None:
+            self._prefix.settle_chunk(run)
             return
         if run.first_token_ms is None:
             self._first_token(active, now_ms)
@@ -368,6 +370,7 @@ class Engine:
         self._prefix.settle_prompt(run)
         if active.error is None:
             self._prefix.store_rest(run)
+        self._prefix.leave(run)
         depth_cost = self.rates.rates().depth_cost
         self._scheduler.finish(run, now_ms=self._now_ms(), depth_cost=depth_cost)
         self._reporter.finished(run, failed=active.error is not None, now_ms=self._now_ms())

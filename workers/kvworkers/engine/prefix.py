@@ -55,6 +55,35 @@ class PrefixStore:
             return None
         return link
 
+    def begin_hand_over(self, run: Run) -> None:
+        """Give the store what our own pages have of a prompt that goes on elsewhere.
+
+        It had these blocks once; whether it has them still, nobody here knows.
+        """
+        link = self._link()
+        if run.request.hand_over is not None and link is not None and run.hbm_blocks:
+            self._store_named(run, link, range(run.hbm_blocks))
+
+    def settle_chunk(self, run: Run) -> None:
+        """Give the store the blocks that are computed so far of such a prompt.
+
+        Its end was not seen yet: what is no number is given to nobody (`StoreJob.checked`). Where
+        that cannot be seen, all of it waits for the end.
+        """
+        link, result = self._link(), self._results.get(run)
+        if run.request.hand_over is None or link is None or result is None or not link.sees_all:
+            return
+        done = [block for block in result.reserved if block < run.full_blocks]
+        writes = [(run.pages[block], result.reserved.pop(block)) for block in done]
+        if writes:
+            held = self._holding(run, [page for page, _ in writes])
+            link.submit(StoreJob(done=held, writes=writes, checked=True))
+
+    def leave(self, run: Run) -> None:
+        """Take note that nothing more comes of a run."""
+        if run.request.hand_over is not None:
+            run.request.hand_over.ended()
+
     async def fetch(self, run: Run, link: StoreLink, follower: Follower | None = None) -> int:
         """Copy what the store has into the run's pages; return how many blocks that was.
 
@@ -104,7 +133,7 @@ class PrefixStore:
             return
         link.submit(
             StoreJob(
-                done=self._holding([page for page, _ in writes]),
+                done=self._holding(run, [page for page, _ in writes]),
                 writes=writes,
                 aborts=aborts,
                 leases=result.leases,
@@ -119,25 +148,34 @@ class PrefixStore:
     def store_rest(self, run: Run) -> None:
         """Give the store full blocks that it was not given yet: the reply's, mostly."""
         link = self._link()
-        if link is None or not run.keeps or run.full_blocks <= run.stored or not link.usable:
+        if link is not None and run.keeps and run.full_blocks > run.stored:
+            self._store_named(run, link, range(run.stored, run.full_blocks))
+
+    def _store_named(self, run: Run, link: StoreLink, blocks: range) -> None:
+        """Have the background ask for slots for these blocks, and fill those that it gets."""
+        if not link.usable:
             return
-        blocks = slice(run.stored, run.full_blocks)
-        pages = run.pages[blocks]
+        pages = run.pages[blocks.start : blocks.stop]
         link.submit(
             StoreJob(
-                done=self._holding(pages),
-                names=run.names[blocks],
+                done=self._holding(run, pages),
+                names=run.names[blocks.start : blocks.stop],
                 pages=pages,
-                first_block=run.stored,
+                first_block=blocks.start,
             )
         )
 
-    def _holding(self, pages: Sequence[int]) -> Callable[[], None]:
-        """Hold `pages` until the returned function is called."""
+    def _holding(self, run: Run, pages: Sequence[int]) -> Callable[[], None]:
+        """Hold `pages` until the returned function is called; a hand-over waits for it."""
         self._pool.share(pages)
+        waiting = run.request.hand_over
+        if waiting is not None:
+            waiting.began()
 
         def done() -> None:
             self._pool.release(pages, now_ms=time.monotonic() * 1000)
             self._changed()
+            if waiting is not None:
+                waiting.ended()
 
         return done

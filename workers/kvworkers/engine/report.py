@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvstore.directory.events import Loaded, TierKind
+from kvstore.directory.events import Loaded, TierKind, WorkerRole
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
 from kvworkers.engine.output import FirstTokens
@@ -16,8 +16,11 @@ from kvworkers.pages.pool import PageChange, PagePool
 class Reporter:
     """Turns what happened into metrics and events. Lives on the engine's event loop."""
 
-    def __init__(self, publisher: Publisher, metrics: WorkerMetrics) -> None:
+    def __init__(
+        self, publisher: Publisher, metrics: WorkerMetrics, role: WorkerRole = WorkerRole.BOTH
+    ) -> None:
         self._publisher = publisher
+        self._role = role
         self._metrics = metrics
         self._loads = LoadFit()
         self._evictions = 0
@@ -25,7 +28,7 @@ class Reporter:
     def publish(self, pool: PagePool, load: Loaded) -> None:
         """Send on what the pool named and unnamed since the last call, and the load.
 
-        With the load go the rates of loading, as `first_token` has heard of it.
+        With the load go the rates of loading, as `first_token` has heard of it, and the role.
         """
         for run in _runs(pool.drain_changes()):
             root, names = run[0].key.root, [change.key.name for change in run]
@@ -33,7 +36,7 @@ class Reporter:
                 self._publisher.delete(root, TierKind.HBM, names)
             else:
                 self._publisher.set(root, TierKind.HBM, names, block_bytes=pool.block_bytes)
-        self._publisher.load = replace(load, load_rates=self._loads.rates())
+        self._publisher.load = replace(load, load_rates=self._loads.rates(), role=self._role)
         metrics = self._metrics
         metrics.evictions.inc(pool.evictions - self._evictions)
         self._evictions = pool.evictions

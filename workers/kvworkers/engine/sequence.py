@@ -21,6 +21,7 @@ from kvstore.core.names import BlockName, ExtraKey, Root, chain
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.rpc.convert import check_id
+from kvworkers.engine.handover import HandOver
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.stream.gate import Gate
 
@@ -68,6 +69,8 @@ class Request:
     """Of the whole request, from its arrival; 0: none."""
     traceparent: str = ""
     """Its place in a trace (`kvstore.observe.tracing`); empty: none."""
+    hand_over: HandOver | None = None
+    """Another worker goes on: blocks are stored as each chunk ends, and this hears of it."""
 
     def __post_init__(self) -> None:
         if not self.tokens:

@@ -81,11 +81,12 @@ class _Together:
         """Run one reply; `worker` becomes known with the first token of its group's first one."""
         try:
             if not first:
-                running.prefer = await asyncio.shield(worker)
+                running.prefer = frozenset(filter(None, [await asyncio.shield(worker)]))
             async with self._slots, aclosing(self._pipeline.run_placed(running)) as chunks:
                 async for chunk in chunks:
                     if first and not worker.done():
-                        worker.set_result(chunk.worker)
+                        # One that gives first tokens only answers none of them.
+                        worker.set_result("" if running.handed_at else chunk.worker)
                     await self.unread.put((number, chunk))
         except Exception as error:  # task boundary: raised where the chunks are read
             await self.unread.put(error)

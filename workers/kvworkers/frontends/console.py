@@ -199,6 +199,7 @@ def _member(one: MemberState) -> dict[str, Any]:
 
 def _request(entry: Entry) -> dict[str, Any]:
     cache, decision = entry.cache, entry.decision
+    predicted = entry.split or decision
     return {
         "id": entry.request_id,
         "began": entry.began_s,
@@ -208,8 +209,9 @@ def _request(entry: Entry) -> dict[str, Any]:
         "by_tier": None if cache is None else _by_tier(cache.by_tier),
         "miss_reason": "" if cache is None else cache.miss_reason.name.lower(),
         "ttft_ms": entry.ttft_ms or None,
-        "predicted_ttft_ms": None if decision is None else decision.predicted_ttft_ms,
+        "predicted_ttft_ms": None if predicted is None else predicted.predicted_ttft_ms,
         "worker": "" if decision is None else decision.worker,
+        "prefill_worker": entry.computed_by,
         "output_tokens": entry.output_tokens,
         "retries": entry.retries,
         "outcome": entry.outcome,
@@ -232,9 +234,17 @@ def _explained(entry: Entry) -> dict[str, Any]:
             }
             for step in plan
         ],
-        "explanation": "not placed yet" if decision is None else decision.explanation,
+        "explanation": _explanation(entry),
         "places": "" if entry.cache is None else entry.cache.places,
     }
+
+
+def _explanation(entry: Entry) -> str:
+    """Say why a request went where it went; of one that was split, both times."""
+    if entry.decision is None:
+        return "not placed yet"
+    before = f"{entry.split.explanation}\n\n" if entry.split is not None else ""
+    return before + entry.decision.explanation
 
 
 def _prefix(one: HotPrefix) -> dict[str, Any]:

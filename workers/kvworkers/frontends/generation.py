@@ -275,6 +275,9 @@ class Chunk:
     ttft_ms: float = 0.0
     """With the first tokens; at the frontend, from arrival."""
     worker: str = ""
+    """Who gave these tokens."""
+    prefill_worker: str = ""
+    """Who computed the prompt; with the account."""
     output_tokens: int = 0
     """So far."""
     retries: int = 0

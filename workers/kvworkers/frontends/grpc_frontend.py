@@ -99,6 +99,7 @@ def reply_of(chunk: Chunk) -> inference_pb2.GenerateReply:
         finish_reason=chunk.finish_reason,
         ttft_ms=chunk.ttft_ms,
         worker=chunk.worker,
+        prefill_worker=chunk.prefill_worker,
         output_tokens=chunk.output_tokens,
         retries=chunk.retries,
     )

@@ -38,6 +38,10 @@ class Entry:
     """Seconds since the epoch."""
     decision: Decision | None = None
     """The last one: where it went, and why."""
+    split: Decision | None = None
+    """The last one before it that chose two workers; None: none did."""
+    computed_by: str = ""
+    """The worker that computed the prompt, once that is known."""
     cache: CacheAccount | None = None
     ttft_ms: float = 0.0
     """0 before the first token."""
@@ -45,6 +49,12 @@ class Entry:
     retries: int = 0
     outcome: str = ""
     """Empty while it runs."""
+
+    def note(self, decision: Decision, retries: int) -> None:
+        """Take note of where it goes next, after so many failures."""
+        if self.decision is not None and self.decision.split is not None:
+            self.split = self.decision
+        self.decision, self.retries = decision, retries
 
 
 @dataclass(slots=True)
@@ -99,9 +109,9 @@ class Ledger:
         usage.prompt_tokens += prompt_tokens
         return entry
 
-    def found(self, entry: Entry, cache: CacheAccount) -> None:
-        """Note where a prompt came from."""
-        entry.cache = cache
+    def found(self, entry: Entry, cache: CacheAccount, worker: str) -> None:
+        """Note where a prompt came from, and who computed it."""
+        entry.cache, entry.computed_by = cache, worker
         for tier, tokens in cache.by_tier.items():
             self._metrics.cached_tokens.labels(tier=tier.name.lower()).inc(tokens)
             self.totals.by_tier[tier] += tokens

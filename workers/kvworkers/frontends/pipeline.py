@@ -2,15 +2,16 @@
 
     render + tokenise → name → route → Worker.Run → detokenise → chunks
                           ▲                 │ worker lost: tokens so far are kept,
-                          └─────────────────┘ and the rest is asked of another one
+                          └─────────────────┘ and the rest is asked of another one; as after the
+                                              first token, where the router split the request
 
 Nothing here decides where a request goes (the router does) or what a token is (the worker does).
 """
 
 import time
 from array import array
-from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,17 +19,15 @@ from kvstore.core.errors import (
     BadInput,
     Corrupt,
     KvStoreError,
-    NotFound,
     Refused,
     SessionLost,
     TooLarge,
     Unreachable,
 )
-from kvstore.core.names import BlockName, ExtraKey, chain
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.observe.tracing import OFF, Tracing
 from kvstore.router.learning import Actual
-from kvstore.router.placement import Decision, Prompt
+from kvstore.router.placement import Decision
 from kvstore.router.router import Router
 from kvstore.rpc.v1 import worker_pb2
 from kvworkers.frontends.attempt import attempt
@@ -36,6 +35,7 @@ from kvworkers.frontends.fleet import Fleet
 from kvworkers.frontends.generation import CacheAccount, Chunk, FieldError, Generation
 from kvworkers.frontends.grammars import ShapeChecks
 from kvworkers.frontends.ledger import Ledger, outcome_of
+from kvworkers.frontends.placing import Placing
 from kvworkers.frontends.running import Running
 from kvworkers.frontends.text import Detokeniser, StopMatcher
 from kvworkers.frontends.tokenizer import ChatTokenizer
@@ -96,6 +96,10 @@ class Pipeline:
         self._router = router
         self._metrics = metrics
         self._shapes = ShapeChecks()
+        self._placing = Placing(
+            router, fleet, share_domain=config.share_domain, wait_ms=config.wait_ms,
+            other_wait_ms=config.other_wait_ms,
+        )  # fmt: skip
         self._in_flight = 0
         self._preparing = 0
 
@@ -218,13 +222,13 @@ class Pipeline:
         while True:
             traceparent = running.span.traceparent
             with self._tracing.begin("route", traceparent) as placing:
-                decision = await self._place(running, failed)
+                decision = await self._placing.place(running, failed)
                 placing.set(
                     worker=decision.worker, hit_tokens=decision.hit_tokens,
                     predicted_ttft_ms=decision.predicted_ttft_ms,
                 )  # fmt: skip
             if running.entry is not None:
-                running.entry.decision, running.entry.retries = decision, running.retries
+                running.entry.note(decision, running.retries)
             try:
                 with self._tracing.begin("attempt", traceparent, worker=decision.worker) as span:
                     chunks = self._from_worker(running, decision, span.traceparent)
@@ -251,43 +255,6 @@ class Pipeline:
             return "stop"
         return "length" if len(running.output) >= running.max_tokens else ""
 
-    async def _place(self, running: Running, failed: set[str]) -> Decision:
-        """Choose a worker; one that failed is asked again only when there is no other."""
-        with suppress(NotFound, Unreachable):  # workers may have come since; none is as good as old
-            running.offer = self.fleet.offer(running.offer.model)
-        packed = (running.prompt + running.output).tobytes()
-        salt, names = running.request.cache_salt, list[BlockName]()
-        # What reads no cache hits nowhere: without names it is priced as all uncached.
-        if not running.request.no_read and salt:
-            names = chain(running.offer.root, packed, extra_keys=[ExtraKey(0, salt)])
-        elif not running.request.no_read:
-            names = self._router.names(running.offer.root, packed)
-        tokens, keeps = len(packed) // 4, not running.request.no_store
-
-        domain = running.request.share_domain or self._config.share_domain
-
-        def prompt(exclude: Sequence[str], among: Collection[str]) -> Prompt:
-            return Prompt(
-                running.offer.root, names, tokens, frozenset(exclude), among,
-                keeps, domain=domain, priority=running.request.priority,
-            )  # fmt: skip
-
-        everyone, left_ms = running.offer.workers, running.left_s * 1_000
-        preferred, running.prefer = running.prefer, ""
-        if preferred in everyone and not failed:
-            with suppress(Refused):  # it is full, or gone: then whoever is best
-                one = prompt((), {preferred})
-                return await self._router.route(one, wait_ms=0, deadline_ms=0)
-        if failed:
-            try:
-                wait_ms = min(self._config.other_wait_ms, left_ms)
-                return await self._router.route(prompt(sorted(failed), everyone), wait_ms=wait_ms)
-            except Refused:
-                failed.clear()
-        alive_ms = min(self._config.wait_ms, left_ms)
-        anyone = prompt((), everyone)
-        return await self._router.route(anyone, wait_ms=alive_ms, deadline_ms=left_ms)
-
     def _count_failure(
         self, running: Running, decision: Decision, error: KvStoreError, failed: set[str]
     ) -> None:
@@ -306,23 +273,7 @@ class Pipeline:
         self, running: Running, decision: Decision, traceparent: str
     ) -> AsyncGenerator[Chunk, None]:
         """Yield what one worker adds to the reply."""
-        request = running.request
-        run = worker_pb2.RunRequest(
-            request_id=request.request_id,
-            tokens=(running.prompt + running.output).tobytes(),
-            sampling=request.sampling.to_proto(
-                running.max_tokens - len(running.output),
-                request.shape.grammar if request.shape is not None else "",
-            ),
-            reply_tokens=len(running.output),
-            share_domain=self._config.share_domain,
-            no_store=request.no_store,
-            kind=request.kind,
-            no_read=request.no_read,
-            cache_salt=request.cache_salt,
-            deadline_ms=max(1, int(running.left_s * 1_000)),
-            priority=request.priority,
-        )
+        run = running.asked(self._config.share_domain, first_only=decision.split is not None)
         replies = attempt(
             self.fleet.stub(decision.worker),
             run,
@@ -337,12 +288,14 @@ class Pipeline:
                 async for reply in replies:
                     if reply.HasField("cache"):
                         self._learn(decision, reply, sent)
-                    chunk = self._chunk(running, decision.worker, reply)
+                    chunk = self._chunk(running, decision, reply)
                     if chunk is not None:
                         if chunk.finish_reason:
                             # Before it is given out: nobody may come back for more.
                             self._router.complete(decision.booking)
                         yield chunk
+            if running.handed:
+                self._router.complete(decision.booking)
         except WORTH_RETRYING:
             raise  # the booking ends where the failure is counted
         except BaseException:  # closed or cancelled: the load is gone from the worker
@@ -361,29 +314,51 @@ class Pipeline:
         )
         self._router.first_token(decision.booking, actual)
 
-    def _chunk(self, running: Running, worker: str, reply: worker_pb2.RunReply) -> Chunk | None:
+    def _chunk(
+        self, running: Running, decision: Decision, reply: worker_pb2.RunReply
+    ) -> Chunk | None:
         """Return what one message of the worker adds; None when it adds nothing."""
+        worker = decision.worker
         if running.warms:
             _withhold(reply)
         tokens = array("I", reply.tokens)
         if reply.HasField("cache") and running.cache is None:
-            running.cache = CacheAccount.from_proto(reply.cache)
+            running.cache, running.computed_by = CacheAccount.from_proto(reply.cache), worker
             if running.entry is not None:
-                self.ledger.found(running.entry, running.cache)
+                self.ledger.found(running.entry, running.cache, worker)
         # A reply may end before any token: its end is what its caller waited for, then.
         first = bool(tokens or reply.finish_reason) and not running.output
         running.output.extend(tokens)
+        reason = self._reason(running, decision, reply)
         if first:
             running.ttft_ms = (time.monotonic() - running.arrived) * 1_000
             if running.entry is not None:
                 self.ledger.first_token(running.entry, running.ttft_ms)
         text, stopped = running.matcher.push(running.detokeniser.push(tokens) if tokens else "")
-        if stopped or reply.finish_reason:
-            reason = "stop" if stopped else reply.finish_reason
+        if stopped or reason:
+            reason = "stop" if stopped else reason
             return running.last(worker, reason, text, reply, stopped=stopped, first=first)
         if not tokens:
             return None
         return running.piece(worker, text, reply, first=first)
+
+    def _reason(self, running: Running, decision: Decision, reply: worker_pb2.RunReply) -> str:
+        """Return why a reply ends with this message; empty where it goes on.
+
+        As after the part of the first of two workers: that ends its call, and not the reply.
+        """
+        now = time.monotonic()
+        if running.handed_at and reply.tokens:
+            self._metrics.hand_over_seconds.observe(now - running.handed_at)
+            running.taken_over()
+        if decision.split is None:
+            return reply.finish_reason
+        if reply.tokens:
+            running.handed_at = now
+        if reply.finish_reason == "length" and len(running.output) < running.max_tokens:
+            running.hand_over(decision.split.takers)
+            return ""
+        return reply.finish_reason
 
 
 def _withhold(reply: worker_pb2.RunReply) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +34,14 @@ class Running:
     retries: int = 0
     ttft_ms: float = 0.0
     cache: CacheAccount | None = None
-    prefer: str = ""
-    """The worker that has just computed its prompt, to be asked first; empty: whichever is best."""
+    prefer: frozenset[str] = frozenset()
+    """Workers to be asked first: who has just computed its prompt, or is to take over."""
+    computed_by: str = ""
+    """Who computed the prompt, once its first token is out."""
+    handed: bool = False
+    """Whether one gave the first token only, and none of those that may go on a token yet."""
+    handed_at: float = 0.0
+    """When that token came, in `time.monotonic()` seconds; 0: nobody is waited for."""
 
     def siblings(self, count: int, decode: Decode) -> "list[Running]":
         """Return `count` replies to this prompt, itself the first. Before any of them runs."""
@@ -61,6 +68,35 @@ class Running:
         """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
+    def hand_over(self, takers: Collection[str]) -> None:
+        """Let one of `takers` go on; whoever is best if they cannot."""
+        self.handed, self.prefer = True, frozenset(takers)
+
+    def taken_over(self) -> None:
+        """Take note that another worker has given a token."""
+        self.handed, self.prefer, self.handed_at = False, frozenset(), 0.0
+
+    def asked(self, share_domain: str, *, first_only: bool) -> worker_pb2.RunRequest:
+        """Return what a worker is asked: all that is left, or one token for another to go on."""
+        request, wanted = self.request, self.max_tokens - len(self.output)
+        return worker_pb2.RunRequest(
+            request_id=request.request_id,
+            tokens=(self.prompt + self.output).tobytes(),
+            sampling=request.sampling.to_proto(
+                1 if first_only else wanted,
+                request.shape.grammar if request.shape is not None else "",
+            ),
+            reply_tokens=len(self.output),
+            share_domain=share_domain,
+            no_store=request.no_store,
+            kind=request.kind,
+            no_read=request.no_read,
+            cache_salt=request.cache_salt,
+            deadline_ms=max(1, int(self.left_s * 1_000)),
+            priority=request.priority,
+            hand_over=first_only,
+        )
+
     def facts(self) -> dict[str, Any]:
         """Return what a trace says of a request at its beginning, as `Tracing.begin` takes it."""
         return {
@@ -83,6 +119,7 @@ class Running:
             cache=self.cache if first or finish_reason else None,
             ttft_ms=self.ttft_ms if first or finish_reason else 0.0,
             worker=worker,
+            prefill_worker=self.computed_by if first or finish_reason else "",
             output_tokens=len(self.output),
             retries=self.retries,
             finish_reason=finish_reason,

@@ -86,6 +86,15 @@ class RanksMover(Mover):
         await self._together(arena, offsets, pages, store=True, alone=False)
 
     @property
+    def sees_all(self) -> bool:
+        """No: the other ranks' parts are not here."""
+        return False
+
+    async def finite(self, pages: Sequence[int]) -> bool:
+        """Say whether every element of rank 0's part of `pages` is a number."""
+        return await self._own.mover.finite(pages)
+
+    @property
     def reachable_bytes(self) -> int:
         """Bytes of the arena that copies of all ranks can use."""
         return min(self._own.mover.reachable_bytes, self._lead.reached_bytes)

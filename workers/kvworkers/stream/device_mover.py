@@ -119,6 +119,10 @@ class DeviceMover(Mover):
         self._check(arena, offsets, pages)
         await self._stores.run(self._jobs(self._store_there, arena, offsets, pages))
 
+    async def finite(self, pages: Sequence[int]) -> bool:
+        """Say whether every element of `pages` is a number."""
+        return await self._do(partial(self._stores.there, partial(self._finite, pages)))
+
     def forget(self) -> None:
         """Unregister the arena: its mapping is about to end, and no copy is running."""
         if self._registration is not None:

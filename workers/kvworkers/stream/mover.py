@@ -75,6 +75,15 @@ class Mover:
             await self._do(partial(self._store, arena, at, rows))
 
     @property
+    def sees_all(self) -> bool:
+        """Whether `finite` looks at all that a page holds: not at what other ranks have of it."""
+        return True
+
+    async def finite(self, pages: Sequence[int]) -> bool:
+        """Say whether every element of `pages` is a number."""
+        return await self._do(partial(self._finite, pages))
+
+    @property
     def reachable_bytes(self) -> int:
         """Bytes of the arena met last that copies can use now."""
         return self._met_bytes
@@ -132,6 +141,11 @@ class Mover:
             return
         memory = torch.frombuffer(arena, dtype=torch.uint8)
         ops.store_blocks(self._pool, torch.tensor(pages), memory, torch.tensor(offsets))
+
+    def _finite(self, pages: Sequence[int]) -> bool:
+        size = self.forms.pages.payload_bytes  # what follows pads the block: nobody wrote it
+        good = [self._pool[page, :size].view(self.forms.element).isfinite().all() for page in pages]
+        return not good or bool(torch.stack(good).all())
 
     async def _do(self, work: Callable[[], _T]) -> _T:
         loop = asyncio.get_running_loop()

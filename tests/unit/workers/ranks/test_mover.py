@@ -103,6 +103,7 @@ def ranks_mover(path: Path) -> tuple[RanksMover, Told, memoryview, int]:
 async def test_a_copy_has_happened_when_all_have_copied(path: Path) -> None:
     mover, lead, arena, block = ranks_mover(path)
     assert mover.forms.stored.block_bytes == block, "others count in whole blocks"
+    assert not mover.sees_all and await mover.finite([1, 2])
     behind: list[int] = []
     copying = asyncio.create_task(mover.load(arena, [block], [2], queued=lambda: behind.append(1)))
     await asyncio.sleep(0.05)

@@ -208,9 +208,11 @@ function drawRequests(state) {
     const cached = one.by_tier === null ? "–" : percent(sum(one.by_tier), one.prompt_tokens);
     const from = one.by_tier === null ? "" : TIERS.filter((tier) => one.by_tier[tier]).join(", ");
     const good = ["stop", "length", "cancelled", ""].includes(one.outcome);
+    const two = one.prefill_worker && one.prefill_worker !== one.worker;
+    const worker = two ? `${one.prefill_worker}, then ${one.worker}` : one.worker || "–";
     return [
       button, clock(one.began), one.domain, count(one.prompt_tokens), cached, from || "–", one.miss_reason === "none" ? "–" : one.miss_reason.replaceAll("_", " ") || "–",
-      ms(one.ttft_ms), ms(one.predicted_ttft_ms), one.worker || "–", count(one.output_tokens),
+      ms(one.ttft_ms), ms(one.predicted_ttft_ms), worker, count(one.output_tokens),
       element("span", one.outcome || "running", good ? one.outcome : "failed"),
     ];
   });

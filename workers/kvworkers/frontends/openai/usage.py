@@ -48,6 +48,7 @@ def extension(chunk: Chunk) -> dict[str, Any]:
         "places": cache.places if cache else "",
         "ttft_ms": round(chunk.ttft_ms, 3),
         "worker": chunk.worker,
+        "prefill_worker": chunk.prefill_worker,
         "retries": chunk.retries,
     }
 
