@@ -77,12 +77,14 @@ def latent_view(pool: Tensor, layout: LatentLayout, dtype: torch.dtype | None = 
     )
     check(pool.stride(1) == 1, "pool rows must be contiguous")
     rows = pool[:, : layout.payload_bytes].view(element)
-    return rows.unflatten(1, (layout.layers, BLOCK_TOKENS, layout.latent_dim + layout.rope_dim))
+    width = layout.latent_dim + layout.rope_dim
+    return rows.as_strided(
+        (pool.shape[0], layout.layers, BLOCK_TOKENS, width),
+        (rows.stride(0), BLOCK_TOKENS * width, width, 1),
+    )
 
 
-def write_latents(
-    latent: Tensor, rotary: Tensor, pages: Tensor, slots: Tensor, layer: int
-) -> None:
+def write_latents(latent: Tensor, rotary: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
     """Write new tokens' rows into their places.
 
     latent [tokens, latent_dim] and rotary [tokens, rope_dim], rotated, of the type of pages as

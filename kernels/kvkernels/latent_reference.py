@@ -9,9 +9,7 @@ from kvkernels.reference import ReferencePlan
 from kvstore.core.limits import BLOCK_TOKENS
 
 
-def write_latents(
-    latent: Tensor, rotary: Tensor, pages: Tensor, slots: Tensor, layer: int
-) -> None:
+def write_latents(latent: Tensor, rotary: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
     """See `kvkernels.latent.write_latents`."""
     page = torch.div(slots, BLOCK_TOKENS, rounding_mode="floor")
     pages[:, layer][page, slots % BLOCK_TOKENS] = torch.cat((latent, rotary), dim=1)

@@ -19,6 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+_load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+"""Names of later versions of Triton and, where those are not there, of 3.6."""
+
 # One parameter a line would bury the kernels under their signatures.
 # fmt: off
 
@@ -43,7 +47,7 @@ def _copy(
     columns = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     row = page.to(gl.int64) * page_stride + spot % PAGE * ROW
     place = cells + gl.expand_dims(row, 1) + gl.expand_dims(columns, 0)
-    async_copy.async_copy_global_to_shared(
+    _load_async(
         target, place, mask=gl.expand_dims(spot < context, 1)
     )
 
@@ -135,7 +139,7 @@ def attend_latents_hopper(
         async_copy.wait_group(0)
         # All warps have read the other buffer, and see what each of them has copied into this one.
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
         latent, rope = latents.index(at), ropes.index(at)
         pending = warpgroup_mma(
             q, latent.permute([1, 0]), nothing, use_acc=False, is_async=True

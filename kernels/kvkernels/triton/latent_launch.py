@@ -27,9 +27,7 @@ _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _INTERPRETED = isinstance(attend_latents, InterpretedFunction)
 
 
-def write_latents(
-    latent: Tensor, rotary: Tensor, pages: Tensor, slots: Tensor, layer: int
-) -> None:
+def write_latents(latent: Tensor, rotary: Tensor, pages: Tensor, slots: Tensor, layer: int) -> None:
     """See `kvkernels.latent.write_latents`."""
     page = torch.div(slots, BLOCK_TOKENS, rounding_mode="floor")
     offset = slots % BLOCK_TOKENS
@@ -80,9 +78,7 @@ def attend(
     query: Tensor, rotary: Tensor, cells: Tensor, tables: Tensor, work: LatentWork, *, scale: float
 ) -> Tensor:
     """Launch a step's work on one layer's cells, [pages, 16, row], and merge what was split."""
-    query, rotary = (
-        each if each.stride(2) == 1 else each.contiguous() for each in (query, rotary)
-    )
+    query, rotary = (each if each.stride(2) == 1 else each.contiguous() for each in (query, rotary))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     tiling, heads, latent = work.tiling, query.shape[1], query.shape[2]
     kernel, options = _kernel(work, query.dtype)

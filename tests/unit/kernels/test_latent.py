@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' modules decide at their import
 
@@ -106,9 +107,7 @@ def test_the_reference_is_attention_by_the_textbook(
 
 @pytest.mark.parametrize("spans", STEPS, ids=NAMES)
 @pytest.mark.parametrize("heads", [1, 4, 16, 24, 128])
-def test_the_kernel_is_attention_by_the_textbook(
-    spans: list[tuple[int, int]], heads: int
-) -> None:
+def test_the_kernel_is_attention_by_the_textbook(spans: list[tuple[int, int]], heads: int) -> None:
     given = step(spans, heads=heads)
     got, _ = by_kernel(given)
     torch.testing.assert_close(got.double(), textbook(given, 0.2), atol=2e-5, rtol=1e-4)
@@ -185,9 +184,7 @@ def test_one_sequence_is_spread_and_a_full_batch_is_not_cut(
     tiling = Tiling(rows=64, tile=64, warps=8, stages=2, programs=1)
     alone = make_work([(0, 1, 131_072)], shape, tiling, table_stride=9_000)
     assert 60 <= alone.items.shape[0] <= 66
-    full = make_work(
-        [(row, 1, 8_192) for row in range(64)], shape, tiling, table_stride=9_000
-    )
+    full = make_work([(row, 1, 8_192) for row in range(64)], shape, tiling, table_stride=9_000)
     assert full.items.shape[0] == 64 and not len(full.firsts) and not full.partial.numel()
 
 
@@ -225,7 +222,7 @@ def test_every_row_lies_where_the_layout_says() -> None:
 
 def test_bad_shapes_types_and_plans_are_named() -> None:
     given = step([(20, 1)])
-    index = {
+    index: dict[str, Any] = {
         "block_tables": given.tables,
         "context_lengths": given.contexts,
         "query_starts": given.starts,
