@@ -65,23 +65,26 @@ class LatentCell:
         return max(2, min(64, -(-_ROTATED_BYTES // self.read_bytes)))
 
 
-GATE: Final = tuple(
-    LatentCell(f"mla h{heads} b{batch} c{context}", heads, (context,) * batch, peer_us=peer_us)
-    for heads, batch, context, peer_us in (
-        (16, 1, 8_192, 29.7),
-        (16, 8, 32_768, 120.3),
-        (16, 64, 8_192, 220.2),
-        (16, 128, 4_096, 215.0),
-        (128, 1, 8_192, 32.5),
-        (128, 1, 131_072, 100.0),
-        (128, 8, 8_192, 61.4),
-        (128, 64, 8_192, 253.1),
-        (128, 64, 32_768, 1_014.5),
-        (128, 128, 1_024, 88.8),
-    )
-) + (
-    LatentCell("mla h128 ragged 64", 128, tuple(range(256, 16_640, 256))),
-    LatentCell("mla h16 ragged 64", 16, tuple(range(256, 16_640, 256))),
+_RAGGED: Final = tuple(range(256, 16_640, 256))
+
+GATE: Final = (
+    *(
+        LatentCell(f"mla h{heads} b{batch} c{context}", heads, (context,) * batch, peer_us=peer_us)
+        for heads, batch, context, peer_us in (
+            (16, 1, 8_192, 29.7),
+            (16, 8, 32_768, 120.3),
+            (16, 64, 8_192, 220.2),
+            (16, 128, 4_096, 215.0),
+            (128, 1, 8_192, 32.5),
+            (128, 1, 131_072, 100.0),
+            (128, 8, 8_192, 61.4),
+            (128, 64, 8_192, 253.1),
+            (128, 64, 32_768, 1_014.5),
+            (128, 128, 1_024, 88.8),
+        )
+    ),
+    LatentCell("mla h128 ragged 64", 128, _RAGGED),
+    LatentCell("mla h16 ragged 64", 16, _RAGGED),
 )
 
 

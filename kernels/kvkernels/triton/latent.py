@@ -2,11 +2,11 @@
 
 Queries are absorbed (multiplied into the latent space), so all heads share the rows: one program
 serves one *item* (a span of one unit's context, see `kvkernels.triton.work`) and up to BLOCK_M
-rows of query, and what it reads of a token serves both products. The page indices of the next tile are
-loaded one iteration ahead, as in `kvkernels.triton.decode`.
+rows of query, and what it reads of a token serves both products. The page indices of the next
+tile are loaded one iteration ahead, as in `kvkernels.triton.decode`.
 
-A row's partial result is as large as what four heads' worth of a token's latents are, so a unit's
-last item alone would merge them longer than all attended: `merge_latents` is a launch of its own,
+A row's partial result is as large as two tokens' rows, so a unit's last item alone would merge
+them longer than all attended: `merge_latents` is a launch of its own,
 spread over rows and columns, and left out where no unit is split.
 """
 

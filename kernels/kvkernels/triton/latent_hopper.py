@@ -121,7 +121,9 @@ def attend_latents_hopper(
     async_copy.commit_group()
     page = _pages(table, begin + 1, context, BLOCK_N, PAGE, wide)
     rope_page = _pages(table, begin + 1, context, BLOCK_N, PAGE, narrow)
-    _load_query(q, query, token, block, count, query_token, query_head, HEADS, LATENT, BLOCK_M, wide)
+    _load_query(
+        q, query, token, block, count, query_token, query_head, HEADS, LATENT, BLOCK_M, wide
+    )
     _load_query(
         r, rotary, token, block, count, rotary_token, rotary_head, HEADS, ROPE, BLOCK_M, narrow
     )

@@ -1,6 +1,6 @@
 """A step's work over MLA pages: how it is tiled, and how units are cut into items.
 
-Lengths are known on the host, so items are cut there, with the same table as `kvkernels.triton.work`
+Lengths are known on the host, so items are cut there, in the table that `kvkernels.triton.work`
 fills on the device, and a step whose units are all whole launches no merge.
 """
 
@@ -83,7 +83,7 @@ _TILINGS = (
 
 
 def tiling_of(shape: LatentShape, dtype: torch.dtype) -> Tiling:
-    """Return how a shape is tiled on its device; for the interpreter, on the CPU, in short tiles."""
+    """Return how a shape is tiled on its device; short tiles for the interpreter on the CPU."""
     rows = next((each.rows for each in _TILINGS if shape.heads <= each.rows), _TALL)
     if shape.device.type != "cuda":
         return Tiling(rows=rows, tile=32, warps=4, stages=1, programs=1)
@@ -92,10 +92,10 @@ def tiling_of(shape: LatentShape, dtype: torch.dtype) -> Tiling:
         return _HOPPER
     tiling = next(each for each in _TILINGS if each.rows == rows)
     row = (shape.latent + shape.rope) * dtype.itemsize
-    # As many buffers as stages less one lie beside the rows of query (seen in what Triton 3.6 makes).
+    # As many buffers as stages less one lie beside the rows of query (by what Triton 3.6 makes).
     tile = tiling.tile
     room = about.shared_memory_per_block_optin // tiling.programs - rows * row
-    while tile > 16 and max(1, tiling.stages - 1) * tile * row > room:  # noqa: PLR2004
+    while tile > 16 and max(1, tiling.stages - 1) * tile * row > room:
         tile //= 2
     return Tiling(rows, tile, tiling.warps, tiling.stages, tiling.programs)
 
@@ -138,8 +138,8 @@ def make_work(
 def _parts(tiles: Tensor, streams: float, rows: int, unit: float) -> tuple[Tensor, Tensor]:
     """Return into how many items to cut each unit, and their length in tiles: int64 [units].
 
-    `streams` units run at once. Lengths from all of the longest unit down to one tile are compared by
-    when the last program ends, as in `work._parts`, and by what the merge of parts of `rows` rows
+    `streams` units run at once. Lengths from all of the longest unit down to one tile are compared
+    by when the last program ends, as in `work._parts`, and by what merging parts of `rows` rows
     costs; `unit` is how many of these tiles have 64 tokens.
     """
     longest = int(tiles.max())

@@ -1,4 +1,4 @@
-"""Attention over MLA pages: what the entries check, the oracle, and the kernels in the interpreter."""
+"""Attention over MLA pages: checks of the entries, the oracle, the kernels in the interpreter."""
 
 import os
 from dataclasses import dataclass
