@@ -6,8 +6,8 @@ that are key and value at once, and `rope_dim` rotated ones that are key only (D
 are compared with latents as they lie; what comes out is yet to be multiplied with the value's.
 
 Pages are those of `kvstore.core.layout.LatentLayout`. As with `kvkernels.ops`, whose plans and
-block copies serve them too, the device decides which code runs: torch on the CPU (the oracle), Triton
-and Gluon on CUDA.
+block copies serve them too, the device decides which code runs: torch on the CPU (the oracle),
+Triton and Gluon on CUDA.
 """
 
 from typing import Protocol

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 _load_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+_barrier = getattr(gl, "barrier", None) or getattr(gl, "thread_barrier")  # noqa: B009
 """Names of later versions of Triton and, where those are not there, of 3.6."""
 
 # One parameter a line would bury the kernels under their signatures.
