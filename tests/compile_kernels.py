@@ -175,8 +175,8 @@ def compile_rows(capability: int, name: str) -> int:
 
 
 LATENTS: dict[str, dict[str, Any]] = {
-    "mla 16 heads": {"HEADS": 16, "BLOCKS": 1, "BLOCK_M": 16, "BLOCK_N": 32},
-    "mla 128 heads": {"HEADS": 128, "BLOCKS": 2, "BLOCK_M": 64, "BLOCK_N": 32},
+    "mla 16 heads": {"HEADS": 16, "BLOCKS": 1, "BLOCK_M": 16, "BLOCK_N": 64},
+    "mla 128 heads": {"HEADS": 128, "BLOCKS": 2, "BLOCK_M": 64, "BLOCK_N": 64},
 }
 _LATENT_STRIDES = ("query_token", "query_head", "rotary_token", "rotary_head", "page_stride")
 
@@ -191,8 +191,9 @@ def compile_latents(capability: int, name: str) -> int:
     kinds |= {"rotary": "*bf16", "cells": "*bf16"}
     names = attend_latents.arg_names
     signature = {each: "constexpr" if each in constants else kinds[each] for each in names}
-    warps = 8 if constants["BLOCK_M"] == 64 else 4
-    return compiled(attend_latents, signature, constants, capability, num_warps=warps, num_stages=2)
+    tall = constants["BLOCK_M"] == 64
+    options = {"num_warps": 8 if tall else 4, "num_stages": 2 if tall else 3}
+    return compiled(attend_latents, signature, constants, capability, **options)
 
 
 def compile_latent_merge(capability: int) -> int:
@@ -204,7 +205,7 @@ def compile_latent_merge(capability: int) -> int:
     return compiled(merge_latents, signature, constants, capability, num_warps=4)
 
 
-def compile_latents_for_hopper(*, spread: bool) -> int:
+def compile_latents_for_hopper() -> int:
     """Return the bytes of the binary of the kernel in Gluon."""
     # Gluon keeps its sources apart; what it needs is not in every version that has the rest.
     from kvkernels.triton.latent_hopper import attend_latents_hopper as kernel
@@ -212,7 +213,7 @@ def compile_latents_for_hopper(*, spread: bool) -> int:
 
     constants = {
         "HEADS": 128, "BLOCKS": 2, "LATENT": 512, "ROPE": 64, "BLOCK_M": 64, "BLOCK_N": 64,
-        "PAGE": 16, "SPREAD": spread,
+        "PAGE": 16,
     }  # fmt: skip
     kinds = {**POINTERS, **dict.fromkeys(_LATENT_STRIDES, "i32"), "scale": "fp32"}
     kinds |= {"rotary": "*bf16", "cells": "*bf16"}
@@ -238,9 +239,8 @@ def main() -> None:
         for name in LATENTS:
             sys.stdout.write(f"sm_{capability} {name} {compile_latents(capability, name)}\n")
         sys.stdout.write(f"sm_{capability} mla merge {compile_latent_merge(capability)}\n")
-        for spread in (True, False) if capability == 90 else ():
-            size = compile_latents_for_hopper(spread=spread)
-            sys.stdout.write(f"sm_90 mla gluon{' spread' * spread} {size}\n")
+        if capability == 90:
+            sys.stdout.write(f"sm_90 mla gluon {compile_latents_for_hopper()}\n")
         for name in ROWS:
             sys.stdout.write(f"sm_{capability} {name} {compile_rows(capability, name)}\n")
         for name in MOVEMENTS:

@@ -83,10 +83,9 @@ def test_a_captured_launch_can_be_replayed(heads: int) -> None:
     "tiling",
     [
         Tiling(rows=64, tile=64, warps=8, stages=2, programs=1),
-        Tiling(rows=64, tile=64, warps=8, stages=2, programs=1, hopper=True, spread=True),
-        Tiling(rows=64, tile=64, warps=8, stages=2, programs=1, hopper=True, spread=False),
+        Tiling(rows=64, tile=64, warps=8, stages=2, programs=1, hopper=True),
     ],
-    ids=["Triton", "Gluon, spread", "Gluon"],
+    ids=["Triton", "Gluon"],
 )
 def test_every_kernel_for_many_heads_is_right(tiling: Tiling) -> None:
     if tiling.hopper and torch.cuda.get_device_capability() != (9, 0):

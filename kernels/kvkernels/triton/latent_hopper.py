@@ -2,8 +2,8 @@
 
 64 rows of 512 columns are as many sums as the registers of two warp groups hold. Triton gives both
 groups all the scores of a tile: twice the products over 576 columns. Here layouts are named:
-each group computes the scores of half of a tile's tokens (or all of them, as SPREAD says), and
-owns half of the output's columns. A tile lies in shared memory once, as keys and as values.
+each group computes the scores of half of a tile's tokens and owns half of the output's columns.
+A tile lies in shared memory once, as keys and as values.
 """
 
 # Triton reads a kernel's annotations as its own signature, and its decorator carries no types.
@@ -77,7 +77,7 @@ def attend_latents_hopper(
     query, rotary, out, cells, tables, items, partial, stats,
     query_token, query_head, rotary_token, rotary_head, page_stride, scale,
     HEADS: gl.constexpr, BLOCKS: gl.constexpr, LATENT: gl.constexpr, ROPE: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr, SPREAD: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE: gl.constexpr,
 ):
     """Do what `attend_latents` does, with 8 warps and two buffers of tiles; bfloat16 only."""
     gl.static_assert(BLOCK_M == 64)
@@ -91,9 +91,7 @@ def attend_latents_hopper(
     table = tables + start
 
     scored: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0],
-        warps_per_cta=[4, 2] if SPREAD else [8, 1],
-        instr_shape=[16, BLOCK_N // 2 if SPREAD else BLOCK_N, 16],
+        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, BLOCK_N // 2, 16]
     )
     summed: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 256, 16]

@@ -115,6 +115,6 @@ def _kernel(work: LatentWork, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
         # Gluon is imported only where it runs: it has no interpreter.
         from kvkernels.triton.latent_hopper import attend_latents_hopper
 
-        return attend_latents_hopper, {"SPREAD": work.tiling.spread}
+        return attend_latents_hopper, {}
     dot = tl.float32 if _INTERPRETED else _DOTS[dtype]
     return attend_latents, {"DOT": dot, "PRECISION": "ieee", "num_stages": work.tiling.stages}

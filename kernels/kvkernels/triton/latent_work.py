@@ -39,8 +39,6 @@ class Tiling:
     """Programs a processor runs at once."""
     hopper: bool = False
     """Whether Gluon's kernel is launched."""
-    spread: bool = True
-    """In Gluon's: each warp group scores half of a tile's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ _TALL = 64
 
 _HOPPER = Tiling(rows=64, tile=64, warps=8, stages=2, programs=1, hopper=True)
 _TILINGS = (
-    Tiling(rows=16, tile=32, warps=4, stages=3, programs=2),
+    Tiling(rows=16, tile=64, warps=4, stages=3, programs=1),
     Tiling(rows=32, tile=64, warps=8, stages=3, programs=1),
     Tiling(rows=64, tile=64, warps=8, stages=2, programs=1),
 )
@@ -88,7 +86,8 @@ def tiling_of(shape: LatentShape, dtype: torch.dtype) -> Tiling:
     if shape.device.type != "cuda":
         return Tiling(rows=rows, tile=32, warps=4, stages=1, programs=1)
     about: Any = torch.cuda.get_device_properties(shape.device)
-    if rows == _TALL and (about.major, shape.latent, dtype) == (9, 512, torch.bfloat16):
+    served = (about.major, shape.latent, shape.rope, dtype) == (9, 512, 64, torch.bfloat16)
+    if served and rows > _TILINGS[0].rows:
         return _HOPPER
     tiling = next(each for each in _TILINGS if each.rows == rows)
     row = (shape.latent + shape.rope) * dtype.itemsize

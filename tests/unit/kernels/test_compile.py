@@ -28,7 +28,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     sizes = compiled(tmp_path, 90)
     shapes = ("llama", "append", "window", "shared", "fp8", "int8", "int4")
     rows = ("norm", "rotation", "activation", "choice")
-    latents = ("mla 16 heads", "mla 128 heads", "mla gluon", "mla gluon spread")
+    latents = ("mla 16 heads", "mla 128 heads", "mla gluon")
     movements = ("copy", "load int4", "load fp8", "store int4", "store fp8")
     assert set(sizes) == {
         f"sm_90 {shape}" for shape in (*shapes, *latents, "mla merge", *rows, *movements)
