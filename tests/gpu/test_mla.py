@@ -82,8 +82,8 @@ def test_a_captured_launch_can_be_replayed(heads: int) -> None:
 @pytest.mark.parametrize(
     "tiling",
     [
-        Tiling(rows=64, tile=64, warps=8, stages=2, programs=1),
-        Tiling(rows=64, tile=64, warps=8, stages=2, programs=1, hopper=True),
+        Tiling(rows=64, tile=64, warps=8, stages=2),
+        Tiling(rows=64, tile=64, warps=8, stages=2, hopper=True),
     ],
     ids=["Triton", "Gluon"],
 )

@@ -31,7 +31,7 @@ class DevicePlan:
     host_tables: Tensor | None = None
     """The tables as they came, if from the host: where sequences share pages is read there."""
     works: dict[tuple[Shape, Rules], tuple[Work, ...]] = field(default_factory=dict)
-    latents: dict[LatentShape, LatentWork] = field(default_factory=dict)
+    latents: dict[tuple[LatentShape, torch.dtype], LatentWork] = field(default_factory=dict)
     """Work over MLA pages (`kvkernels.triton.latent_launch`)."""
     replayed: bool = False
     """Whether lengths change after the work has been cut."""

@@ -55,12 +55,13 @@ def latent_attention(
     shape = LatentShape(query_latent.shape[1], latent, query_rotary.shape[2], device)
     if plan.tables.device != device:
         plan.tables = plan.tables.to(device, non_blocking=True)
-    work = plan.latents.get(shape)
+    key = shape, query_latent.dtype
+    work = plan.latents.get(key)
     if work is None:
         _check(shape, query_latent.dtype, plan)
         tiling = tiling_of(shape, query_latent.dtype)
         work = make_work(plan.spans, shape, tiling, table_stride=plan.tables.stride(0))
-        plan.latents[shape] = work
+        plan.latents[key] = work
     return attend(query_latent, query_rotary, pages[:, layer], plan.tables, work, scale=scale)
 
 

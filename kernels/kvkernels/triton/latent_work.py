@@ -5,7 +5,7 @@ fills on the device, and a step whose units are all whole launches no merge.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,8 +35,6 @@ class Tiling:
     """Tokens of a tile."""
     warps: int
     stages: int
-    programs: int
-    """Programs a processor runs at once."""
     hopper: bool = False
     """Whether Gluon's kernel is launched."""
 
@@ -71,11 +69,11 @@ class LatentWork:
 
 _TALL = 64
 
-_HOPPER = Tiling(rows=64, tile=64, warps=8, stages=2, programs=1, hopper=True)
+_HOPPER = Tiling(rows=64, tile=64, warps=8, stages=2, hopper=True)
 _TILINGS = (
-    Tiling(rows=16, tile=64, warps=4, stages=3, programs=1),
-    Tiling(rows=32, tile=64, warps=8, stages=3, programs=1),
-    Tiling(rows=64, tile=64, warps=8, stages=2, programs=1),
+    Tiling(rows=16, tile=64, warps=4, stages=3),
+    Tiling(rows=32, tile=64, warps=8, stages=3),
+    Tiling(rows=64, tile=64, warps=8, stages=2),
 )
 """For as many heads as rows, and for more. Shared memory of sm_90; others get smaller tiles."""
 
@@ -84,19 +82,21 @@ def tiling_of(shape: LatentShape, dtype: torch.dtype) -> Tiling:
     """Return how a shape is tiled on its device; short tiles for the interpreter on the CPU."""
     rows = next((each.rows for each in _TILINGS if shape.heads <= each.rows), _TALL)
     if shape.device.type != "cuda":
-        return Tiling(rows=rows, tile=32, warps=4, stages=1, programs=1)
+        return Tiling(rows=rows, tile=32, warps=4, stages=1)
     about: Any = torch.cuda.get_device_properties(shape.device)
     served = (about.major, shape.latent, shape.rope, dtype) == (9, 512, 64, torch.bfloat16)
     if served and rows > _TILINGS[0].rows:
         return _HOPPER
     tiling = next(each for each in _TILINGS if each.rows == rows)
     row = (shape.latent + shape.rope) * dtype.itemsize
-    # As many buffers as stages less one lie beside the rows of query (by what Triton 3.6 makes).
+    # By what Triton 3.6 makes: the query's rows, a tile's weights, and a buffer less than there are
+    # stages, unless products read all they take from shared memory.
+    buffers = tiling.stages - (rows != _TALL or about.major < 9)
     tile = tiling.tile
-    room = about.shared_memory_per_block_optin // tiling.programs - rows * row
-    while tile > 16 and max(1, tiling.stages - 1) * tile * row > room:
+    room = about.shared_memory_per_block_optin - rows * row
+    while tile > 16 and buffers * tile * row + rows * tile * dtype.itemsize > room:
         tile //= 2
-    return Tiling(rows, tile, tiling.warps, tiling.stages, tiling.programs)
+    return replace(tiling, tile=tile)
 
 
 def make_work(
@@ -114,7 +114,7 @@ def make_work(
         dtype=torch.int32,
     )
     tiles = cutting.tiles_seen(units, Rules(), tiling.tile).to(torch.int64)
-    streams = _processors(shape.device) * tiling.programs / blocks
+    streams = _processors(shape.device) / blocks
     splits, lengths = _parts(tiles, streams, blocks * tiling.rows, 64 / tiling.tile)
     items = torch.empty(int(splits.sum()), cutting.FIELDS, dtype=torch.int32)
     cutting.fill(units, items, tiles, splits, lengths)

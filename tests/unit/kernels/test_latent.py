@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' modules decide at their import
@@ -10,7 +11,7 @@ import pytest
 import torch
 from kvkernels import latent, latent_reference, ops, reference
 from kvkernels.triton import device, latent_launch, latent_work
-from kvkernels.triton.latent_work import LatentShape, Tiling, make_work
+from kvkernels.triton.latent_work import LatentShape, Tiling, make_work, tiling_of
 from kvkernels.triton.replayed import ReplayedDecode
 
 from kvstore.core.errors import BadInput, Unsupported
@@ -153,7 +154,7 @@ def test_items_cover_every_tile_once_and_end_together(
 ) -> None:
     monkeypatch.setattr(latent_work, "_processors", lambda _: 132)
     shape = LatentShape(heads, 16, 16, CPU)
-    tiling = Tiling(rows=min(heads, 64), tile=64, warps=8, stages=2, programs=1)
+    tiling = Tiling(rows=min(heads, 64), tile=64, warps=8, stages=2)
     spans = [(row, 1, context) for row, context in enumerate(contexts)]
     work = make_work(spans, shape, tiling, table_stride=10_000)
     items = work.items.tolist()
@@ -181,11 +182,34 @@ def test_one_sequence_is_spread_and_a_full_batch_is_not_cut(
     monkeypatch.setattr(latent_work, "_processors", lambda _: 132)
     shape = LatentShape(128, 512, 64, torch.device("meta"))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: tensor)
-    tiling = Tiling(rows=64, tile=64, warps=8, stages=2, programs=1)
+    tiling = Tiling(rows=64, tile=64, warps=8, stages=2)
     alone = make_work([(0, 1, 131_072)], shape, tiling, table_stride=9_000)
     assert 60 <= alone.items.shape[0] <= 66
     full = make_work([(row, 1, 8_192) for row in range(64)], shape, tiling, table_stride=9_000)
     assert full.items.shape[0] == 64 and not len(full.firsts) and not full.partial.numel()
+
+
+@pytest.mark.parametrize(
+    ("generation", "shared", "heads", "rope", "dtype", "wanted"),
+    [
+        (9, 232_448, 16, 64, torch.bfloat16, (16, 64, False)),
+        (9, 232_448, 17, 64, torch.bfloat16, (64, 64, True)),
+        (9, 232_448, 128, 64, torch.bfloat16, (64, 64, True)),
+        (9, 232_448, 128, 64, torch.float16, (64, 64, False)),
+        (9, 232_448, 128, 128, torch.bfloat16, (64, 32, False)),
+        (9, 232_448, 32, 32, torch.bfloat16, (32, 64, False)),
+        (8, 166_912, 16, 64, torch.bfloat16, (16, 32, False)),
+        (8, 101_376, 128, 64, torch.bfloat16, (64, 16, False)),
+    ],
+)
+def test_tiles_fit_the_shared_memory_and_gluon_serves_what_it_was_built_for(
+    monkeypatch: pytest.MonkeyPatch, generation: int, shared: int, heads: int, rope: int,
+    dtype: torch.dtype, wanted: tuple[int, int, bool],
+) -> None:  # fmt: skip
+    about = SimpleNamespace(major=generation, shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    tiling = tiling_of(LatentShape(heads, 512, rope, torch.device("cuda")), dtype)
+    assert (tiling.rows, tiling.tile, tiling.hopper) == wanted
 
 
 def test_blocks_of_latents_are_copied_like_any_others() -> None:
