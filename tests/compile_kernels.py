@@ -15,6 +15,7 @@ from kvkernels.triton.fused import (
     gate_and_multiply,
     rotate_and_write,
 )
+from kvkernels.triton.latent import attend_latents, merge_latents
 from kvkernels.triton.movement import copy_runs, decode_cells, encode_cells
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -173,6 +174,60 @@ def compile_rows(capability: int, name: str) -> int:
     return compiled(kernel, signature, constants, capability, **options)
 
 
+LATENTS: dict[str, dict[str, Any]] = {
+    "mla 16 heads": {"HEADS": 16, "BLOCKS": 1, "BLOCK_M": 16, "BLOCK_N": 64},
+    "mla 128 heads": {"HEADS": 128, "BLOCKS": 2, "BLOCK_M": 64, "BLOCK_N": 64},
+}
+_LATENT_STRIDES = ("query_token", "query_head", "rotary_token", "rotary_head", "page_stride")
+
+
+def compile_latents(capability: int, name: str) -> int:
+    """Return the bytes of the binary of attention over MLA pages."""
+    constants = {
+        "LATENT": 512, "ROPE": 64, "PAGE": 16, "DOT": triton.language.bfloat16, "PRECISION": "ieee",
+        **LATENTS[name],
+    }  # fmt: skip
+    kinds = {**POINTERS, **dict.fromkeys(_LATENT_STRIDES, "i32"), "scale": "fp32"}
+    kinds |= {"rotary": "*bf16", "cells": "*bf16"}
+    names = attend_latents.arg_names
+    signature = {each: "constexpr" if each in constants else kinds[each] for each in names}
+    tall = constants["BLOCK_M"] == 64
+    options = {"num_warps": 8 if tall else 4, "num_stages": 2 if tall else 3}
+    return compiled(attend_latents, signature, constants, capability, **options)
+
+
+def compile_latent_merge(capability: int) -> int:
+    """Return the bytes of the binary of the launch that merges parts."""
+    constants = {"HEADS": 128, "ROWS": 128, "LATENT": 512, "PARTS": 32, "COLUMNS": 128}
+    kinds = {**POINTERS, "firsts": "*i32"}
+    names = merge_latents.arg_names
+    signature = {each: "constexpr" if each in constants else kinds[each] for each in names}
+    return compiled(merge_latents, signature, constants, capability, num_warps=4)
+
+
+def compile_latents_for_hopper() -> int:
+    """Return the bytes of the binary of the kernel in Gluon."""
+    # Gluon keeps its sources apart; what it needs is not in every version that has the rest.
+    from kvkernels.triton.latent_hopper import attend_latents_hopper as kernel
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    constants = {
+        "HEADS": 128, "BLOCKS": 2, "LATENT": 512, "ROPE": 64, "BLOCK_M": 64, "BLOCK_N": 64,
+        "PAGE": 16,
+    }  # fmt: skip
+    kinds = {**POINTERS, **dict.fromkeys(_LATENT_STRIDES, "i32"), "scale": "fp32"}
+    kinds |= {"rotary": "*bf16", "cells": "*bf16"}
+    names = kernel.arg_names
+    places = {(names.index(name),): value for name, value in constants.items()}
+    signature = {each: "constexpr" if each in constants else kinds[each] for each in names}
+    # Without it copies are of single elements, which `cp.async` does not have.
+    aligned = {(at,): [["tt.divisibility", 16]] for at, each in enumerate(names) if each in kinds}
+    aligned.pop((names.index("scale"),))
+    source = GluonASTSource(kernel, signature, places, aligned)
+    target = GPUTarget("cuda", 90, 32)
+    return len(triton.compile(source, target=target, options={"num_warps": 8}).asm["cubin"])
+
+
 def main() -> None:
     """Compile each shape for each generation."""
     for capability in map(int, sys.argv[1:]):
@@ -181,6 +236,11 @@ def main() -> None:
                 continue  # no conversion from fp8 there
             size = compile_for(capability, shape)
             sys.stdout.write(f"sm_{capability} {name} {size}\n")
+        for name in LATENTS:
+            sys.stdout.write(f"sm_{capability} {name} {compile_latents(capability, name)}\n")
+        sys.stdout.write(f"sm_{capability} mla merge {compile_latent_merge(capability)}\n")
+        if capability == 90:
+            sys.stdout.write(f"sm_90 mla gluon {compile_latents_for_hopper()}\n")
         for name in ROWS:
             sys.stdout.write(f"sm_{capability} {name} {compile_rows(capability, name)}\n")
         for name in MOVEMENTS:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvstore.core.errors import BadInput, Unsupported
-from kvstore.core.layout import BlockLayout, Codec, round_up
+from kvstore.core.layout import BlockLayout, Codec, LatentLayout, round_up
 from kvstore.core.limits import BLOCK_TOKENS, GRANULE_BYTES
 from kvstore.core.model_shape import LayerGroup, LayerKind, ModelShape
 
@@ -50,6 +50,12 @@ def group_bytes(group: LayerGroup, codec: Codec, tokens: int, *, ranks: int = 1)
 
 def _block_bytes(group: LayerGroup, codec: Codec, ranks: int) -> int:
     if group.kind is LayerKind.LATENT:
+        if codec is Codec.RAW16:
+            return LatentLayout(
+                layers=group.layers,
+                latent_dim=group.latent_values - group.rope_values,
+                rope_dim=group.rope_values,
+            ).block_bytes
         cell = BLOCK_TOKENS * _latent_token_bytes(group, codec)
         return round_up(group.layers * cell, GRANULE_BYTES)
     heads = -(-group.kv_heads // ranks)
@@ -59,9 +65,7 @@ def _block_bytes(group: LayerGroup, codec: Codec, ranks: int) -> int:
 
 
 def _latent_token_bytes(group: LayerGroup, codec: Codec) -> int:
-    """Return the bytes of one token in one MLA layer; rotary values stay in 16 bits."""
-    if codec is Codec.RAW16:
-        return 2 * group.latent_values
+    """Return the bytes of a quantised token in one MLA layer; rotary values stay in 16 bits."""
     if codec in (Codec.FP8, Codec.INT8):
         latent = group.latent_values - group.rope_values
         return latent + 4 * -(-latent // _MLA_SCALE_VALUES) + 2 * group.rope_values

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, NamedTuple
 
-from kvstore.core.errors import BadInput, TooLarge
+from kvstore.core.errors import BadInput, TooLarge, Unsupported
 from kvstore.core.limits import BLOCK_TOKENS, GRANULE_BYTES, MAX_BLOCK_BYTES, MAX_SHARES
 
 LAYOUT_VERSION: Final = 1
@@ -137,6 +137,55 @@ class BlockLayout:
         if not (0 <= first_layer and 0 < count and first_layer + count <= self.layers):
             raise BadInput(f"layers [{first_layer}, {first_layer + count}) of {self.layers}")
         start = self.heads(head, 1).start + first_layer * self.cell_bytes
+        return ByteRange(start, start + count * self.cell_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentLayout:
+    """Sizes inside one block of MLA layers: one share, since all heads share a token's one row.
+
+        block = [layers, cell] padded to 4 KiB
+        cell  = [16, latent + rope]     raw elements; the latent part is K and V, the rotary part K
+
+    Latents have no quantised form yet.
+    """
+
+    layers: int
+    latent_dim: int
+    rope_dim: int
+    codec: Codec = Codec.RAW16
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "latent_dim", "rope_dim"):
+            if getattr(self, name) <= 0:
+                raise BadInput(f"latent layout {name} must be positive, got {getattr(self, name)}")
+        if self.latent_dim % 8 or self.rope_dim % 8:
+            raise BadInput(f"latent {self.latent_dim} or rope {self.rope_dim}: no multiple of 8")
+        if self.codec not in (Codec.RAW16, Codec.RAW32):
+            raise Unsupported(f"MLA latents have no {self.codec.name.lower()} blocks")
+        if self.block_bytes > MAX_BLOCK_BYTES:
+            raise TooLarge(f"a block of {self.block_bytes} bytes; {MAX_BLOCK_BYTES} allowed")
+
+    @property
+    def cell_bytes(self) -> int:
+        """Bytes of one layer: a row of latent and rotary elements for each of 16 tokens."""
+        return BLOCK_TOKENS * (self.latent_dim + self.rope_dim) * FORMATS[self.codec].bits // 8
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a block, which is one share, before padding."""
+        return self.layers * self.cell_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block as every tier holds it."""
+        return round_up(self.payload_bytes, GRANULE_BYTES)
+
+    def layer_run(self, first_layer: int, count: int) -> ByteRange:
+        """Return the bytes of `count` layers: one piece of a layer-wise load."""
+        if not (0 <= first_layer and 0 < count and first_layer + count <= self.layers):
+            raise BadInput(f"layers [{first_layer}, {first_layer + count}) of {self.layers}")
+        start = first_layer * self.cell_bytes
         return ByteRange(start, start + count * self.cell_bytes)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import click
 import torch
 
-from kvkernels.bench import moving
+from kvkernels.bench import latents, moving
 from kvkernels.bench.cells import GATE, LAYERS, Batch, Cell, attend, expected, make, plan_of
 from kvstore.core.errors import BadInput, Corrupt, Unsupported
 
@@ -39,12 +39,13 @@ def kernels(pattern: str, quick: bool, as_json: bool) -> int:
     if not torch.cuda.is_available():
         raise Unsupported("no CUDA device here: kvstore bench kernels needs one")
     cells = [cell for cell in GATE if fnmatchcase(cell.name, pattern)]
+    rows = [cell for cell in latents.GATE if fnmatchcase(cell.name, pattern)]
     moves = [cell for cell in moving.GATE if fnmatchcase(cell.name, pattern)]
-    if not cells and not moves:
+    if not cells and not rows and not moves:
         raise BadInput(f"--case {pattern!r} is like no case")
     wrong = 0
     for name, run in (
-        *_attention(cells[:: 3 if quick else 1]),
+        *_attention(cells[:: 3 if quick else 1], rows[:: 3 if quick else 1]),
         *_moves(moves[:: 3 if quick else 1]),
     ):
         try:
@@ -60,16 +61,19 @@ def kernels(pattern: str, quick: bool, as_json: bool) -> int:
 Run = Callable[[], dict[str, Any]]
 
 
-def _attention(cells: Sequence[Cell]) -> list[tuple[str, Run]]:
-    """Return what measures each cell, with this GPU's read limit."""
-    if not cells:
+def _attention(cells: Sequence[Cell], rows: Sequence[latents.LatentCell]) -> list[tuple[str, Run]]:
+    """Return what measures each cell, of K and V and of latents, with this GPU's limits."""
+    if not cells and not rows:
         return []
     from kvkernels.bench.timing import product_limit, read_limit
 
     limits = read_limit(), product_limit()
     say = f"{torch.cuda.get_device_name()}: reads {limits[0]:,.0f} GB/s, {limits[1]:,.0f} TFLOP/s"
     click.echo(say, err=True)
-    return [(cell.name, partial(measure, cell, *limits)) for cell in cells]
+    return [
+        *((cell.name, partial(measure, cell, *limits)) for cell in cells),
+        *((cell.name, partial(latents.measure, cell, *limits)) for cell in rows),
+    ]
 
 
 def _moves(cells: Sequence[moving.Move]) -> list[tuple[str, Run]]:

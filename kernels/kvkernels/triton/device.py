@@ -8,6 +8,7 @@ from torch import Tensor
 from kvkernels.movement import Movement
 from kvkernels.plans import AttentionPlan, Rules
 from kvkernels.quantised import QuantisedPages
+from kvkernels.triton.latent_work import LatentShape, LatentWork
 from kvkernels.triton.launch import attend, write_quantised
 from kvkernels.triton.moving import move
 from kvkernels.triton.works import Shape, Work, make_works
@@ -30,6 +31,10 @@ class DevicePlan:
     host_tables: Tensor | None = None
     """The tables as they came, if from the host: where sequences share pages is read there."""
     works: dict[tuple[Shape, Rules], tuple[Work, ...]] = field(default_factory=dict)
+    latents: dict[tuple[LatentShape, torch.dtype], LatentWork] = field(default_factory=dict)
+    """Work over MLA pages (`kvkernels.triton.latent_launch`)."""
+    replayed: bool = False
+    """Whether lengths change after the work has been cut."""
 
 
 def plan_attention(

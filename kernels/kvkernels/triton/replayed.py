@@ -25,6 +25,7 @@ class ReplayedDecode(DevicePlan):
             query_tokens=batch,
             tables=torch.zeros(batch, max_pages, dtype=torch.int32, device=device),
             spans=tuple((row, 1, longest) for row in range(batch)),
+            replayed=True,
         )
         self.contexts = torch.ones(batch, dtype=torch.int32, device=device)
 
@@ -51,6 +52,7 @@ class ReplayedAppend(DevicePlan):
             query_tokens=tokens,
             tables=torch.zeros(1, max_pages, dtype=torch.int32, device=device),
             spans=((0, tokens, max_pages * BLOCK_TOKENS),),
+            replayed=True,
         )
         self.contexts = torch.ones(2, dtype=torch.int32, device=device)
 

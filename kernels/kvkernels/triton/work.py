@@ -91,6 +91,11 @@ def cut(
         length = torch.div(load + target - 1, target, rounding_mode="floor").clamp(1, LONGEST)
         splits = torch.div(tiles + length - 1, length, rounding_mode="floor")
         lengths = length.expand_as(tiles)
+    fill(units, items, tiles, splits, lengths)
+
+
+def fill(units: Tensor, items: Tensor, tiles: Tensor, splits: Tensor, lengths: Tensor) -> None:
+    """Write each unit's `splits` items of `lengths` tiles; those past the last are marked empty."""
     ends = splits.cumsum(0)
     index = torch.arange(items.shape[0], device=items.device)
     unit = torch.searchsorted(ends, index, right=True)

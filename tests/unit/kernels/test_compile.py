@@ -28,13 +28,16 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     sizes = compiled(tmp_path, 90)
     shapes = ("llama", "append", "window", "shared", "fp8", "int8", "int4")
     rows = ("norm", "rotation", "activation", "choice")
+    latents = ("mla 16 heads", "mla 128 heads", "mla gluon")
     movements = ("copy", "load int4", "load fp8", "store int4", "store fp8")
-    assert set(sizes) == {f"sm_90 {shape}" for shape in (*shapes, *rows, *movements)}
-    assert all(sizes[f"sm_90 {shape}"] > 10_000 for shape in shapes)
+    assert set(sizes) == {
+        f"sm_90 {shape}" for shape in (*shapes, *latents, "mla merge", *rows, *movements)
+    }
+    assert all(sizes[f"sm_90 {shape}"] > 10_000 for shape in (*shapes, *latents))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_kernels_compile_for_ampere_and_blackwell(tmp_path: Path) -> None:
     sizes = compiled(tmp_path, 80, 100)
-    assert len(sizes) == 13 + 16 and all(size > 3_000 for size in sizes.values())
+    assert len(sizes) == 16 + 19 and all(size > 3_000 for size in sizes.values())
