@@ -6,6 +6,7 @@ Nobody finds what is written there and nothing evicts it. It outlives the cache 
 slots stay reserved while this session's keeper lives; with the keeper it is gone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -52,7 +53,7 @@ class PrivateSlots:
         self._link.hold(session, slots)
         return PrivateReserved(slots, MissReason(reply.reason))
 
-    def holds(self, slots: list[SlotRef]) -> bool:
+    def holds(self, slots: Sequence[SlotRef]) -> bool:
         """Say whether all of these are still ours, and so their bytes what we wrote."""
         session = self._link.session
         number = session.grant.session

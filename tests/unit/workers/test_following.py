@@ -40,11 +40,9 @@ class HeldMover(Mover):
         self.whole = 0
         self.fails_at = -1
 
-    async def load(
-        self, arena: memoryview, offsets: Any, pages: Any, *, alone: bool = False
-    ) -> None:
+    async def load(self, arena: memoryview, offsets: Any, pages: Any, **options: bool) -> None:
         self.whole += 1
-        await super().load(arena, offsets, pages, alone=alone)
+        await super().load(arena, offsets, pages, **options)
 
     async def load_groups(self, arena: memoryview, offsets: Any, pages: Any, gate: Gate) -> None:
         try:

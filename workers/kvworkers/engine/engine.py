@@ -31,7 +31,7 @@ from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter, load_of, measure
 from kvworkers.engine.sampling import Sampled, Sampler
 from kvworkers.engine.scheduler import Scheduler, Work
-from kvworkers.engine.sequence import FinishReason, Request
+from kvworkers.engine.sequence import FinishReason, Request, SequenceState
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.engine.steps import StepRunner
 from kvworkers.models.loading import LoadedModel
@@ -84,6 +84,7 @@ class Engine:
             scheduler,
             self._prefix,
             self._actives,
+            reporter,
             wake=self._wake.set,
             retire=self._retire,
             broken=self._break,
@@ -187,12 +188,15 @@ class Engine:
             for late in self._actives.expired(now_ms):
                 # Not an end of the reply: a cut one must never pass for a whole one.
                 self._fail(late, Unreachable("the request's deadline passed"))
+            for run in self._scheduler.make_room(now_ms, self._prefix.prices):
+                self._moves.leave(self._actives[run])
             for run in self._scheduler.admit(now_ms):
                 self._moves.begin(self._actives[run])
             works = self._scheduler.plan(self._moves.follows)
             if flight is not None and not self._ahead(works):
                 works = []  # What the step before chose is seen first.
             self._reporter.publish(self._pool, self.load())
+            self._reporter.occupancy(self._pool, self._scheduler)
             if works or flight is not None:
                 flight = await self._turn(works, flight)
             elif not self._actives.unnamed():
@@ -294,8 +298,14 @@ class Engine:
             self._fail(active, Unreachable("the model gave logits that are not finite"))
             return
         self._scheduler.advance(work, now_ms=now_ms)
-        if sampled is None:
-            return
+        if sampled is not None:
+            self._take(active, sampled, now_ms)
+        if run.state is SequenceState.LEAVING:
+            self._moves.leave(active)
+
+    def _take(self, active: Active, sampled: Sampled, now_ms: float) -> None:
+        """Give a token to its caller, or end its reply."""
+        run = active.run
         if run.first_token_ms is None:
             self._first_token(active, now_ms)
         if run.ends_with(sampled.token, self._model.spec.eos_token_ids):
@@ -342,6 +352,7 @@ class Engine:
             return
         del self._actives[run]
         self._prefix.settle_prompt(run)
+        self._prefix.forget(run)
         if active.error is None:
             self._prefix.store_rest(run)
         depth_cost = self.rates.rates().depth_cost

@@ -59,13 +59,13 @@ class DeviceMover(Mover):
         """Begin to register: the first request is to find it done, or well under way."""
         self._known(arena)
 
-    def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
+    def reachable(self, arena: memoryview, offsets: Sequence[int], *, raw: bool = False) -> int:
         """Return how many blocks, from the first on, lie in registered memory.
 
         The first call for a mapping begins its registration.
         """
         known = self._known(arena)
-        ends = known.registered_bytes - self.forms.stored.block_bytes
+        ends = known.registered_bytes - self._block_bytes(raw=raw)
         return next((at for at, offset in enumerate(offsets) if offset > ends), len(offsets))
 
     def registered(self, arena: memoryview, *, deadline_s: float) -> bool:
@@ -79,27 +79,36 @@ class DeviceMover(Mover):
         pages: Sequence[int],
         *,
         alone: bool = False,
+        raw: bool = False,
     ) -> None:
         """Copy arena blocks at `offsets` (bytes) into `pages`; `BadInput` for places outside."""
-        self._check(arena, offsets, pages)
-        queue = partial(self._load_there, alone)
-        await self._loads.run(self._jobs(queue, arena, offsets, pages))
+        self._check(arena, offsets, pages, raw=raw)
+        queue = partial(self._load_there, alone, raw)
+        await self._loads.run(self._jobs(queue, arena, offsets, pages, raw=raw))
 
     async def load_groups(
         self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], gate: Gate
     ) -> None:
         """As `load`, group after group of layers; opens `gate` for each, ends it in any case."""
         try:
-            self._check(arena, offsets, pages)
+            self._check(arena, offsets, pages, raw=False)
             movement = await self._loads.call(partial(self._movement, arena, offsets, pages))
             await self._loads.run(self._grouped(movement, gate))
         finally:
             gate.end()
 
-    async def store(self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int]) -> None:
+    async def store(
+        self,
+        pages: Sequence[int],
+        arena: memoryview,
+        offsets: Sequence[int],
+        *,
+        raw: bool = False,
+    ) -> None:
         """Copy `pages` to the arena blocks at `offsets` (bytes); errors as `load`."""
-        self._check(arena, offsets, pages)
-        await self._stores.run(self._jobs(self._store_there, arena, offsets, pages))
+        self._check(arena, offsets, pages, raw=raw)
+        queue = partial(self._store_there, raw)
+        await self._stores.run(self._jobs(queue, arena, offsets, pages, raw=raw))
 
     def forget(self) -> None:
         """Unregister the arena: its mapping is about to end, and no copy is running."""
@@ -120,8 +129,10 @@ class DeviceMover(Mover):
         arena: memoryview,
         offsets: Sequence[int],
         pages: Sequence[int],
+        *,
+        raw: bool,
     ) -> Iterator[tuple[_Slice, _Queued]]:
-        for at, rows in self._slices(offsets, pages):
+        for at, rows in self._slices(offsets, pages, raw=raw):
             yield partial(queue, arena, at, rows), _nobody
 
     def _grouped(self, movement: Movement, gate: Gate) -> Iterator[tuple[_Slice, _Queued]]:
@@ -138,18 +149,27 @@ class DeviceMover(Mover):
                 yield queue, gate.come if part is parts[-1] else _nobody
 
     def _load_there(
-        self, alone: bool, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
+        self,
+        alone: bool,
+        raw: bool,
+        arena: memoryview,
+        offsets: Sequence[int],
+        pages: Sequence[int],
     ) -> None:
-        if self.forms.transcodes or not alone:
-            forms = self.forms
+        forms = self.forms
+        # The kernel takes all blocks for stored ones: raw ones of another form go by the engine.
+        other = raw and forms.transcodes
+        if not other and (forms.transcodes or not alone):
             programs = forms.load_programs if alone else forms.beside_programs
             ops.load_layers(self._movement(arena, offsets, pages), programs=programs)
             return
         for block, page in self._pairs(arena, offsets, pages):
             page.copy_(block, non_blocking=True)
 
-    def _store_there(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
-        if self.forms.transcodes:
+    def _store_there(
+        self, raw: bool, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
+    ) -> None:
+        if self.forms.transcodes and not raw:
             movement = self._movement(arena, offsets, pages)
             ops.store_layers(movement, programs=STORE_PROGRAMS)
             return
@@ -170,11 +190,13 @@ class DeviceMover(Mover):
             self._registration = Registration(arena)
         return self._registration
 
-    def _check(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
+    def _check(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], *, raw: bool
+    ) -> None:
         if len(offsets) != len(pages):
             raise BadInput(f"{len(offsets)} offsets for {len(pages)} pages")
         for name, values, last in (
-            ("offsets", offsets, arena.nbytes - self.forms.stored.block_bytes),
+            ("offsets", offsets, arena.nbytes - self._block_bytes(raw=raw)),
             ("pages", pages, self._pool.shape[0] - 1),
         ):
             if values and not (min(values) >= 0 and max(values) <= last):
