@@ -169,9 +169,7 @@ class Scheduler:
         assert not sequence.in_step and not sequence.loading and not sequence.coming
         self._running.remove(sequence)
         self._forget_computing(sequence, 0)
-        self._pool.release(sequence.pages, now_ms=now_ms)
-        sequence.pages = []
-        sequence.computed = sequence.launched = sequence.published = 0
+        self._pool.release(sequence.give_up_pages(), now_ms=now_ms)
         sequence.away = away
         sequence.preemptions += 1
         sequence.state = SequenceState.WAITING

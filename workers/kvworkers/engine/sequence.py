@@ -245,8 +245,15 @@ class Sequence:
         start = max(self.launched, self.computed)
         return start >= len(self.pages) * BLOCK_TOKENS and self.pending_tokens > 0
 
+    def give_up_pages(self) -> list[int]:
+        """Return its pages, which are its own no more: nothing is computed."""
+        pages, self.pages, self._table = self.pages, [], None
+        self.computed = self.launched = self.published = 0
+        return pages
+
     def page_table(self) -> "NDArray[np.int32]":
-        """Return `pages` as an array, made once for each number of them: they only grow."""
+        """Return `pages` as an array, made once for each number of them: while it has some,
+        they only grow."""
         if self._table is None or len(self._table) != len(self.pages):
             self._table = np.array(self.pages, dtype=np.int32)
         return self._table
