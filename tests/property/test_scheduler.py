@@ -2,6 +2,7 @@
 
 import random
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -40,7 +41,7 @@ class Worker:
         """How long each reply becomes."""
         self.now_ms = 0.0
 
-    def ask(self, prompt: list[int], most: int, length: int, **options: bool) -> None:
+    def ask(self, prompt: list[int], most: int, length: int, **options: Any) -> None:
         request = Request(
             request_id="r",
             tokens=pack_tokens(prompt),

@@ -199,6 +199,7 @@ async def test_health_and_metrics_are_served(worker: WorkerServer) -> None:
         ({"metrics": "nowhere"}, "metrics"),
         ({"drain_ms": -1}, "drain_ms"),
         ({"max_running": 0}, "max_running"),
+        ({"swap_bytes": -1}, "swap_bytes"),
     ],
 )
 async def test_bad_configuration_names_the_field(change: dict[str, Any], says: str) -> None:

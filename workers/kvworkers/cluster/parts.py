@@ -262,13 +262,16 @@ class WorkerShell(Shell):
         from kvworkers.worker_config import WorkerConfig
 
         chosen, where = self._config, self._config.listen_host()
-        config = WorkerConfig(
+        return WorkerServer(WorkerConfig(
             model=str(chosen.model),
             node=str(self._node_dir),
             host=self._report.host,
             name=self._report.name,
             incarnation=self._report.incarnation,
             threads=chosen.threads_per_worker(),
+            pool_bytes=chosen.pool_bytes or None,
+            swap_bytes=chosen.swap_bytes,
+            overcommit=chosen.overcommit,
             policy=chosen.policy,
             fidelity=chosen.fidelity,
             trace=chosen.trace,
@@ -277,10 +280,7 @@ class WorkerShell(Shell):
             listen=f"{where}:0",
             metrics=f"{where}:0",
             security=chosen.security,
-        )
-        if chosen.pool_bytes:
-            config = replace(config, pool_bytes=chosen.pool_bytes)
-        return WorkerServer(config)
+        ))  # fmt: skip
 
     async def drain(self, drain_ms: int) -> None:
         """Refuse new requests and finish those that run, for so long; then it serves no more."""
