@@ -57,7 +57,7 @@ _LOG_POLL_SECONDS: Final = 0.2
 @click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
               show_default=True, help="How exactly workers' stores keep K and V.")  # fmt: skip
 @click.option("--swap", type=ROOM, default=None,
-              help="Arena for requests that make way; 0: none. [default: as nodes allow]")  # fmt: skip
+              help="Arena for requests that make way. [default: as nodes allow]")  # fmt: skip
 @click.option("--overcommit/--no-overcommit", default=True, show_default=True,
               help="Admit by what replies are expected to be, not by all they may.")  # fmt: skip
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
