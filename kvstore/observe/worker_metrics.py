@@ -55,17 +55,16 @@ class WorkerMetrics:
         )
         self.running = Gauge("kvstore_worker_running", "Requests in the batch", registry=registry)
         self.waiting = Gauge("kvstore_worker_waiting", "Requests queued", registry=registry)
+        self._add_room(registry)
+
+    def _add_room(self, registry: CollectorRegistry) -> None:
+        """Add how full the pages are and who made way for others."""
         self.kv_used_bytes = Gauge(
             "kvstore_worker_kv_used_bytes", "Bytes of pages in use or cached", registry=registry
         )
         self.kv_capacity_bytes = Gauge(
             "kvstore_worker_kv_capacity_bytes", "Bytes of the page pool", registry=registry
         )
-
-        self._add_room(registry)
-
-    def _add_room(self, registry: CollectorRegistry) -> None:
-        """Add how full the pages are and who made way for others."""
         self.kv_held_bytes = Gauge(
             "kvstore_worker_kv_held_bytes", "Bytes of pages that requests hold", registry=registry
         )

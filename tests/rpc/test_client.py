@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 import kvstore
-from kvstore.client import AsyncClient, Client
+from kvstore.client import Client
+from kvstore.client.aio import AsyncClient
 from kvstore.client.blocking import Client as BlockingClient
 from kvstore.client.session import socket_path
 from kvstore.core.errors import BadInput, Unreachable
