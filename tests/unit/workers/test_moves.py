@@ -89,7 +89,7 @@ async def test_pages_go_when_no_step_has_them_and_they_are_copied() -> None:
     it.moves.begin(it.active)
     await it.moved()
     assert it.run.computed == it.prefix.restored == 40
-    assert it.run.state is SequenceState.RUNNING and not it.bugs
+    assert it.run.state.value == "running" and not it.bugs
 
 
 async def test_who_ends_meanwhile_is_retired_with_its_copy() -> None:

@@ -143,9 +143,11 @@ def test_prices_decide_and_are_asked_only_then() -> None:
         return Prices(block_ms=1.0)
 
     start(scheduler, *(one := [sequence([20 + n] * 32, max_tokens=100) for n in range(3)]))
-    one[1].stored = 2
+    one[0].stored, one[1].stored = 9, 2
     assert not asked
     victims = until_short(scheduler, prices)
-    assert victims == [one[1]] and asked == [1], "half of it lies in the store"
+    assert victims == [one[1]] and asked == [1], (
+        "half of it lies in the store; the first never makes way"
+    )
     scheduler.finish(one[1], now_ms=0.0)
     assert scheduler.preempted == 0
