@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from kvworkers.bench.rig import Rig as BenchRig
+from kvworkers.bench.storm import storm as measured
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.models.loading import LoadedModel, load_model
 from kvworkers.stream.mover import Mover
 from prometheus_client import CollectorRegistry
 
-from kvstore.core.errors import Unreachable
+from kvstore.core.errors import Corrupt, Unreachable
 from kvstore.observe.metrics import WorkerMetrics
 from tests.scripted_client import ScriptedClient
 from tests.tiny_model import reference_reply, tiny_model
@@ -237,3 +239,15 @@ async def test_named_blocks_are_found_again_and_drawn_tokens_stay_the_same(
             assert reply.first is not None
             use = reply.first.cache
             assert use.cached_tokens + use.computed_tokens == len(prompt)
+
+
+async def test_the_benchmark_counts_who_made_way_and_compares(loaded: LoadedModel) -> None:
+    async with storm(loaded) as it:
+        bench = BenchRig(loaded, it.rig.engine, it.rig.pool, it.links[0], it.rig.registry)
+        prompts = [prompt_of(500 + n, 40) for n in range(4)]
+        busy, calm = await measured(bench, prompts, out=48)
+        assert busy.preemptions > 0 == busy.recomputed == calm.preemptions
+        assert busy.tpot_ms > 0 < calm.tokens_per_s
+        assert it.rig.pool.use().held == 0, "the pages that were held are given back"
+        with pytest.raises(Corrupt, match="pages are to be enough"):
+            await measured(bench, prompts * 2, out=48)
