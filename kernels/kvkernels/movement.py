@@ -17,8 +17,8 @@ from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import CELL_ALIGNMENT, BlockLayout
 
 SLICE_BYTES: Final = 64 << 20
-"""Bytes of the arena that one launch moves at most: some 1.3 ms of a PCIe 5 bus, so that urgent
-work gets its turn and a cancelled load ends soon (DESIGN D2)."""
+"""Bytes of the arena that one launch moves, unless more are asked for: some 1.3 ms of a PCIe 5 bus,
+so that urgent work gets its turn and a cancelled load ends soon (DESIGN D2)."""
 
 UNIT_BYTES: Final = CELL_ALIGNMENT
 """Cells and blocks begin at multiples of this many bytes; kernels count in them."""
@@ -46,10 +46,10 @@ class Movement:
         """How many blocks the plan names."""
         return self.arena_units.shape[0]
 
-    def slices(self, layers: range) -> Iterator[range]:
-        """Yield the plan's blocks in runs whose `layers` are at most `SLICE_BYTES` together."""
+    def slices(self, layers: range, most_bytes: int = SLICE_BYTES) -> Iterator[range]:
+        """Yield the plan's blocks in runs whose `layers` are at most `most_bytes` together."""
         layout = self.arena_layout
-        each = max(1, SLICE_BYTES // (layout.cell_bytes * layout.kv_heads * max(1, len(layers))))
+        each = max(1, most_bytes // (layout.cell_bytes * layout.kv_heads * max(1, len(layers))))
         for start in range(0, self.blocks, each):
             yield range(start, min(start + each, self.blocks))
 

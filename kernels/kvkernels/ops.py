@@ -251,9 +251,16 @@ def plan_movement(
         pool=pool,
         pool_layout=pool_layout,
         element=kind,
-        arena_units=(offsets // UNIT_BYTES).to(pool.device),
-        pool_units=(pages * rows).to(pool.device),
+        arena_units=_sent(offsets // UNIT_BYTES, pool.device),
+        pool_units=_sent(pages * rows, pool.device),
     )
+
+
+def _sent(index: Tensor, device: torch.device) -> Tensor:
+    """Queue a host tensor's way to `device`: from memory that is not pinned it would wait there."""
+    if device.type == "cpu":
+        return index
+    return index.pin_memory().to(device, non_blocking=True)
 
 
 def load_layers(
@@ -265,13 +272,13 @@ def load_layers(
 ) -> None:
     """Move blocks' `layers` (all by default) from the arena into the pages, transcoding.
 
-    On a GPU: kernels on the current stream, in launches of at most 64 MiB of the arena and
-    `programs` programs each; 16 fill a PCIe 5 bus with raw or fp8 bytes, int4 wants 32 to 64,
-    and so do stores that encode. The
-    call returns at once, so arena and index tensors stay as they are until an event recorded
-    after it. `blocks` are the plan's blocks to move, all by default: pass those of
-    `movement.slices(layers)` one by one to be able to stop in between. On the CPU it has
-    happened when the call returns. Raises `BadInput` for layers or blocks that are not there.
+    On a GPU: kernels on the current stream, of `programs` programs each; 16 fill a PCIe 5 bus with
+    raw or fp8 bytes, int4 wants 32 to 64, and so do stores that encode. The call returns at once,
+    so arena and index tensors stay as they are until an event recorded after it. `blocks` are the
+    plan's blocks to move, in one launch: pass those of `movement.slices(layers)` one by one to be
+    able to stop in between. By default all are moved, in launches of at most 64 MiB of the arena.
+    On the CPU it has happened when the call returns. Raises `BadInput` for layers or blocks that
+    are not there.
     """
     _check_layers(movement, layers, blocks, programs)
     implementation(movement.pool.device.type).move_layers(

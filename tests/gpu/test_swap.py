@@ -1,7 +1,7 @@
 """Requests that make way on a GPU: bytes through private slots, replies of a storm."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from kvworkers.models.loading import LoadedModel
 from kvworkers.models.random_weights import random_model
 from kvworkers.stream.device_mover import DeviceMover
 from kvworkers.stream.forms import Forms
+from kvworkers.stream.mover import unheard
 
 from kvstore.core.names import Fidelity
 from tests.gpu.test_worker import STEPS, differences, rivals
@@ -61,8 +62,9 @@ class Spy(DeviceMover):
         *,
         alone: bool = False,
         raw: bool = False,
+        queued: Callable[[], object] = unheard,
     ) -> None:
-        await super().load(arena, offsets, pages, alone=alone, raw=raw)
+        await super().load(arena, offsets, pages, alone=alone, raw=raw, queued=queued)
         if raw:
             for page, offset in zip(pages, offsets, strict=True):
                 assert torch.equal(self._pool[page].cpu(), self.out[offset]), "other bytes"

@@ -119,12 +119,10 @@ def move_layers(
     store: bool,
     programs: int,
 ) -> None:
-    """See `kvkernels.ops.load_layers`: launches on the current stream, one a slice."""
+    """See `kvkernels.ops.load_layers`: launches on the current stream."""
     chosen = range(movement.pool_layout.layers) if layers is None else layers
-    wanted = range(movement.blocks) if blocks is None else blocks
-    if not chosen or not wanted:
+    if not chosen:
         return
-    for part in movement.slices(chosen):
-        begin, end = max(part.start, wanted.start), min(part.stop, wanted.stop)
-        if begin < end:
-            move(movement, chosen, range(begin, end), store=store, programs=programs)
+    for part in movement.slices(chosen) if blocks is None else (blocks,):
+        if part:
+            move(movement, chosen, part, store=store, programs=programs)

@@ -6,7 +6,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' modules decide at
 
 import pytest
 import torch
-from kvkernels import movement as moving
 from kvkernels import ops
 from kvkernels.bench.moving import GATE, RAW
 from kvkernels.formats import decode_block, encode_block
@@ -108,11 +107,10 @@ def test_the_reference_moves_what_the_formats_say(codec: Codec) -> None:
     assert torch.equal(plan.arena[block + coded.layer_run(1, 2, 1).start :][: len(again)], again)
 
 
-def test_slices_are_bounded_and_any_part_can_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moving, "SLICE_BYTES", 2 * 3 * 2 * layout_of(Codec.INT8).cell_bytes)
+def test_slices_are_bounded_and_any_part_can_be_moved() -> None:
     ours, wanted = (planned(Codec.INT8, Codec.RAW32) for _ in range(2))
     layers = range(1, 3)
-    parts = list(ours.slices(layers))
+    parts = list(ours.slices(layers, 2 * 3 * 2 * layout_of(Codec.INT8).cell_bytes))
     assert [len(part) for part in parts] == [2, 2, 2, 1]
     for part in (parts[0], range(3, 7)):
         device.move_layers(ours, layers, part, store=False, programs=16)

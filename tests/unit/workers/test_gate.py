@@ -69,10 +69,10 @@ def test_nothing_is_computed_over_a_load_that_stands_still(
         gate.pass_layer(2)
 
 
-def test_a_step_begins_early_alone_and_late_beside_others() -> None:
+def test_a_step_begins_at_once_alone_and_late_beside_others() -> None:
     gate = Gate(32, changed=lambda: None)
     begins = []
     for _ in range(9):
         begins.append((gate.lets_begin(alone=True), gate.lets_begin(alone=False)))
         gate.come()
-    assert begins == [(False, False)] + [(True, False)] * 7 + [(True, True)]
+    assert begins == [(True, False)] * 8 + [(True, True)]

@@ -101,6 +101,62 @@ async def test_a_head_that_was_given_away_ends_the_load(it: Rig) -> None:
     assert result.leases == [5, 5], "both are to be released"
 
 
+class HeldMover(Mover):
+    """Says that a load is queued, and copies it when the test lets it, or fails."""
+
+    def __init__(self, pool: torch.Tensor, forms: Forms) -> None:
+        super().__init__(pool, forms)
+        self.let = asyncio.Event()
+        self.fails = False
+
+    async def load(self, arena: Any, offsets: Any, pages: Any, **how: Any) -> None:
+        how["queued"]()
+        async with asyncio.timeout(10):
+            await self.let.wait()
+        if self.fails:
+            raise Unreachable("the arena is gone")
+        await super().load(arena, offsets, pages, alone=True)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_rest_comes_behind_a_head_that_is_still_copied(
+    it: Rig, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    mover = HeldMover(it.pool, it.mover.forms)
+    monkeypatch.setattr(it.loader, "_mover", mover)
+    it.client.ready, mover.fails = 9, fails
+    load = asyncio.create_task(it.load())
+    async with asyncio.timeout(10):
+        while sum(it.loaded) < 7:  # noqa: ASYNC110 - pages that a thread writes
+            await asyncio.sleep(0.001)
+    assert it.loaded[:2] == [False, False] and not load.done()
+    mover.let.set()
+    result = await load
+    assert result.blocks == (0 if fails else 9)
+    assert result.leases == [5, 5]
+    assert result.reason is (MissReason.UNREACHABLE if fails else MissReason.ABSENT)
+    mover.close()
+
+
+async def test_a_load_that_is_called_off_ends_with_its_copies(
+    it: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mover = HeldMover(it.pool, it.mover.forms)
+    monkeypatch.setattr(it.loader, "_mover", mover)
+    it.client.ready = 9
+    load = asyncio.create_task(it.load())
+    async with asyncio.timeout(10):
+        while sum(it.loaded) < 7:  # noqa: ASYNC110 - pages that a thread writes
+            await asyncio.sleep(0.001)
+    load.cancel()
+    await asyncio.wait([load], timeout=0.05)
+    assert not load.done(), "a copy writes pages that others would get"
+    mover.let.set()
+    await asyncio.wait([load], timeout=10)
+    assert load.cancelled() and it.loaded == [True] * 9 + [False] * 3
+    mover.close()
+
+
 async def test_a_second_call_that_fails_leaves_the_head(
     it: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

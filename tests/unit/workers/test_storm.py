@@ -51,7 +51,7 @@ class Noting(Mover):
         self.fails = False
 
     async def store(
-        self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int], **options: bool
+        self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int], **options: Any
     ) -> None:
         assert options == {"raw": True}
         for page, offset in zip(pages, offsets, strict=True):
@@ -64,7 +64,7 @@ class Noting(Mover):
         await super().store(pages, arena, offsets, **options)
 
     async def load(
-        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], **options: bool
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], **options: Any
     ) -> None:
         await super().load(arena, offsets, pages, **options)
         assert options == {"raw": True}

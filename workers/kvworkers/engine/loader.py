@@ -1,7 +1,7 @@
 """One load: ask the node, copy what is ready, wait for what is on its way, copy that.
 
-    head:  Acquire ─▶ copy whole blocks ─┐
-    rest:             Acquire ───────────┴▶ copy, in groups of layers where a step follows ─▶ …
+    head:  Acquire ─▶ copy whole blocks ──┐ queued
+    rest:             Acquire ─▶ plan ────┴▶ copy, in groups of layers where a step follows ─▶ …
 
 Asking for a long prefix takes milliseconds, in which the link to the device would stand idle: a
 load that nothing else hides asks for its first blocks alone, and for the others while those come.
@@ -21,7 +21,7 @@ from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import WorkerMetrics
 from kvworkers.stream.gate import Follower, Gate
-from kvworkers.stream.mover import Mover
+from kvworkers.stream.mover import Mover, unheard
 
 HEAD_BYTES: Final = 256 << 20
 """Bytes asked for first: copying them takes as long as asking for thousands of blocks more."""
@@ -110,12 +110,17 @@ class Loader:
             if got is None:
                 return result
             head = got.ready
-        copying = asyncio.ensure_future(self._take(head, ask.pages, 0, None, alone=True))
+        queued = asyncio.Event()
+        copying = asyncio.ensure_future(
+            self._take(head, ask.pages, 0, None, alone=True, queued=queued.set)
+        )
+        copying.add_done_callback(lambda _: queued.set())
         try:
             got = await self._acquire(ask, len(head), len(ask.names), ask.reserve, result)
+            await queued.wait()
+            await self._copy(ask, result, head, copying, got, follower)
         finally:
             await asyncio.wait([copying])
-        await self._copy(ask, result, head, copying, got, follower)
         result.tiers = dict(Counter(ref.tier for ref in result.kept))
         if result.reason in (MissReason.LATE, MissReason.UNREACHABLE):
             result.found = result.blocks
@@ -156,20 +161,16 @@ class Loader:
         got: Acquired | None,
         follower: Follower | None,
     ) -> None:
-        """Take in what was found behind `head`, whose copy has ended; notes it in `result`."""
+        """Take in what was found behind `head`, whose copy is queued; notes it in `result`."""
         try:
+            first = len(head)
+            ready = [] if got is None else got.ready[: ask.usable - first]
+            wanted = [] if got is None else got.pending[: max(0, ask.usable - first - len(ready))]
+            more = await self._take(ready, ask.pages, first, None if wanted else follower)
+            await asyncio.wait([copying])
             good = copying.result()
-            result.kept = list(head[:good])
-            if good < len(head):
-                result.reason = MissReason.LATE
-                return
-            if got is None:
-                return
-            ready = got.ready[: ask.usable - good]
-            wanted = got.pending[: max(0, ask.usable - good - len(got.ready))]
-            more = await self._take(ready, ask.pages, good, None if wanted else follower)
-            result.kept += ready[:more]
-            if more < len(ready):
+            result.kept = [*head[:good], *ready[:more]] if good == first else list(head[:good])
+            if len(result.kept) < first + len(ready):
                 result.reason = MissReason.LATE
             elif wanted:
                 await self._copy_pending(ask, result, wanted, follower)
@@ -200,6 +201,7 @@ class Loader:
         follower: Follower | None,
         *,
         alone: bool = False,
+        queued: Callable[[], object] = unheard,
     ) -> int:
         """Copy slots into `pages[before:]`; return how many, from the first, surely are good."""
         if not refs:
@@ -213,11 +215,12 @@ class Loader:
         places = arena, [ref.offset for ref in refs], pages[before : before + len(refs)]
         block_bytes = self._mover.forms.stored.block_bytes
         if follower is None or len(refs) * block_bytes < self._grouped_bytes:
-            await self._mover.load(*places, alone=alone or follower is not None)
+            await self._mover.load(*places, alone=alone or follower is not None, queued=queued)
         else:
             moved = partial(self._loop.call_soon_threadsafe, follower.moved)
             gate = Gate(self._mover.forms.pages.layers, changed=moved)
             follower.begun(before + len(refs), gate)
+            follower.moved()
             await self._mover.load_groups(*places, gate)
         self._metrics.move_seconds.labels("load").observe(self._loop.time() - began)
         # Only now: a slot that was given to another name meanwhile has another generation.

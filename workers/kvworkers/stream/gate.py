@@ -98,10 +98,10 @@ class Gate:
     def lets_begin(self, *, alone: bool) -> bool:
         """Say whether a step should begin behind it now.
 
-        With the device to itself it follows from the first group on; beside others, which would
-        be held up as well, when all but the last have come.
+        With the device to itself it is made ready before the first group has come; beside others,
+        which would be held up as well, it begins when all but the last have.
         """
-        return self.come_groups >= (1 if alone else max(1, len(self.groups) - 1))
+        return alone or self.come_groups >= max(1, len(self.groups) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +111,4 @@ class Follower:
     begun: Callable[[int, Gate], None]
     """Told how many blocks there will be after a load that has begun, and its gate."""
     moved: Callable[[], None]
-    """Told that more has come."""
+    """Told that a step may begin now that could not before."""

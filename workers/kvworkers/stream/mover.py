@@ -25,6 +25,10 @@ SLICE_BYTES: Final = 64 << 20
 _T = TypeVar("_T")
 
 
+def unheard() -> None:
+    """Stand in for whoever wants to know when a load's copies are queued."""
+
+
 class Mover:
     """Moves whole blocks; `pool` is uint8 [pages, block_bytes of `forms.pages`]."""
 
@@ -42,14 +46,17 @@ class Mover:
         *,
         alone: bool = False,
         raw: bool = False,
+        queued: Callable[[], object] = unheard,
     ) -> None:
         """Copy arena blocks at `offsets` (bytes) into `pages`, decoding where forms differ.
 
         `alone`: no other request computes meanwhile, so the copy may take what it needs. `raw`:
-        the arena has pages as they are, as `store` puts them there with it.
+        the arena has pages as they are, as `store` puts them there with it. `queued` is called
+        once every load that is asked for from then on is copied behind this one.
         """
         for at, rows in self._slices(offsets, pages, raw=raw):
             await self._do(partial(self._load, arena, at, rows, raw))
+        queued()
 
     async def load_groups(
         self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], gate: Gate
