@@ -15,7 +15,8 @@ from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
-from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.service.store import ArenaStore
+from kvstore.service.store_limits import StoreLimits
 from kvstore.tiers.quotas import Quotas
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
@@ -65,12 +66,15 @@ class SmallStore:
 
 @contextmanager
 def small_store(
-    blocks: int = 16, *, quota_blocks: int = 16, max_slots: int = 64
+    blocks: int = 16, *, quota_blocks: int = 16, private_blocks: int = 8, max_slots: int = 64
 ) -> Iterator[SmallStore]:
     fd = create_arena(ArenaSize(blocks * GRANULE_BYTES, max_slots))
     arena = ArenaMapping(fd, owner=True)
     limits = StoreLimits(
-        lease_ms=1_000, claim_ms=300, reserve_quota_bytes=quota_blocks * GRANULE_BYTES
+        lease_ms=1_000,
+        claim_ms=300,
+        reserve_quota_bytes=quota_blocks * GRANULE_BYTES,
+        private_quota_bytes=private_blocks * GRANULE_BYTES,
     )
     try:
         yield SmallStore(arena, limits)

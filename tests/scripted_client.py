@@ -5,10 +5,49 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kvstore.client import Acquired, Reserved, SlotRef
+from kvstore.client.private import PrivateReserved
 from kvstore.core.errors import KvStoreError
 from kvstore.core.names import BlockName
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
+
+
+class ScriptedPrivate:
+    """Stands for `PrivateSlots`: places behind the blocks, of the blocks' own size."""
+
+    def __init__(self, client: "ScriptedClient") -> None:
+        self.error: KvStoreError | None = None
+        self.lost = False
+        """Whether the slots are another's now, as after a keeper's restart."""
+        self.free: list[int] = []
+        self.taken: set[int] = set()
+        self._client = client
+
+    def room(self, slots: int) -> None:
+        """Make room for so many; before anyone has looked at the arena."""
+        client = self._client
+        first = len(client.arena) // client.block_bytes
+        client.arena = memoryview(bytearray(len(client.arena) + slots * client.block_bytes))
+        self.free = list(range(first, first + slots))
+
+    async def reserve(self, count: int, *, block_bytes: int, deadline_ms: int) -> PrivateReserved:
+        assert block_bytes == self._client.block_bytes
+        self._client.calls.append("reserve")
+        if self.error is not None:
+            raise self.error
+        numbers = [self.free.pop() for _ in range(min(count, len(self.free)))]
+        self.taken.update(numbers)
+        reason = MissReason.NONE if len(numbers) == count else MissReason.QUOTA
+        return PrivateReserved([self._client.slot(n) for n in numbers], reason)
+
+    def holds(self, slots: Sequence[SlotRef]) -> bool:
+        return not self.lost and self.taken.issuperset(ref.slot for ref in slots)
+
+    def give_back(self, slots: Iterable[SlotRef]) -> None:
+        for ref in slots:
+            if ref.slot in self.taken:
+                self.taken.remove(ref.slot)
+                self.free.append(ref.slot)
 
 
 class ScriptedClient:
@@ -33,6 +72,7 @@ class ScriptedClient:
         self.patience: list[int | None] = []
         """Milliseconds that blocks from below were given, in asking and in waiting."""
         self.settled: list[dict[str, list[Any]]] = []
+        self.private = ScriptedPrivate(self)
 
     def slot(self, number: int) -> SlotRef:
         return SlotRef(number, 1, number * self.block_bytes, TierKind.DRAM, 1)
@@ -64,7 +104,9 @@ class ScriptedClient:
             await self.block.wait()
         if self.error is not None:
             raise self.error
-        self.settled.append({name: list(items) for name, items in lists.items()})
+        kept = {name: list(items) for name, items in lists.items()}
+        self.settled.append(kept)
+        self.private.give_back(kept.get("abort", []))
 
     async def wait_ready(self, refs: Sequence[SlotRef], *, deadline_ms: int) -> int:
         self.patience.append(deadline_ms)

@@ -22,7 +22,8 @@ from kvstore.observe.metrics import NodeMetrics, TierMetrics
 from kvstore.service.resident import resident
 from kvstore.service.roots import BlockShape, RootInfo, key_column
 from kvstore.service.slots import SlotTable
-from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.service.store import ArenaStore
+from kvstore.service.store_limits import StoreLimits
 from kvstore.testing.node import RunningNode
 from kvstore.tiers.base import BlockHeader
 from kvstore.tiers.block_rows import ROW_BYTES, pack_row, slot_bytes

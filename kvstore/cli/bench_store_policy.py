@@ -25,7 +25,8 @@ from kvstore.directory.policy import BlockKey, Policy, Prompt
 from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.slots import SlotTable
-from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.service.store import ArenaStore
+from kvstore.service.store_limits import StoreLimits
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
 _NAMES: Final = ("ours", "lru")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +34,11 @@ def parse_bytes(text: str) -> int:
     if size <= 0:
         raise ValueError(f"{text!r} is not a size such as 512MiB or 1GiB")
     return size
+
+
+def parse_room(text: str) -> int:
+    """As `parse_bytes`; `0` stands for none."""
+    return 0 if text == "0" else parse_bytes(text)
 
 
 def format_bytes(size: int) -> str:
@@ -71,13 +77,16 @@ class BytesType(click.ParamType[int]):
 
     name = "size"
 
+    def __init__(self, read: Callable[[str], int] = parse_bytes) -> None:
+        self._read = read
+
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         if isinstance(value, int):
             return value
         try:
-            return parse_bytes(str(value))
+            return self._read(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -115,5 +124,6 @@ class QuotaType(click.ParamType[QuotaRule]):
 
 
 BYTES: Final = BytesType()
+ROOM: Final = BytesType(parse_room)
 ADDRESS: Final = AddressType()
 QUOTA: Final = QuotaType()

@@ -11,6 +11,7 @@ from kvstore.client import checks
 from kvstore.client.config import ClientConfig
 from kvstore.client.copies import Payload, WriteGate, get_copies, get_into, put_copies
 from kvstore.client.link import Link
+from kvstore.client.private import PrivateSlots
 from kvstore.client.replies import (
     Acquired,
     Lookup,
@@ -26,7 +27,7 @@ from kvstore.client.replies import (
     slot_refs,
     stats_from,
 )
-from kvstore.client.session import Access, Session
+from kvstore.client.session import Access, Session, socket_path
 from kvstore.core.errors import BadInput
 from kvstore.core.limits import MAX_NAMES_PER_CALL
 from kvstore.core.names import Namespace, Root
@@ -35,7 +36,6 @@ from kvstore.observe.metrics import ClientMetrics
 from kvstore.rpc.credentials import NO_CREDENTIALS, Credentials
 from kvstore.rpc.v1 import cache_pb2
 
-SOCKET_NAME: Final = "keeper.sock"
 _MAX_POSITION: Final = (1 << 32) - 1
 
 
@@ -52,6 +52,8 @@ class AsyncClient:
         """For `connect`: use that."""
         self.on_new_session: Callable[[AsyncClient], None] | None = None
         """Called after a keeper's restart, with the new arena already mapped."""
+        self.private = PrivateSlots(link)
+        """Room of the arena that holds no blocks."""
         self._link = link
         link.on_new_session = self._announce
 
@@ -389,9 +391,3 @@ class AsyncClient:
     def _announce(self) -> None:
         if self.on_new_session is not None:
             self.on_new_session(self)
-
-
-def socket_path(where: str | Path) -> str:
-    """Return the keeper's socket for a run directory, or `where` when it is a socket itself."""
-    path = Path(where)
-    return str(path / SOCKET_NAME if path.is_dir() else path)

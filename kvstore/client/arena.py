@@ -11,7 +11,7 @@ from typing import Final
 
 from kvstore.client.replies import SlotRef
 from kvstore.core.errors import SessionLost
-from kvstore.core.slots import SlotState, readable_at, reserved_slots, unpack
+from kvstore.core.slots import SlotState, pack_word, readable_at, reserved_slots, unpack
 from kvstore.transport.arena import ArenaMapping
 
 _POLL_FIRST_S: Final = 50e-6
@@ -39,6 +39,12 @@ class SharedArena:
     def still(self, ref: SlotRef) -> bool:
         """Say whether the slot is readable and has been the same since `ref` was handed out."""
         return ref.arena == self.number and readable_at(self._words[ref.slot], ref.generation)
+
+    def reserved_for(self, ref: SlotRef, session: int) -> bool:
+        """Say whether the slot has stood reserved for a session since `ref` was handed out."""
+        if ref.arena != self.number:
+            return False
+        return self._words[ref.slot] == pack_word(ref.generation, SlotState.RESERVED, session)
 
     def hopeless(self, ref: SlotRef) -> bool:
         """Say whether a slot that is not readable will not become so at this generation."""

@@ -59,13 +59,18 @@ class Link:
     async def acquire(
         self, session: Session, request: cache_pb2.AcquireRequest, deadline_ms: int
     ) -> cache_pb2.AcquireReply:
-        """Make an Acquire that may reserve: slots of a lost answer are found and given back."""
+        """Make an Acquire that may reserve, as `reserving`."""
+        reply: cache_pb2.AcquireReply = await self.reserving(
+            session, "Acquire", request, deadline_ms
+        )
+        return reply
+
+    async def reserving(self, session: Session, method: str, request: Any, deadline_ms: int) -> Any:
+        """Make a call that may reserve: slots of a lost answer are found and given back."""
         self._longest_reserve_ms = max(self._longest_reserve_ms, deadline_ms)
         openings = session.openings
         try:
-            reply: cache_pb2.AcquireReply = await self.call(
-                session, "Acquire", request, deadline_ms
-            )
+            reply = await self.call(session, method, request, deadline_ms)
         except (Unreachable, asyncio.CancelledError):
             self.sweep_soon()
             raise

@@ -159,6 +159,14 @@ def acquired_from(reply: cache_pb2.AcquireReply, arena: int) -> Acquired:
     )
 
 
+def private_from(reply: cache_pb2.ReservePrivateReply, arena: int) -> list[SlotRef]:
+    """Read the slots of the answer to ReservePrivate."""
+    offsets = [granules * GRANULE_BYTES for granules in reply.offsets[:]]
+    slots = reply.slots[:]
+    own = repeat(TierKind.DRAM, len(slots))
+    return _refs(slots, reply.generations[:], offsets, own, arena)
+
+
 def _refs(
     slots: Sequence[int],
     generations: Sequence[int],

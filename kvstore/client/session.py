@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import grpc.aio
@@ -33,6 +34,7 @@ from kvstore.transport.arena import ArenaMapping
 from kvstore.transport.session_socket import Grant, Hello, connect_session
 
 SESSION_KEY: Final = "kvstore-session-bin"
+SOCKET_NAME: Final = "keeper.sock"
 _ATTEMPTS: Final = 4
 _RETRY_PAUSE_S: Final = 0.01
 
@@ -217,6 +219,12 @@ class Session:
         self.incarnation = reply.incarnation
         self.lease_ms = reply.lease_ms
         self.openings += 1
+
+
+def socket_path(where: str | Path) -> str:
+    """Return the keeper's socket for a run directory, or `where` when it is a socket itself."""
+    path = Path(where)
+    return str(path / SOCKET_NAME if path.is_dir() else path)
 
 
 async def _handshake(access: Access, deadline_ms: int) -> tuple[Grant, ArenaMapping, socket.socket]:

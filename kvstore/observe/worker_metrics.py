@@ -42,19 +42,47 @@ class WorkerMetrics:
             "kvstore_worker_store_failures", "Cache calls that failed; requests went on without",
             ["call", "error"], registry=registry,
         )  # fmt: skip
-        for call in ("connect", "acquire", "load", "settle"):  # from the start: alerts watch it
+        for call in (
+            "connect",
+            "acquire",
+            "load",
+            "settle",
+            "swap",
+        ):  # from the start: alerts watch it
             self.store_failures.labels(call, "Unreachable")
         self.evictions = Counter(
             "kvstore_worker_evicted_pages", "Pages dropped from HBM", registry=registry
         )
         self.running = Gauge("kvstore_worker_running", "Requests in the batch", registry=registry)
         self.waiting = Gauge("kvstore_worker_waiting", "Requests queued", registry=registry)
+        self._add_room(registry)
+
+    def _add_room(self, registry: CollectorRegistry) -> None:
+        """Add how full the pages are and who made way for others."""
         self.kv_used_bytes = Gauge(
             "kvstore_worker_kv_used_bytes", "Bytes of pages in use or cached", registry=registry
         )
         self.kv_capacity_bytes = Gauge(
             "kvstore_worker_kv_capacity_bytes", "Bytes of the page pool", registry=registry
         )
+        self.kv_held_bytes = Gauge(
+            "kvstore_worker_kv_held_bytes", "Bytes of pages that requests hold", registry=registry
+        )
+        self.kv_waste = Gauge(
+            "kvstore_worker_kv_waste_ratio",
+            "Share of those bytes that no known token fills: the ends of last pages",
+            registry=registry,
+        )
+        self.preempted = Gauge(
+            "kvstore_worker_preempted", "Requests that made way and are not back", registry=registry
+        )
+        self.preemptions = Counter(
+            "kvstore_worker_preemptions",
+            "Requests that made way by what became of their pages: swap to the arena, or recompute",
+            ["kind"], registry=registry,
+        )  # fmt: skip
+        for kind in ("swap", "recompute"):
+            self.preemptions.labels(kind)
 
     def _add_moves(self, registry: CollectorRegistry) -> None:
         """Add what copies between arena and pages take, steps by batch, and lost ranks."""

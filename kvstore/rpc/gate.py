@@ -34,7 +34,7 @@ OPEN_PREFIX: Final = "/grpc.health.v1.Health/"
 _CALLS: Final[Mapping[Role, Mapping[str, str]]] = {
     Role.CLIENT: {
         "CacheNode": "OpenSession CloseSession Acquire Settle Wait Lookup Pin Prefetch"
-        " Ticket Get Put",
+        " Ticket Get Put ReservePrivate",
         "Inference": "Generate ListModels",
     },
     Role.FRONTEND: {"Router": "Route Complete Explain", "Worker": "Describe Run"},

@@ -153,6 +153,9 @@ def _adopt_one(store: ArenaStore, slot: int, word: SlotWord, now_ms: float) -> b
     table.adopt(slot, word, info, key, now_ms)
     if holder is not None:  # somebody's sealed copy: the late writer will learn DUPLICATE
         table.index[key] = holder
+    if store.private.owns(info):
+        store.private.adopt(session, slot)
+        return True
     session.reserved.add(slot)
     session.reserved_bytes += shape.block_bytes
     return True

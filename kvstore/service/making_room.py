@@ -9,13 +9,20 @@ from kvstore.service.roots import RootInfo
 from kvstore.service.slots import SlotTable
 
 
-def make_room(table: SlotTable, block_bytes: int, newcomers: Sequence[int], now_ms: float) -> bool:
+def make_room(
+    table: SlotTable,
+    block_bytes: int,
+    newcomers: Sequence[int],
+    now_ms: float,
+    *,
+    weighed: bool = True,
+) -> bool:
     """Evict so that slots for at least the first of `newcomers` can be reserved.
 
-    `newcomers` are keys in prefix order that a request asked for. The class takes a whole chunk
-    from another one while it holds less than its fair share, and otherwise drops its own least
-    valuable blocks. False when all is leased, reserved or unsealed, or worth more than the
-    newcomers.
+    `newcomers` are keys in prefix order that a request asked for; `weighed` says whether they can
+    be worth less than what is here. The class takes a whole chunk from another one while it holds
+    less than its fair share, and otherwise drops its own least valuable blocks. False when all is
+    leased, reserved or unsealed, or worth more than the newcomers.
     """
     if table.space.below_fair_share(block_bytes) and _take_chunk(table, block_bytes):
         return True
@@ -32,7 +39,7 @@ def make_room(table: SlotTable, block_bytes: int, newcomers: Sequence[int], now_
         len(newcomers),
         now_ms=now_ms,
         may_evict=may_evict,
-        newcomers=[BlockKey(key) for key in newcomers] if table.bypass else (),
+        newcomers=[BlockKey(key) for key in newcomers] if table.bypass and weighed else (),
     )
     if victims:
         table.evict((table.index[key] for key in victims), reason="room")

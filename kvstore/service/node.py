@@ -47,7 +47,8 @@ from kvstore.service.requests import now_ms
 from kvstore.service.scrubbing import Scrubber
 from kvstore.service.servicer import CacheNodeService
 from kvstore.service.slots import SlotTable
-from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.service.store import ArenaStore
+from kvstore.service.store_limits import StoreLimits
 from kvstore.tiers.quotas import QuotaRule, Quotas
 from kvstore.transport.arena import ArenaMapping
 
@@ -91,6 +92,7 @@ class Node:
             lease_ms=options.lease_ms,
             claim_ms=options.claim_ms,
             reserve_quota_bytes=arena.size.data_bytes // 2,
+            private_quota_bytes=arena.size.data_bytes // 4,
         )
         # A keeper's death starts incarnations anew; the clock goes on.
         self._store = ArenaStore(table, limits, first_lease=time.time_ns())
@@ -199,7 +201,7 @@ class Node:
         table, sessions = self._store.table, self._store.sessions
         for number in sorted(sessions.numbers()):
             session = sessions.by_number(number)
-            if session is not None and session.closed and not session.reserved:
+            if session is not None and session.closed and not session.writes:
                 self._say("writers_done", number=number)
         self._hasher.adopt(
             slot for slot, state in enumerate(table.state) if state == SlotState.SEALED
@@ -271,7 +273,7 @@ class Node:
         self._store.close(session, writers_gone=writers_gone)
         if writers_gone:
             self._store.sessions.forget(session)
-        elif self._adopted and not session.reserved:
+        elif self._adopted and not session.writes:
             self._say("writers_done", number=number)
         self._hasher.announce()
 

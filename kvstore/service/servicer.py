@@ -183,6 +183,28 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
                     self._parts.metrics.settled.labels(kind, outcome.name.lower()).inc(count)
             return reply
 
+    async def ReservePrivate(
+        self, request: cache_pb2.ReservePrivateRequest, context: Context
+    ) -> cache_pb2.ReservePrivateReply:
+        """Reserve slots that hold no block."""
+        with self._measured("ReservePrivate"):
+            session, _ = self._rooted(context, request.root)
+            if session.arrived is not None:
+                raise BadInput("private slots are for sessions that map the arena")
+            if not 0 < request.count <= MAX_NAMES_PER_CALL:
+                raise BadInput(f"count {request.count}; 1 to {MAX_NAMES_PER_CALL} allowed")
+            slots, reason = self._store.private.reserve(
+                session, request.block_bytes, request.count, now_ms()
+            )
+            self._hasher.announce()
+            offsets, generations = self._store.table.places(slots)
+            return cache_pb2.ReservePrivateReply(
+                slots=slots,
+                offsets=offsets,
+                generations=generations,
+                reason=types_pb2.MissReason.Name(int(reason)),
+            )
+
     async def Wait(self, request: cache_pb2.WaitRequest, context: Context) -> cache_pb2.WaitReply:
         """Wait until names turned readable, nobody makes them, or the deadline passed."""
         with self._measured("Wait"):

@@ -35,6 +35,8 @@ class Session:
     leases: set[int] = field(default_factory=set)
     reserved: set[int] = field(default_factory=set)
     reserved_bytes: int = 0
+    private: set[int] = field(default_factory=set)
+    """Reserved slots that will never hold a block (`kvstore.service.private`)."""
     arrived: dict[int, bytes] | None = None
     """Of a remote session: reserved slots that the bulk port has filled, and the sums of their
     blocks. None: the client maps the arena and writes in place."""
@@ -42,6 +44,11 @@ class Session:
     """Reserved slots that stand on a ticket to be filled."""
     closed: bool = False
     """Its socket ended while a process that may still write lives: no calls, no new slots."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether slots stand reserved for it, that its processes may be writing to."""
+        return bool(self.reserved or self.private)
 
     def root(self, root: Root) -> RootInfo:
         """Return a root that this session opened.
@@ -88,7 +95,7 @@ class Sessions:
 
     def forget(self, session: Session) -> None:
         """Drop a session that holds nothing any more."""
-        assert not session.leases and not session.reserved, "the session still holds slots"
+        assert not session.leases and not session.writes, "the session still holds slots"
         self.close(session)
         self._by_number.pop(session.number, None)
 

@@ -19,27 +19,18 @@ from kvstore.directory.policy import Keys, Prompt
 from kvstore.service.bulk_commit import commit_all
 from kvstore.service.counting import HitCounts
 from kvstore.service.pins import Pins
+from kvstore.service.private import PrivateSlots
 from kvstore.service.promotion import Load, Promoter
 from kvstore.service.reserver import NO_HINTS, Hints, Reserver, Wanted
 from kvstore.service.resident import resident
 from kvstore.service.roots import RootInfo, key_column, keys_of
 from kvstore.service.sessions import MAX_LEASES_PER_SESSION, Leases, Session, Sessions
 from kvstore.service.slots import SlotTable
+from kvstore.service.store_limits import StoreLimits
 
 _REQUESTS_MAX: Final = 64
 _PINNED_SHARE: Final = 4
 """One share domain may pin a quarter of the arena."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreLimits:
-    """Times and bounds of one arena."""
-
-    lease_ms: int = 30_000
-    claim_ms: int = 5_000
-    """How long a reservation keeps others from computing the same block."""
-    reserve_quota_bytes: int
-    """Bytes one session may have reserved and not settled."""
 
 
 @dataclass(slots=True)
@@ -75,6 +66,7 @@ class ArenaStore:
         self.reserver = Reserver(
             table, limits.reserve_quota_bytes, limits.claim_ms, self.flush_requests
         )
+        self.private = PrivateSlots(table, limits.private_quota_bytes, self.flush_requests)
         self.promoter: Promoter | None = None
         """Set where tiers below DRAM exist."""
         self.on_request: Callable[[Prompt], None] | None = None
@@ -231,7 +223,10 @@ class ArenaStore:
         outcomes: list[SettleOutcome] = []
         for slot, generation in refs:
             outcome = self._standing(session, info, slot, generation)
-            if outcome is SettleOutcome.DONE:
+            if self.private.holds(session, slot, generation):
+                outcome = SettleOutcome.DONE
+                self.private.give_back(session, slot)
+            elif outcome is SettleOutcome.DONE:
                 self._give_back(session, slot)
             elif outcome is SettleOutcome.ALREADY and self.table.state[slot] in READABLE:
                 outcome = SettleOutcome.STALE  # committed before: too late to abort
@@ -292,7 +287,8 @@ class ArenaStore:
             return SettleOutcome.NOT_YOURS
         if generation < table.generation[slot]:
             return SettleOutcome.STALE
-        if table.root_number[slot] != info.number:
+        other = table.root_number[slot] != info.number
+        if other and not self.private.owns(table.root_of(slot)):
             return SettleOutcome.NOT_YOURS
         if table.state[slot] == SlotState.RESERVED:
             return SettleOutcome.NOT_YOURS
@@ -323,7 +319,10 @@ class ArenaStore:
         reserved = list(session.reserved)
         for slot in reserved:
             self._give_back(session, slot)
-        return len(leases), len(reserved)
+        private = list(session.private)
+        for slot in private:
+            self.private.give_back(session, slot)
+        return len(leases), len(reserved) + len(private)
 
     def clear(self, root_number: int | None, first: int, last: int) -> int:
         """Forget the blocks in slots `[first, last)`, under one root or all; returns how many.

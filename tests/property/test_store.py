@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 from prometheus_client import CollectorRegistry
 
 from kvstore.core.limits import GRANULE_BYTES
@@ -28,10 +28,12 @@ from kvstore.service.adopt import adopt
 from kvstore.service.roots import BlockShape, RootInfo
 from kvstore.service.sessions import Session
 from kvstore.service.slots import SlotTable
-from kvstore.service.store import ArenaStore, StoreLimits
+from kvstore.service.store import ArenaStore
+from kvstore.service.store_limits import StoreLimits
 from kvstore.tiers.quotas import QuotaRule, Quotas
 from kvstore.tiers.sums import block_sum
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
+from tests.private_rules import PrivateRules
 
 GRANULES = 24
 SHAPES = (
@@ -42,7 +44,10 @@ ROOTS = tuple(Root(hashlib.sha256(bytes([i])).digest()) for i in range(len(SHAPE
 NAMES = [hashlib.sha256(bytes([0, i])).digest() for i in range(12)]
 QUOTA_BYTES = 6 * GRANULE_BYTES
 LIMITS = StoreLimits(
-    lease_ms=1_000, claim_ms=300, reserve_quota_bytes=GRANULES // 2 * GRANULE_BYTES
+    lease_ms=1_000,
+    claim_ms=300,
+    reserve_quota_bytes=GRANULES // 2 * GRANULE_BYTES,
+    private_quota_bytes=GRANULES // 3 * GRANULE_BYTES,
 )
 
 PREFIXES = st.tuples(st.integers(0, 11), st.integers(1, 8)).map(lambda at: NAMES[at[0] :][: at[1]])
@@ -52,7 +57,7 @@ def payload(root: int, name: bytes) -> bytes:
     return hashlib.shake_128(ROOTS[root] + name).digest(SHAPES[root].payload_bytes)
 
 
-class StoreMachine(RuleBasedStateMachine):
+class StoreMachine(PrivateRules):
     def __init__(self) -> None:
         super().__init__()
         self.least, bulk_commit._LEAST = bulk_commit._LEAST, 2  # two at once are many here
@@ -97,6 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.numbers += 1
             self.store.sessions.open(self.numbers, self.numbers.to_bytes(16, "little"))
             self.reserved[self.numbers] = {}
+            self.private[self.numbers] = {}
 
     @precondition(lambda self: self.reserved)
     @rule(
@@ -232,13 +238,16 @@ class StoreMachine(RuleBasedStateMachine):
         for lease in leases:
             del self.leases[lease]
         mine = self.reserved.pop(session.number)
+        private = self.private.pop(session.number)
         if lingers:
             assert self.store.close(session, writers_gone=False) == (len(leases), 0)
             for slot, (generation, _, _) in mine.items():
                 word = self.arena.word(slot)
                 assert word == (generation, SlotState.RESERVED, session.number)
+            assert all(self.arena.word(slot).state is SlotState.RESERVED for slot in private)
             leases = []
-        assert self.store.close(session, writers_gone=True) == (len(leases), len(mine))
+        freed = len(mine) + len(private)
+        assert self.store.close(session, writers_gone=True) == (len(leases), freed)
         self.store.sessions.forget(session)
 
     @rule(corrupt=st.booleans())
@@ -267,6 +276,7 @@ class StoreMachine(RuleBasedStateMachine):
             session = self.store.sessions.by_number(number)
             assert session is not None
             assert session.reserved == set(mine)
+            assert session.private == set(self.private[number])
 
     # -- what always holds -----------------------------------------------------------------
 

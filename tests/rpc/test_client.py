@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 import kvstore
-from kvstore.client import AsyncClient, Client
-from kvstore.client.aio import socket_path
+from kvstore.client import Client
+from kvstore.client.aio import AsyncClient
 from kvstore.client.blocking import Client as BlockingClient
+from kvstore.client.session import socket_path
 from kvstore.core.errors import BadInput, Unreachable
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind

@@ -200,6 +200,7 @@ async def test_health_and_metrics_are_served(worker: WorkerServer) -> None:
         ({"drain_ms": -1}, "drain_ms"),
         ({"max_running": 0}, "max_running"),
         ({"role": "idle"}, "role 'idle'"),
+        ({"swap_bytes": -1}, "swap_bytes"),
     ],
 )
 async def test_bad_configuration_names_the_field(change: dict[str, Any], says: str) -> None:

@@ -162,6 +162,7 @@ class WorkerServer:
             step_tokens=config.step_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
+            overcommit=config.overcommit,
         )
         return Engine(
             model,
@@ -243,7 +244,9 @@ class WorkerServer:
             client,
             mover,
             self._metrics,
-            config=StoreConfig(call_ms=self.config.store_call_ms),
+            config=StoreConfig(
+                call_ms=self.config.store_call_ms, swap_bytes=self.config.swap_bytes
+            ),
         )
 
     async def _leave_node(self, mover: Mover) -> None:
@@ -313,6 +316,10 @@ async def _cancelled(task: "asyncio.Task[None]") -> None:
 @click.option("--events-redis", default="", metavar="URL", help="Redis to write events to.")
 @click.option("--step-tokens", default=512, show_default=True, help="Tokens of one step.")
 @click.option("--max-running", default=16, show_default=True, help="Requests in the batch.")
+@click.option("--overcommit/--no-overcommit", default=True, show_default=True,
+              help="Admit by what replies are expected to be, not by all they may.")  # fmt: skip
+@click.option("--swap-bytes", type=int, help="Arena for requests that make way; default: as the "
+              "node allows; 0: none.")  # fmt: skip
 @click.option("--trace", default="", help="Send spans to this OTLP collector: http://HOST:PORT.")
 @click.option("--incarnation", default=0, help="Number of this start; default: the clock.")
 @click.option("--drain-ms", default=5_000, show_default=True, help="For running requests at end.")

@@ -60,6 +60,11 @@ class WorkerConfig:
     step_tokens: int = 512
     max_running: int = 16
     max_waiting: int = 64
+    overcommit: bool = True
+    """Admit requests by what replies are expected to become; False: by all their `max_tokens`."""
+    swap_bytes: int | None = None
+    """Bytes of the arena for pages of requests that make way; None: as the node allows; 0: none,
+    they are computed anew."""
     drain_ms: int = 5_000
     """How long running requests may go on once the worker is told to end."""
 
@@ -70,6 +75,8 @@ class WorkerConfig:
         for field in ("pool_bytes", "step_tokens", "max_running", "max_waiting", "store_call_ms"):
             if (value := getattr(self, field)) is not None and value <= 0:
                 raise BadInput(f"{field} must be positive, got {value}")
+        if self.swap_bytes is not None and self.swap_bytes < 0:
+            raise BadInput(f"swap_bytes must not be negative, got {self.swap_bytes}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device):
             raise BadInput(f"device {self.device!r}: auto, cpu, cuda or cuda:N")
         if not 1 <= self.tensor_parallel <= MAX_RANKS:

@@ -156,6 +156,28 @@ class SettleReply(_message.Message):
     release: _containers.RepeatedScalarFieldContainer[SettleOutcome]
     def __init__(self, commit: _Optional[_Iterable[_Union[SettleOutcome, str]]] = ..., abort: _Optional[_Iterable[_Union[SettleOutcome, str]]] = ..., release: _Optional[_Iterable[_Union[SettleOutcome, str]]] = ...) -> None: ...
 
+class ReservePrivateRequest(_message.Message):
+    __slots__ = ("root", "block_bytes", "count")
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    root: bytes
+    block_bytes: int
+    count: int
+    def __init__(self, root: _Optional[bytes] = ..., block_bytes: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ReservePrivateReply(_message.Message):
+    __slots__ = ("slots", "offsets", "generations", "reason")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    offsets: _containers.RepeatedScalarFieldContainer[int]
+    generations: _containers.RepeatedScalarFieldContainer[int]
+    reason: _types_pb2.MissReason
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., reason: _Optional[_Union[_types_pb2.MissReason, str]] = ...) -> None: ...
+
 class WaitRequest(_message.Message):
     __slots__ = ("root", "names", "deadline_ms")
     ROOT_FIELD_NUMBER: _ClassVar[int]

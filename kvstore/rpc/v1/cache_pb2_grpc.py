@@ -55,6 +55,11 @@ class CacheNodeStub(object):
                 request_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.SettleRequest.SerializeToString,
                 response_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.SettleReply.FromString,
                 _registered_method=True)
+        self.ReservePrivate = channel.unary_unary(
+                '/kvstore.rpc.v1.CacheNode/ReservePrivate',
+                request_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.ReservePrivateRequest.SerializeToString,
+                response_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.ReservePrivateReply.FromString,
+                _registered_method=True)
         self.Wait = channel.unary_unary(
                 '/kvstore.rpc.v1.CacheNode/Wait',
                 request_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.WaitRequest.SerializeToString,
@@ -141,6 +146,14 @@ class CacheNodeServicer(object):
 
     def Settle(self, request, context):
         """Commits, aborts and releases in one batch. Every item gets an outcome; settling twice is harmless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReservePrivate(self, request, context):
+        """Reserves slots that hold no block: room for the caller's own use, that nobody can find and nothing
+        evicts. They come back by Settle(abort) or with the session. For sessions that map the arena.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -244,6 +257,11 @@ def add_CacheNodeServicer_to_server(servicer, server):
                     servicer.Settle,
                     request_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.SettleRequest.FromString,
                     response_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.SettleReply.SerializeToString,
+            ),
+            'ReservePrivate': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReservePrivate,
+                    request_deserializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.ReservePrivateRequest.FromString,
+                    response_serializer=kvstore_dot_rpc_dot_v1_dot_cache__pb2.ReservePrivateReply.SerializeToString,
             ),
             'Wait': grpc.unary_unary_rpc_method_handler(
                     servicer.Wait,
@@ -409,6 +427,33 @@ class CacheNode(object):
             '/kvstore.rpc.v1.CacheNode/Settle',
             kvstore_dot_rpc_dot_v1_dot_cache__pb2.SettleRequest.SerializeToString,
             kvstore_dot_rpc_dot_v1_dot_cache__pb2.SettleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReservePrivate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.rpc.v1.CacheNode/ReservePrivate',
+            kvstore_dot_rpc_dot_v1_dot_cache__pb2.ReservePrivateRequest.SerializeToString,
+            kvstore_dot_rpc_dot_v1_dot_cache__pb2.ReservePrivateReply.FromString,
             options,
             channel_credentials,
             insecure,

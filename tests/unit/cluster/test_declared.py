@@ -43,6 +43,11 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     assert type(config).from_json(config.to_json()) == config
 
 
+def test_no_room_for_requests_that_make_way_is_a_choice(tmp_path: Path) -> None:
+    assert load_declared(written(tmp_path, "workers: {swap: 0}")).config.swap_bytes == 0
+    assert load_declared(written(tmp_path, "{}")).config.swap_bytes is None
+
+
 def test_an_empty_tree_is_the_default_cluster(tmp_path: Path) -> None:
     declared = load_declared(written(tmp_path, "{}"))
     assert (declared.name, declared.model, declared.config.workers) == ("default", "", 2)
@@ -60,6 +65,8 @@ def test_an_empty_tree_is_the_default_cluster(tmp_path: Path) -> None:
         ("workers: {tensor_parallel: 0}", "workers.tensor_parallel 0: must lie in"),
         ("workers: {prefill: 2}", "workers.prefill 2: none of the workers"),
         ("workers: {decode: 3}", "workers.decode 3: must lie in"),
+        ("workers: {swap: -1}", "workers.swap: '-1' is not a size"),
+        ("workers: {overcommit: 1}", "workers.overcommit: 1 is not true or false"),
         ("nodes: {arena: 1}", "nodes.arena 1: at least"),
         ("nodes: {arena: much}", "nodes.arena: 'much' is not a size"),
         ("frontends: {count: 0}", "frontends.count 0: one per host"),

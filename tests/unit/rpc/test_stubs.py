@@ -28,7 +28,7 @@ SERVICES = {
         cache_pb2,
         {
             "Acquire", "Clear", "CloseSession", "Get", "Lend", "Lookup", "OpenSession", "Pin",
-            "Prefetch", "Put", "Settle", "Stats", "Ticket", "Wait", "Watch",
+            "Prefetch", "Put", "ReservePrivate", "Settle", "Stats", "Ticket", "Wait", "Watch",
         },
     ),
     "Worker": (worker_pb2, {"Describe", "Run", "Watch"}),

@@ -31,12 +31,8 @@ def test_help_names_the_shapes() -> None:
 
 
 def test_pages_of_a_cpu_are_bounded() -> None:
-    class Spec:
-        class layout:
-            block_bytes = 1 << 20
-
     class Model:
-        spec = Spec
+        page_bytes = 1 << 20
         device = torch.device("cpu")
 
     model: Any = Model()

@@ -87,7 +87,7 @@ async def rig(
     pages: int = 64,
     policy: Policy | None = None,
     store: Callable[[], Any] = lambda: None,
-    **bounds: int,
+    **bounds: Any,
 ) -> AsyncIterator[Rig]:
     memory = loaded.new_pool(pages)
     pool = PagePool(pages, block_bytes=memory.shape[1], policy=Lru() if policy is None else policy)

@@ -35,6 +35,23 @@ async def test_blocks_go_into_pages_and_back() -> None:
     mover.close()
 
 
+async def test_raw_pages_go_as_they_are_whatever_the_store_keeps() -> None:
+    small = replace(LAYOUT, layers=32, kv_heads=8, head_dim=64)
+    stored = replace(small, codec=Codec.INT4)
+    assert stored.block_bytes < small.block_bytes
+    pool = torch.randint(0, 255, (4, small.block_bytes), dtype=torch.uint8)
+    before = pool.clone()
+    arena = memoryview(bytearray(3 * small.block_bytes))
+    mover = Mover(pool, forms(stored, small))
+    places = [2 * small.block_bytes, 0]
+    assert mover.reachable(arena, places, raw=True) == 2
+    await mover.store([0, 1], arena, places, raw=True)
+    assert arena[: small.block_bytes] == bytes(before[1].numpy())
+    await mover.load(arena, places, [3, 2], raw=True)
+    assert torch.equal(pool[3], before[0]) and torch.equal(pool[2], before[1])
+    mover.close()
+
+
 async def test_places_outside_are_refused() -> None:
     mover = Mover(torch.zeros((2, BLOCK), dtype=torch.uint8), forms())
     with pytest.raises(BadInput):

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from kvworkers.engine.sampling import SamplingParams
 from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
@@ -49,6 +51,7 @@ def sequence(
 
 def run_step(scheduler: Scheduler, now_ms: float = 0.0) -> list[tuple[int, int]]:
     """Compute one planned step; sequences that sample get token 7."""
+    assert scheduler.make_room(now_ms) == []
     works = scheduler.plan()
     shape = []
     for work in works:
@@ -227,7 +230,7 @@ def test_loaded_blocks_count_by_tier() -> None:
     "change",
     [{"step_tokens": 0}, {"max_running": 0}, {"hold_ms": 0}, {"step_tokens": 4, "max_running": 8}],
 )
-def test_bad_bounds_are_refused(change: dict[str, int]) -> None:
+def test_bad_bounds_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=next(iter(change))):
         SchedulerConfig(max_model_tokens=100, **change)
 

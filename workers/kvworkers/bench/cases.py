@@ -12,6 +12,7 @@ from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import Fidelity
 from kvworkers.bench.hidden import hidden_share
 from kvworkers.bench.rig import Rig
+from kvworkers.bench.storm import storm
 
 READ_GB_S: Final = 3_126.0
 """Measured read limit of the H100 that the bars were derived for."""
@@ -26,6 +27,9 @@ _SDPA_MS: Final = 1_396.0
 _APPEND_LIMIT: Final = (
     "the larger of weights and KV over 3,126 GB/s and layers' products at 700 TFLOP/s"
 )
+
+STORM: Final = "storm"
+"""Its rows; `--case storm` runs it."""
 
 HIDDEN: Final = "32k + 256 arena hidden"
 
@@ -61,6 +65,7 @@ class Cases:
         await self._append()
         await self._long_prefix()
         await self._store_cost()
+        await self._storm()
 
     def _wants(self, case: str) -> bool:
         return fnmatchcase(case, self._pattern)
@@ -115,6 +120,22 @@ class Cases:
             "64 x 512 in 128 out", statistics.median(rates), "tokens/s", runs=3,
             peer=_GENERATE_BATCH, peer_name="transformers generate_batch, H100, 8B, recorded",
         )  # fmt: skip
+
+    async def _storm(self) -> None:
+        """Report what a request gets per token while too few pages make some of them leave."""
+        if not self._wants(STORM):
+            return
+        count, out = max(6, 32 // self._scale), max(64, 512 // self._scale)
+        prompts = [self._fresh(4_096) for _ in range(count)]
+        busy, calm = await storm(self._rig, prompts, out=out)
+        shape = {"runs": 1, "peer_name": "the same requests with pages for all"}
+        self._emit(f"{STORM}: TPOT", busy.tpot_ms, "ms", peer=calm.tpot_ms, **shape)
+        self._emit(
+            f"{STORM}: throughput", busy.tokens_per_s, "tokens/s", peer=calm.tokens_per_s, **shape
+        )
+        self._emit(f"{STORM}: preemptions", busy.preemptions, "requests", runs=1)
+        self._emit(f"{STORM}: recomputed", busy.recomputed, "requests", runs=1)
+        self._emit(f"{STORM}: swapped out", busy.swapped_bytes / (1 << 20), "MiB", runs=1)
 
     async def _append(self) -> None:
         names = {n: f"append {n} over 8192" for n in (64, 256, 512)}

@@ -42,7 +42,9 @@ class ClusterConfig:
 
     Of the `workers` the last `prefill` and the first `decode` have those roles, the others both.
     `pool_bytes` is each worker's page pool, `threads` its compute threads; 0 leaves the choice to
-    the worker and to the machine. `fidelity` is how exactly workers' stores keep K and V. `policy`
+    the worker and to the machine. `swap_bytes` is what each may take of the arena for requests that
+    make way; None: as the node allows. With `overcommit` they admit requests by what replies are
+    expected to become. `fidelity` is how exactly workers' stores keep K and V. `policy`
     evicts in every tier. `nvme` is a directory on a local disk in which each node keeps a tier of
     `nvme_bytes`; None: there is none. `files` is a directory that all nodes share, with
     `files_bytes` for all blocks in it. `cluster_key` is the file that names are derived with, the
@@ -66,6 +68,8 @@ class ClusterConfig:
     threads: int = 0
     tensor_parallel: int = 1
     """Devices of each worker, on one host; the worker's ranks are an actor each."""
+    swap_bytes: int | None = None
+    overcommit: bool = True
     fidelity: str = Fidelity.EXACT.value
     policy: str = DEFAULT_POLICY
     nvme: Path | None = None
@@ -99,6 +103,8 @@ class ClusterConfig:
             raise BadInput(f"--arena {self.arena_bytes}: at least {MIN_ARENA_BYTES} bytes")
         if self.pool_bytes < 0 or self.threads < 0:
             raise BadInput("--pool and --threads must not be negative")
+        if self.swap_bytes is not None and self.swap_bytes < 0:
+            raise BadInput(f"--swap {self.swap_bytes}: must not be negative")
         if not 0 <= self.frontends <= MAX_FRONTENDS:
             raise BadInput(f"--frontends {self.frontends}: must lie in 0..{MAX_FRONTENDS}")
         if self.frontends == 0 and not self.ray_address:

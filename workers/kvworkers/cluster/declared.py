@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from kvstore.cli.values import Address, parse_bytes
+from kvstore.cli.values import Address, parse_bytes, parse_room
 from kvstore.core.errors import BadInput
 from kvworkers.cluster.config import ClusterConfig
 
@@ -32,6 +32,12 @@ def _integer(value: Any) -> int:
     return value
 
 
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is not true or false")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r} is not a text")
@@ -40,6 +46,10 @@ def _text(value: Any) -> str:
 
 def _size(value: Any) -> int:
     return parse_bytes(str(value)) if not isinstance(value, bool) else _integer(value)
+
+
+def _room(value: Any) -> int:
+    return parse_room(str(value)) if not isinstance(value, bool) else _integer(value)
 
 
 def _address(value: Any) -> Address:
@@ -74,6 +84,8 @@ KEYS: Final[Mapping[str, tuple[str, Reader]]] = {
     "workers.threads": ("threads", _integer),
     "workers.tensor_parallel": ("tensor_parallel", _integer),
     "workers.fidelity": ("fidelity", _text),
+    "workers.swap": ("swap_bytes", _room),
+    "workers.overcommit": ("overcommit", _switch),
     "nodes.arena": ("arena_bytes", _size),
     "nodes.policy": ("policy", _text),
     "nodes.nvme": ("nvme", _text),
@@ -97,6 +109,7 @@ FLAGS: Final[Mapping[str, str]] = {
     "--listen": "listen", "--http": "frontends.http", "--grpc": "frontends.grpc",
     "--security": "security", "--nvme-bytes": "nodes.nvme_bytes", "--nvme": "nodes.nvme",
     "--policy": "nodes.policy", "--fidelity": "workers.fidelity",
+    "--swap": "workers.swap",
     "--files-bytes": "nodes.files_bytes", "--files": "nodes.files",
     "--cluster-key-file": "cluster_key", "--events-redis": "events_redis",
     "--quota": "nodes.quotas",

@@ -275,6 +275,8 @@ class WorkerShell(Shell):
             pool_bytes=chosen.pool_bytes or None,
             threads=chosen.threads_per_worker(),
             tensor_parallel=chosen.tensor_parallel,
+            swap_bytes=chosen.swap_bytes,
+            overcommit=chosen.overcommit,
             policy=chosen.policy,
             fidelity=chosen.fidelity,
             trace=chosen.trace,

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import click
 
+from kvstore.cli.values import ROOM
 from kvstore.core.errors import Unreachable
 from kvstore.core.names import Fidelity
 from kvworkers.cluster.config import ClusterConfig
@@ -43,7 +44,7 @@ _READY_SECONDS: Final = 900.0
 _SAME_NAMES: Final = (
     "workers", "prefill", "decode", "threads", "policy", "nvme", "files", "http", "grpc",
     "frontends", "listen", "tensor_parallel", "security", "ray_namespace", "drain_ms", "trace",
-    "events_redis", "fidelity",
+    "events_redis", "fidelity", "overcommit",
 )  # fmt: skip
 """Flags that are called as the fields of `ClusterConfig`."""
 
@@ -59,6 +60,10 @@ _LOG_POLL_SECONDS: Final = 0.2
 @click.option("--fidelity", type=click.Choice([f.value for f in Fidelity]), default="exact",
               show_default=True, help="How exactly workers' stores keep K and V.")  # fmt: skip
 @click.option("--tensor-parallel", default=1, show_default=True, help="Devices of each worker.")
+@click.option("--swap", type=ROOM, default=None,
+              help="Arena for requests that make way. [default: as nodes allow]")  # fmt: skip
+@click.option("--overcommit/--no-overcommit", default=True, show_default=True,
+              help="Admit by what replies are expected to be, not by all they may.")  # fmt: skip
 @click.option("--detach", is_flag=True, help="Return when ready; end it with `kvstore down`.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when ready.")
 @click.option("--notify-fd", type=int, hidden=True, default=None)
@@ -101,6 +106,7 @@ def _from_flags(model: str | None, options: Mapping[str, Any]) -> ClusterConfig:
         run_dir=Path("/"),
         arena_bytes=options["arena"],
         pool_bytes=options["pool"] or 0,
+        swap_bytes=options["swap"],
         nvme_bytes=options["nvme_bytes"] or 0,
         files_bytes=options["files_bytes"] or 0,
         cluster_key=options["cluster_key_file"],

@@ -20,6 +20,7 @@ from kvstore.core.names import BlockName
 from kvstore.core.outcomes import MissReason
 from kvstore.observe.metrics import WorkerMetrics
 from kvworkers.engine.loader import Ask, Loader, LoadResult
+from kvworkers.engine.swap import SwapSpace
 from kvworkers.stream.gate import Follower
 from kvworkers.stream.mover import Mover
 
@@ -43,11 +44,15 @@ class StoreConfig:
     """Stores waiting in the background; each holds its pages. More are dropped."""
     grouped_bytes: int = 16 << 20
     """Loads of so many bytes and more come in groups of layers, and a step may follow them."""
+    swap_bytes: int | None = None
+    """Bytes of the arena that requests which made way may take; None: as the node allows."""
 
     def __post_init__(self) -> None:
         for name in ("call_ms", "pending_ms", "circuit_ms", "max_jobs", "grouped_bytes"):
             if getattr(self, name) <= 0:
                 raise BadInput(f"store {name} must be positive, got {getattr(self, name)}")
+        if self.swap_bytes is not None and self.swap_bytes < 0:
+            raise BadInput(f"store swap_bytes must not be negative, got {self.swap_bytes}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,16 @@ class StoreLink:
             grouped_bytes=config.grouped_bytes,
             failed=self._failed,
         )
+        self.swap = SwapSpace(
+            client,
+            mover,
+            metrics,
+            most_bytes=config.swap_bytes,
+            call_ms=config.call_ms,
+            failed=self._failed,
+            give_up=self._give_up,
+        )
+        """Where pages of requests go that make way."""
         self._owed: list[SlotRef] = []
         self._jobs: asyncio.Queue[StoreJob] = asyncio.Queue(config.max_jobs)
         self._loop = asyncio.get_running_loop()
@@ -111,6 +126,20 @@ class StoreLink:
     def sees_all(self) -> bool:
         """Whether jobs that are to be `checked` can be: `Mover.sees_all`."""
         return self._mover.sees_all
+
+    @property
+    def exact(self) -> bool:
+        """Whether blocks come back as they were given."""
+        return not self._mover.forms.transcodes
+
+    def release(self, leases: Sequence[int]) -> None:
+        """End leases in the background."""
+        if leases:
+            self.submit(StoreJob(done=_nothing, leases=leases))
+
+    def _give_up(self, slots: Sequence[SlotRef]) -> None:
+        if slots:
+            self.submit(StoreJob(done=_nothing, aborts=slots))
 
     async def load(self, ask: Ask, follower: Follower | None = None) -> LoadResult:
         """Load the longest cached prefix of a prompt: `Loader.load`."""

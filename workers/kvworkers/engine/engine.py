@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Final
 
 from torch import Tensor
@@ -25,18 +24,18 @@ from kvstore.core.names import Root
 from kvstore.directory.events import Loaded
 from kvworkers.engine.active import Active, Actives, Flight
 from kvworkers.engine.cache import StoreLink
+from kvworkers.engine.moves import Moves
 from kvworkers.engine.output import Output, OutputStream
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter, load_of, measure
 from kvworkers.engine.sampling import Sampled, Sampler
 from kvworkers.engine.scheduler import Scheduler, Work
-from kvworkers.engine.sequence import FinishReason, Request
+from kvworkers.engine.sequence import FinishReason, Request, SequenceState
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.engine.steps import StepRunner
 from kvworkers.models.loading import LoadedModel
 from kvworkers.pages.pool import PagePool
-from kvworkers.stream.gate import Follower
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +80,15 @@ class Engine:
         )
         self._actives = Actives()
         self._wake = asyncio.Event()
+        self._moves = Moves(
+            scheduler,
+            self._prefix,
+            self._actives,
+            reporter,
+            wake=self._wake.set,
+            retire=self._retire,
+            broken=self._break,
+        )
         self._idle = asyncio.Event()
         self._draining = False
         self._failing_steps = 0
@@ -180,12 +188,15 @@ class Engine:
             for late in self._actives.expired(now_ms):
                 # Not an end of the reply: a cut one must never pass for a whole one.
                 self._fail(late, Unreachable("the request's deadline passed"))
+            for run in self._scheduler.make_room(now_ms, self._prefix.prices):
+                self._moves.leave(self._actives[run])
             for run in self._scheduler.admit(now_ms):
-                self._begin(self._actives[run])
-            works = self._scheduler.plan(self._follows)
+                self._moves.begin(self._actives[run])
+            works = self._scheduler.plan(self._moves.follows)
             if flight is not None and not self._ahead(works):
                 works = []  # What the step before chose is seen first.
             self._reporter.publish(self._pool, self.load())
+            self._reporter.occupancy(self._pool, self._scheduler)
             if works or flight is not None:
                 flight = await self._turn(works, flight)
             elif not self._actives.unnamed():
@@ -210,38 +221,6 @@ class Engine:
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
-
-    def _begin(self, active: Active) -> None:
-        """Fetch what the store has for an admitted run, or let it compute at once."""
-        self._prefix.begin_hand_over(active.run)
-        link = self._prefix.wanted(active.run)
-        if link is None:
-            self._scheduler.loaded(active.run, 0, now_ms=self._now_ms())
-            return
-        active.run.loading = True
-        active.load_task = self._loop.create_task(self._load(active, link))
-
-    async def _load(self, active: Active, link: StoreLink) -> None:
-        run = active.run
-        follower = None
-        if self._actives.alone:
-            # Beside others a load takes its time and leaves them the device.
-            follower = Follower(partial(self._scheduler.loading, run), self._wake.set)
-        blocks = await self._prefix.fetch(run, link, follower)
-        run.loading = False
-        try:
-            if run.finish is None:
-                self._scheduler.loaded(run, blocks, now_ms=self._now_ms())
-            else:
-                self._retire(active)
-        except Exception as error:  # task boundary, as in `_run_guarded`
-            _log.exception("taking in a load failed")
-            self._break(error)
-        self._wake.set()
-
-    def _follows(self, run: Run) -> bool:
-        """Say whether a step of `run` is to begin behind its load now."""
-        return run.gate is not None and run.gate.lets_begin(alone=self._actives.alone)
 
     def _ahead(self, works: Sequence[Work]) -> bool:
         """Say whether a step of `works` may be on the device together with its neighbours.
@@ -319,9 +298,16 @@ class Engine:
             self._fail(active, Unreachable("the model gave logits that are not finite"))
             return
         self._scheduler.advance(work, now_ms=now_ms)
-        if sampled is None:
+        if sampled is not None:
+            self._take(active, sampled, now_ms)
+        else:
             self._prefix.settle_chunk(run)
-            return
+        if run.state is SequenceState.LEAVING:
+            self._moves.leave(active)
+
+    def _take(self, active: Active, sampled: Sampled, now_ms: float) -> None:
+        """Give a token to its caller, or end its reply."""
+        run = active.run
         if run.first_token_ms is None:
             self._first_token(active, now_ms)
         if run.ends_with(sampled.token, self._model.spec.eos_token_ids):
@@ -368,6 +354,7 @@ class Engine:
             return
         del self._actives[run]
         self._prefix.settle_prompt(run)
+        self._prefix.forget(run)
         if active.error is None:
             self._prefix.store_rest(run)
         self._prefix.leave(run)

@@ -9,7 +9,9 @@ from kvstore.core.outcomes import MissReason
 from kvstore.observe.tracing import under
 from kvworkers.engine.cache import StoreJob, StoreLink
 from kvworkers.engine.loader import Ask, LoadResult
+from kvworkers.engine.preemption import Prices, settled_blocks
 from kvworkers.engine.rates import Rates
+from kvworkers.engine.sequence import Away
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.pages.pool import PagePool
 from kvworkers.stream.gate import Follower
@@ -140,6 +142,92 @@ class PrefixStore:
                 kept=result.kept if self._listed(run, result) else (),
             )
         )
+
+    def prices(self) -> Prices:
+        """Return what bringing back those who make way costs now."""
+        link = self._link()
+        if link is None or not link.usable or not link.swap.has_room(1):
+            return Prices(self._rates())
+        return Prices(self._rates(), link.swap.block_ms, exact=link.exact)
+
+    async def put_away(self, run: Run) -> Away | None:
+        """Copy what a run needs of its pages to come back; None where it is to be computed anew.
+
+        The prompt is settled first: what the store has then is not copied.
+        """
+        self.settle_prompt(run)
+        run.stored = min(run.stored, run.full_blocks)
+        link = self._link()
+        if link is None or not link.usable:
+            return None
+        first = settled_blocks(run, exact=link.exact)
+        last = -(-run.computed // BLOCK_TOKENS)
+        if first >= last:
+            # All that it has lies in the store: nothing to copy, and nothing to compute either.
+            return Away(first, run.computed, ())
+        try:
+            slots = await link.swap.out(run.pages[first:last])
+        except Exception:  # task boundary: it is computed anew
+            _log.exception("copying pages out failed")
+            link.count_unexpected("swap")
+            return None
+        return None if slots is None else Away(first, run.computed, slots)
+
+    def forget(self, run: Run) -> None:
+        """Give up the copy of one that made way, if there is one."""
+        away, run.away = run.away, None
+        link = self._link()
+        if away is not None and away.slots and link is not None:
+            link.swap.drop(away.slots)
+
+    async def bring_back(self, run: Run) -> int:
+        """Fill the pages of one that had made way; return how many of its tokens stand there now.
+
+        What its own pages' cache no longer has is loaded from the store, what lies in private
+        slots copied back. Blocks behind one that did not come are computed.
+        """
+        away, link = run.away, self._link()
+        got = run.published
+        try:
+            if link is not None:
+                upto = run.reuse_limit if away is None else away.first_block
+                got += await self._from_store(run, link, got, upto)
+                if away is not None and got >= away.first_block:
+                    return await self._from_slots(run, link, got, away)
+        except Exception:  # task boundary: what did not come is computed
+            _log.exception("copying pages back failed")
+            if link is not None:
+                link.count_unexpected("swap")
+        finally:
+            self.forget(run)
+        return got * BLOCK_TOKENS
+
+    async def _from_store(self, run: Run, link: StoreLink, first: int, upto: int) -> int:
+        if first >= upto or run.request.no_read or not (link.exact and link.usable):
+            return 0
+        rates = self._rates()
+        tokens = (upto - first) * BLOCK_TOKENS
+        ask = Ask(
+            names=run.names[first:upto],
+            pages=run.pages[first:upto],
+            usable=upto - first,
+            first_block=first,
+            reserve=0,
+            recompute_ms=rates.prefill_ms(tokens, first * BLOCK_TOKENS),
+            kind=run.request.kind,
+            depth_cost=rates.depth_cost,
+        )
+        result = await link.load(ask)
+        link.release(result.leases)
+        return result.blocks
+
+    async def _from_slots(self, run: Run, link: StoreLink, got: int, away: Away) -> int:
+        last = away.first_block + len(away.slots)
+        if got < last and not await link.swap.back(
+            away.slots[got - away.first_block :], run.pages[got:last]
+        ):
+            return got * BLOCK_TOKENS
+        return max(got * BLOCK_TOKENS, away.tokens)
 
     def _listed(self, run: Run, result: LoadResult) -> bool:
         """Say whether the blocks that were loaded are known by name in our own pages now."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.directory.events import Loaded, TierKind, WorkerRole
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
@@ -44,6 +45,18 @@ class Reporter:
         metrics.waiting.set(load.waiting)
         metrics.kv_used_bytes.set(load.kv_used_bytes)
         metrics.kv_capacity_bytes.set(load.kv_capacity_bytes)
+
+    def occupancy(self, pool: PagePool, scheduler: Scheduler) -> None:
+        """Say how much of the pages those that run hold, how much of it for nothing, who waits."""
+        held = pool.use().held
+        self._metrics.kv_held_bytes.set(held * pool.block_bytes)
+        places = held * BLOCK_TOKENS
+        self._metrics.kv_waste.set(scheduler.spare_places / places if places else 0.0)
+        self._metrics.preempted.set(scheduler.preempted)
+
+    def preempted(self, *, swapped: bool) -> None:
+        """Count one request that made way."""
+        self._metrics.preemptions.labels("swap" if swapped else "recompute").inc()
 
     def first_token(self, first: FirstTokens) -> None:
         """Count where a prompt's tokens came from and how long its first token took."""

@@ -1,23 +1,31 @@
 """Who runs next: admission by pages, and steps that mix decodes with chunks of prefill. Pure.
 
-Admission is first come, first served. A sequence gets every page that it can ever need when it
-is admitted, so nothing admitted can get stuck for memory; what can never fit is refused before any
-work. A sequence whose next block is being computed by another one is held back until
+Admission is first come, first served, by the pages that are needed: those of the tokens that are
+known are given at once, those of the reply while it grows. One is admitted when what replies are
+expected to become (`Forecast`) fits beside those that run. When pages run out all the same, some
+make way (`make_room`), and come back before anyone new is admitted. Nothing gets stuck: whoever
+came first is never asked to, and what can never fit is refused before any work.
+
+A sequence whose next block is being computed by another one is held back until
 that one has passed (or a deadline has): two users with one document compute it once.
 
 A step has a budget of tokens. Decodes go first, one token each, then prefills in order of
 admission share the rest in chunks. Time is passed in as milliseconds of a monotonic clock.
 """
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Final
 
 from kvstore.core.errors import BadInput, Refused, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS
 from kvstore.core.names import BlockName
-from kvworkers.engine.sequence import Sequence, SequenceState
+from kvworkers.engine.preemption import Prices
+from kvworkers.engine.room import Room
+from kvworkers.engine.sequence import Away, FinishReason, Sequence, SequenceState
 from kvworkers.pages.pool import PageKey, PagePool, PageUse
 from kvworkers.stream.gate import Gate
 
@@ -36,6 +44,8 @@ class SchedulerConfig:
     """Sequences without pages; beyond it requests are refused."""
     hold_ms: float = 10_000
     """How long one sequence waits for another that computes the same prefix."""
+    overcommit: bool = True
+    """Admit by what replies are expected to become; False: by all that they may become."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_tokens", "step_tokens", "max_running", "max_waiting", "hold_ms"):
@@ -68,12 +78,16 @@ NAMED_AT_ONCE: Final = 64
 
 
 class Scheduler:
-    """Decides; the engine executes and reports back by `advance` and `finish`."""
+    """Decides; the engine executes and reports back by `advance`, `left` and `finish`."""
 
     def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
         self.config = config
         self._pool = pool
+        self._room = Room(pool, overcommit=config.overcommit)
+        self._turns = 0
         self._waiting: deque[Sequence] = deque()
+        self._out: list[Sequence] = []
+        """Those that made way, by their turns."""
         self._running: list[Sequence] = []
         self._computing: dict[BlockName, Sequence] = {}
         """A name says its root, so it stands for both."""
@@ -81,7 +95,12 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Sequences without pages."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._out)
+
+    @property
+    def preempted(self) -> int:
+        """Those among them that made way."""
+        return len(self._out)
 
     @property
     def running(self) -> int:
@@ -91,18 +110,24 @@ class Scheduler:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens admitted or waiting and not yet computed."""
-        return sum(max(0, s.prompt_tokens - s.computed) for s in self.sequences())
+        return sum(max(0, s.prompt_tokens - _done(s)) for s in self.sequences())
 
     @property
     def queued_token_depths(self) -> float:
         """Sum over those tokens of how many tokens of their prompts come before each."""
-        left = ((s.computed, max(s.computed, s.prompt_tokens)) for s in self.sequences())
+        left = ((_done(s), max(_done(s), s.prompt_tokens)) for s in self.sequences())
         return sum((last - first) * (first + last) / 2 for first, last in left)
 
     def sequences(self) -> Iterator[Sequence]:
         """Iterate over everything that is not finished."""
         yield from self._running
+        yield from self._out
         yield from self._waiting
+
+    @property
+    def spare_places(self) -> int:
+        """Places for tokens in pages of running sequences that no known token will fill."""
+        return sum(max(0, len(s.pages) * BLOCK_TOKENS - len(s.tokens)) for s in self._running)
 
     def submit(self, sequence: Sequence, *, retry_after_ms: int = 0) -> None:
         """Queue a sequence. Raises `TooLarge` when it can never run, `Refused` when full."""
@@ -120,16 +145,48 @@ class Scheduler:
             )
         if len(self._waiting) >= self.config.max_waiting:
             raise Refused(f"{len(self._waiting)} requests are waiting already", retry_after_ms)
+        self._turns += 1
+        sequence.turn = self._turns
         self._waiting.append(sequence)
+
+    def make_room(self, now_ms: float, prices: Callable[[], Prices] = Prices) -> list[Sequence]:
+        """Give running sequences a page for their next token; return who has to make way for it.
+
+        Those are LEAVING from now on: no step is planned for them. When no step has them any more,
+        the caller copies what is to be kept and says `left`. `prices` are asked when needed.
+        """
+        short = self._room.grow(self._running, now_ms)
+        if not short:
+            return []
+        victims = self._room.victims(self._running, short, prices())
+        for victim in victims:
+            victim.state = SequenceState.LEAVING
+        return victims
+
+    def left(self, sequence: Sequence, away: Away | None, *, now_ms: float) -> None:
+        """Take the pages of one that makes way; `away` is its copy, None: it is computed anew."""
+        assert sequence.state is SequenceState.LEAVING
+        assert not sequence.in_step and not sequence.loading and not sequence.coming
+        self._running.remove(sequence)
+        self._forget_computing(sequence, 0)
+        self._pool.release(sequence.give_up_pages(), now_ms=now_ms)
+        sequence.away = away
+        sequence.preemptions += 1
+        sequence.state = SequenceState.WAITING
+        insort(self._out, sequence, key=attrgetter("turn"))
 
     def admit(self, now_ms: float) -> list[Sequence]:
         """Give pages to those whose turn it is; returns them in state LOADING.
 
         Its own pages are matched here: `hbm_blocks`, `computed` and `pages` are set. Stops at the
         first one that does not fit (no overtaking for memory); those held back for a
-        prefix are overtaken.
+        prefix are overtaken. Those that made way come first, and nobody before them.
         """
         admitted: list[Sequence] = []
+        while self._out and len(self._running) < self.config.max_running:
+            if not self._give_pages(self._out[0], now_ms):
+                return admitted
+            admitted.append(self._out.pop(0))
         held: list[Sequence] = []
         while self._waiting and len(self._running) < self.config.max_running:
             sequence = self._waiting.popleft()
@@ -165,7 +222,9 @@ class Scheduler:
         ready = [
             (s, max(s.launched, s.computed), s.pending_tokens)
             for s in self._running
-            if s.finish is None and (s.state is SequenceState.RUNNING or (s.gate and follows(s)))
+            if s.finish is None
+            and (s.state is SequenceState.RUNNING or (s.gate and follows(s)))
+            and not s.lacks_page
         ]
         works = [Work(s, start, 1, True) for s, start, pending in ready if pending == 1]
         budget -= len(works)
@@ -200,10 +259,19 @@ class Scheduler:
         """
         assert sequence.state is SequenceState.LOADING
         assert sequence.hbm_blocks + blocks <= sequence.hit_limit
-        sequence.computed = (sequence.hbm_blocks + blocks) * BLOCK_TOKENS
+        sequence.gate = None
+        self._runs(sequence, (sequence.hbm_blocks + blocks) * BLOCK_TOKENS, now_ms)
+
+    def returned(self, sequence: Sequence, tokens: int, *, now_ms: float) -> None:
+        """Take note that K and V of `tokens` stand in the pages of one that had made way."""
+        assert sequence.state is SequenceState.LOADING and sequence.away is None
+        assert sequence.published * BLOCK_TOKENS <= tokens < len(sequence.tokens)
+        self._runs(sequence, tokens, now_ms)
+
+    def _runs(self, sequence: Sequence, tokens: int, now_ms: float) -> None:
+        sequence.computed = tokens
         if not sequence.in_step:
             sequence.launched = sequence.computed
-        sequence.gate = None
         sequence.state = SequenceState.RUNNING
         self.name_blocks(sequence, now_ms=now_ms)
 
@@ -242,10 +310,14 @@ class Scheduler:
         assert not sequence.in_step and not sequence.loading
         if sequence.state is SequenceState.FINISHED:
             return
-        if sequence.state is SequenceState.WAITING:
-            self._waiting.remove(sequence)
-        else:
+        if sequence.state is not SequenceState.WAITING:
             self._running.remove(sequence)
+        elif sequence.preemptions:
+            self._out.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
+            self._room.ended(sequence)
         self._forget_computing(sequence, 0)
         use = PageUse(sequence.request.kind, sequence.root.hex(), depth_cost)
         self._pool.release(sequence.pages, now_ms=now_ms, use=use)
@@ -267,13 +339,15 @@ class Scheduler:
     def _give_pages(self, sequence: Sequence, now_ms: float) -> bool:
         own: list[int] = []
         if not sequence.request.no_read:
-            own = self._pool.match(sequence.root, sequence.names[: sequence.hit_limit])
-        fresh = self._pool.allocate(sequence.pages_needed - len(own), now_ms=now_ms)
+            own = self._pool.match(sequence.root, sequence.names[: sequence.reuse_limit])
+        fresh = self._room.fresh(sequence, len(own), self._running, now_ms)
         if fresh is None:
             self._pool.release(own, now_ms=now_ms)
             return False
         sequence.pages = own + fresh
-        sequence.hbm_blocks = sequence.published = len(own)
+        sequence.published = len(own)
+        if not sequence.preemptions:
+            sequence.hbm_blocks = len(own)
         sequence.computed = len(own) * BLOCK_TOKENS
         sequence.state = SequenceState.LOADING
         sequence.held_since_ms = None
@@ -305,3 +379,8 @@ class Scheduler:
         for name in sequence.names[first:last]:
             if self._computing.get(name) is sequence:
                 del self._computing[name]
+
+
+def _done(sequence: Sequence) -> int:
+    """Return how many tokens of a sequence need not be computed any more."""
+    return sequence.computed if sequence.away is None else sequence.away.tokens

@@ -1,20 +1,24 @@
 """One request on its way through the engine: its tokens, names, pages and account.
 
-    WAITING ──admitted──▶ LOADING ──▶ RUNNING ──▶ FINISHED
-       │                     │           │           ▲
-       └─────────────────────┴───────────┴───────────┘    cancelled, failed, deadline
+                   ┌──────────────── LEAVING ◀──makes way──┐
+                   ▼                                       │
+    WAITING ──admitted──▶ LOADING ──▶ RUNNING ─────────────┴──▶ FINISHED
+       │                     │           │                         ▲
+       └─────────────────────┴───────────┴─────────────────────────┘    cancelled, failed, deadline
 
 Positions: `tokens` is the prompt and what was generated; K and V of the first `computed` tokens
 stand in `pages`. The last generated token is known and not yet computed.
 """
 
 from array import array
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.client import SlotRef
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import BLOCK_TOKENS, MAX_EXTRA_KEY_BYTES
 from kvstore.core.names import BlockName, ExtraKey, Root, chain
@@ -30,11 +34,13 @@ class SequenceState(StrEnum):
     """Where a request stands."""
 
     WAITING = "waiting"
-    """No pages yet."""
+    """No pages yet, or none any more."""
     LOADING = "loading"
     """Has all its pages; cached blocks are on their way into them."""
     RUNNING = "running"
     """Takes part in steps."""
+    LEAVING = "leaving"
+    """Makes way: its pages go when nothing writes them and what is to be kept is copied."""
     FINISHED = "finished"
     """Its pages are given back."""
 
@@ -111,6 +117,17 @@ class CacheUse:
         return self.prompt_tokens - self.cached_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Away:
+    """Where the pages of one that made way are: private slots of the arena."""
+
+    first_block: int
+    """Block of the sequence that `slots[0]` holds; those before it are in the store."""
+    tokens: int
+    """Tokens whose K and V stand there and before; the last block may be a part."""
+    slots: Seq[SlotRef]
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """State of one request. Only the engine's event loop touches it."""
@@ -144,10 +161,16 @@ class Sequence:
     first_token_ms: float | None = None
     load_ms: float = 0.0
     finish: FinishReason | None = None
+    turn: int = 0
+    """Its place in the order of arrival at this worker."""
+    preemptions: int = 0
+    """How often it made way."""
+    away: Away | None = None
+    """Its copy, between making way and coming back."""
     in_step: int = 0
     """Steps that were begun and not ended: they may be writing its pages."""
     loading: bool = False
-    """A load may be writing its pages."""
+    """A copy may be writing its pages, or reading them on their way out."""
     gate: Gate | None = None
     """That load, where a step may begin behind it before its end."""
     _table: "NDArray[np.int32] | None" = None
@@ -172,6 +195,19 @@ class Sequence:
     def hit_limit(self) -> int:
         """Blocks that may come from a cache: one prompt token at least has to be computed."""
         return (self.prompt_tokens - 1) // BLOCK_TOKENS
+
+    @property
+    def reuse_limit(self) -> int:
+        """Blocks that it may find computed: one known token at least has to be computed.
+
+        `hit_limit` for a prompt; more for one that comes back with a part of its reply.
+        """
+        return (len(self.tokens) - 1) // BLOCK_TOKENS
+
+    @property
+    def known_pages(self) -> int:
+        """Pages for the tokens that are known."""
+        return -(-len(self.tokens) // BLOCK_TOKENS)
 
     @property
     def prompt_blocks(self) -> int:
@@ -206,8 +242,21 @@ class Sequence:
             return 0
         return len(self.tokens) + self.coming - max(self.launched, self.computed)
 
+    @property
+    def lacks_page(self) -> bool:
+        """Whether it has a token to compute and no place for it."""
+        start = max(self.launched, self.computed)
+        return start >= len(self.pages) * BLOCK_TOKENS and self.pending_tokens > 0
+
+    def give_up_pages(self) -> list[int]:
+        """Return its pages, which are its own no more: nothing is computed."""
+        pages, self.pages, self._table = self.pages, [], None
+        self.computed = self.launched = self.published = 0
+        return pages
+
     def page_table(self) -> "NDArray[np.int32]":
-        """Return `pages` as an array, made once: they do not change while it runs."""
+        """Return `pages` as an array, made once for each number of them: while it has some,
+        they only grow."""
         if self._table is None or len(self._table) != len(self.pages):
             self._table = np.array(self.pages, dtype=np.int32)
         return self._table

@@ -120,6 +120,10 @@ class PagePool:
                 self._cached -= 1
             self._references[page] += 1
 
+    def count_alone(self, pages: Sequence[int]) -> int:
+        """Return how many of these held pages nobody else holds: what giving them back frees."""
+        return sum(1 for page in pages if self._references[page] == 1)
+
     def allocate(self, count: int, *, now_ms: float) -> list[int] | None:
         """Return `count` unnamed pages with one hold each, evicting cached ones; None if too few.
 

@@ -146,6 +146,7 @@ class Follower:
                 frame.arrays["pages"].tolist(),
                 store=bool(frame.facts.get("store")),
                 alone=bool(frame.facts.get("alone")),
+                raw=bool(frame.facts.get("raw")),
             )
         except KvStoreError as failure:
             error = f"rank {self._rank}: {failure}"

@@ -123,7 +123,13 @@ class Lead:
             raise
 
     def move(
-        self, *, store: bool, alone: bool, offsets: Sequence[int], pages: Sequence[int]
+        self,
+        *,
+        store: bool,
+        alone: bool,
+        raw: bool,
+        offsets: Sequence[int],
+        pages: Sequence[int],
     ) -> "Future[None]":
         """Have every other rank copy its part of these blocks.
 
@@ -134,7 +140,7 @@ class Lead:
             self._last_job += 1
             number = self._last_job
             job = self._jobs[number] = _Job(time.monotonic(), set(self._members))
-        frame = move_frame(number, store=store, alone=alone, offsets=offsets, pages=pages)
+        frame = move_frame(number, store=store, alone=alone, raw=raw, offsets=offsets, pages=pages)
         self._tell_or_lose(frame)
         return job.done
 

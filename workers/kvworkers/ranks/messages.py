@@ -127,14 +127,14 @@ def step_of(frame: Frame) -> StepInputs:
 
 
 def move_frame(
-    job: int, *, store: bool, alone: bool, offsets: Sequence[int], pages: Sequence[int]
+    job: int, *, store: bool, alone: bool, raw: bool, offsets: Sequence[int], pages: Sequence[int]
 ) -> Frame:
     """Return the order to copy each rank's part of blocks at `offsets` from or into `pages`."""
     arrays = {
         "offsets": np.array(offsets, dtype=np.int64),
         "pages": np.array(pages, dtype=np.int64),
     }
-    return Frame(Kind.MOVE, {"job": job, "store": store, "alone": alone}, arrays)
+    return Frame(Kind.MOVE, {"job": job, "store": store, "alone": alone, "raw": raw}, arrays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

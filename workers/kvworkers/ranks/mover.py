@@ -21,6 +21,7 @@ class PartMover:
     def __init__(self, memory: Tensor, model: LoadedModel) -> None:
         self.mover = make_mover(memory, model.part_forms)
         self._shift = shift(model.part, model.forms)
+        self._raw_shift = model.part.offset(model.forms.pages)
 
     async def move(
         self,
@@ -30,13 +31,15 @@ class PartMover:
         *,
         store: bool,
         alone: bool,
+        raw: bool = False,
     ) -> None:
         """Copy the part of blocks at `offsets` from `pages` (`store`) or into them."""
-        places = [offset + self._shift for offset in offsets]
+        begin = self._raw_shift if raw else self._shift
+        places = [offset + begin for offset in offsets]
         if store:
-            await self.mover.store(pages, arena, places)
+            await self.mover.store(pages, arena, places, raw=raw)
         else:
-            await self.mover.load(arena, places, pages, alone=alone)
+            await self.mover.load(arena, places, pages, alone=alone, raw=raw)
 
 
 def shift(part: Part, forms: Forms) -> int:
@@ -61,13 +64,14 @@ class RanksMover(Mover):
         pages: Sequence[int],
         *,
         alone: bool = False,
+        raw: bool = False,
         queued: Callable[[], object] = unheard,
     ) -> None:
         """Copy blocks at `offsets` into `pages` of every rank; `Unreachable` when one is lost.
 
         `queued` is called when it is done: nothing less says that every rank's later copies are.
         """
-        await self._together(arena, offsets, pages, store=False, alone=alone)
+        await self._together(arena, offsets, pages, store=False, alone=alone, raw=raw)
         queued()
 
     async def load_groups(
@@ -81,9 +85,16 @@ class RanksMover(Mover):
         finally:
             gate.end()
 
-    async def store(self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int]) -> None:
+    async def store(
+        self,
+        pages: Sequence[int],
+        arena: memoryview,
+        offsets: Sequence[int],
+        *,
+        raw: bool = False,
+    ) -> None:
         """Copy every rank's `pages` to its part of the blocks at `offsets`; errors as `load`."""
-        await self._together(arena, offsets, pages, store=True, alone=False)
+        await self._together(arena, offsets, pages, store=True, alone=False, raw=raw)
 
     @property
     def sees_all(self) -> bool:
@@ -107,13 +118,13 @@ class RanksMover(Mover):
         self._own.mover.meet(arena)
         self._lead.map(self._descriptor())
 
-    def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
+    def reachable(self, arena: memoryview, offsets: Sequence[int], *, raw: bool = False) -> int:
         """Return how many blocks, from the first on, all ranks can copy."""
         if arena is not self._arena:
             self.meet(arena)  # The keeper was replaced, and its memory is another one.
-        ends = self._lead.reached_bytes - self.forms.stored.block_bytes
+        ends = self._lead.reached_bytes - self._block_bytes(raw=raw)
         known = next((at for at, offset in enumerate(offsets) if offset > ends), len(offsets))
-        return min(known, self._own.mover.reachable(arena, offsets))
+        return min(known, self._own.mover.reachable(arena, offsets, raw=raw))
 
     def forget(self) -> None:
         """Let go of the arena's mapping here; the other ranks' ends with them."""
@@ -132,10 +143,11 @@ class RanksMover(Mover):
         *,
         store: bool,
         alone: bool,
+        raw: bool,
     ) -> None:
-        job = self._lead.move(store=store, alone=alone, offsets=offsets, pages=pages)
+        job = self._lead.move(store=store, alone=alone, raw=raw, offsets=offsets, pages=pages)
         theirs = asyncio.wrap_future(job)
-        mine = self._own.move(arena, offsets, pages, store=store, alone=alone)
+        mine = self._own.move(arena, offsets, pages, store=store, alone=alone, raw=raw)
         await _both(mine, theirs)
 
 

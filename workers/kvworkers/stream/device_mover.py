@@ -69,13 +69,13 @@ class DeviceMover(Mover):
         """Begin to register: the first request is to find it done, or well under way."""
         self._known(arena)
 
-    def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
+    def reachable(self, arena: memoryview, offsets: Sequence[int], *, raw: bool = False) -> int:
         """Return how many blocks, from the first on, lie in registered memory.
 
         The first call for a mapping begins its registration.
         """
         known = self._known(arena)
-        ends = known.registered_bytes - self.forms.stored.block_bytes
+        ends = known.registered_bytes - self._block_bytes(raw=raw)
         return next((at for at, offset in enumerate(offsets) if offset > ends), len(offsets))
 
     def registered(self, arena: memoryview, *, deadline_s: float) -> bool:
@@ -89,13 +89,16 @@ class DeviceMover(Mover):
         pages: Sequence[int],
         *,
         alone: bool = False,
+        raw: bool = False,
         queued: Callable[[], object] = unheard,
     ) -> None:
         """Copy arena blocks at `offsets` (bytes) into `pages`; `BadInput` for places outside."""
-        self._check(arena, offsets, pages)
+        self._check(arena, offsets, pages, raw=raw)
         forms = self.forms
-        if alone and not forms.transcodes:
-            jobs = self._jobs(self._copy_in, arena, offsets, pages)
+        # Kernels take all blocks for stored ones: raw ones of another form go by the copy engine.
+        by_engine = forms.transcodes if raw else alone and not forms.transcodes
+        if by_engine:
+            jobs = self._jobs(self._copy_in, arena, offsets, pages, raw=raw)
         else:
             movement = await self._planned(arena, offsets, pages)
             programs = forms.load_programs if alone else forms.beside_programs
@@ -108,16 +111,24 @@ class DeviceMover(Mover):
     ) -> None:
         """As `load`, group after group of layers; opens `gate` for each, ends it in any case."""
         try:
-            self._check(arena, offsets, pages)
+            self._check(arena, offsets, pages, raw=False)
             movement = await self._planned(arena, offsets, pages)
             await self._loads.run(self._grouped(movement, gate))
         finally:
             gate.end()
 
-    async def store(self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int]) -> None:
+    async def store(
+        self,
+        pages: Sequence[int],
+        arena: memoryview,
+        offsets: Sequence[int],
+        *,
+        raw: bool = False,
+    ) -> None:
         """Copy `pages` to the arena blocks at `offsets` (bytes); errors as `load`."""
-        self._check(arena, offsets, pages)
-        await self._stores.run(self._jobs(self._store_there, arena, offsets, pages))
+        self._check(arena, offsets, pages, raw=raw)
+        queue = partial(self._store_there, raw)
+        await self._stores.run(self._jobs(queue, arena, offsets, pages, raw=raw))
 
     async def finite(self, pages: Sequence[int]) -> bool:
         """Say whether every element of `pages` is a number."""
@@ -143,8 +154,10 @@ class DeviceMover(Mover):
         arena: memoryview,
         offsets: Sequence[int],
         pages: Sequence[int],
+        *,
+        raw: bool,
     ) -> Iterator[tuple[_Slice, _Queued]]:
-        for at, rows in self._slices(offsets, pages):
+        for at, rows in self._slices(offsets, pages, raw=raw):
             yield partial(queue, arena, at, rows), _nobody
 
     async def _planned(
@@ -176,8 +189,10 @@ class DeviceMover(Mover):
         for block, page in self._pairs(arena, offsets, pages):
             page.copy_(block, non_blocking=True)
 
-    def _store_there(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
-        if self.forms.transcodes:
+    def _store_there(
+        self, raw: bool, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]
+    ) -> None:
+        if self.forms.transcodes and not raw:
             movement = self._movement(arena, offsets, pages)
             ops.store_layers(movement, programs=STORE_PROGRAMS)
             return
@@ -198,11 +213,13 @@ class DeviceMover(Mover):
             self._registration = Registration(arena)
         return self._registration
 
-    def _check(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
+    def _check(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], *, raw: bool
+    ) -> None:
         if len(offsets) != len(pages):
             raise BadInput(f"{len(offsets)} offsets for {len(pages)} pages")
         for name, values, last in (
-            ("offsets", offsets, arena.nbytes - self.forms.stored.block_bytes),
+            ("offsets", offsets, arena.nbytes - self._block_bytes(raw=raw)),
             ("pages", pages, self._pool.shape[0] - 1),
         ):
             if values and not (min(values) >= 0 and max(values) <= last):

@@ -45,15 +45,17 @@ class Mover:
         pages: Sequence[int],
         *,
         alone: bool = False,
+        raw: bool = False,
         queued: Callable[[], object] = unheard,
     ) -> None:
         """Copy arena blocks at `offsets` (bytes) into `pages`, decoding where forms differ.
 
-        `alone`: no other request computes meanwhile, so the copy may take what it needs. `queued`
-        is called once every load that is asked for from then on is copied behind this one.
+        `alone`: no other request computes meanwhile, so the copy may take what it needs. `raw`:
+        the arena has pages as they are, as `store` puts them there with it. `queued` is called
+        once every load that is asked for from then on is copied behind this one.
         """
-        for at, rows in self._slices(offsets, pages):
-            await self._do(partial(self._load, arena, at, rows))
+        for at, rows in self._slices(offsets, pages, raw=raw):
+            await self._do(partial(self._load, arena, at, rows, raw))
         queued()
 
     async def load_groups(
@@ -69,10 +71,20 @@ class Mover:
         finally:
             gate.end()
 
-    async def store(self, pages: Sequence[int], arena: memoryview, offsets: Sequence[int]) -> None:
-        """Copy `pages` to the arena blocks at `offsets` (bytes), encoding where forms differ."""
-        for at, rows in self._slices(offsets, pages):
-            await self._do(partial(self._store, arena, at, rows))
+    async def store(
+        self,
+        pages: Sequence[int],
+        arena: memoryview,
+        offsets: Sequence[int],
+        *,
+        raw: bool = False,
+    ) -> None:
+        """Copy `pages` to the arena blocks at `offsets` (bytes), encoding where forms differ.
+
+        `raw`: as they are, whatever the form of stored blocks is.
+        """
+        for at, rows in self._slices(offsets, pages, raw=raw):
+            await self._do(partial(self._store, arena, at, rows, raw))
 
     @property
     def sees_all(self) -> bool:
@@ -95,7 +107,7 @@ class Mover:
         """
         self._met_bytes = arena.nbytes
 
-    def reachable(self, arena: memoryview, offsets: Sequence[int]) -> int:
+    def reachable(self, arena: memoryview, offsets: Sequence[int], *, raw: bool = False) -> int:
         """Return how many blocks, from the first on, lie where copies can go now: here all."""
         return len(offsets)
 
@@ -106,11 +118,15 @@ class Mover:
         """Let the copy in progress end and take no more."""
         self._thread.shutdown(wait=True)
 
+    def _block_bytes(self, *, raw: bool) -> int:
+        """Return the size of a block in the arena."""
+        return (self.forms.pages if raw else self.forms.stored).block_bytes
+
     def _slices(
-        self, offsets: Sequence[int], pages: Sequence[int]
+        self, offsets: Sequence[int], pages: Sequence[int], *, raw: bool
     ) -> list[tuple[Sequence[int], Sequence[int]]]:
         assert len(offsets) == len(pages)
-        step = max(1, SLICE_BYTES // self.forms.stored.block_bytes)
+        step = max(1, SLICE_BYTES // self._block_bytes(raw=raw))
         return [
             (offsets[at : at + step], pages[at : at + step]) for at in range(0, len(pages), step)
         ]
@@ -128,15 +144,19 @@ class Mover:
             element=self.forms.element,
         )
 
-    def _load(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
-        if self.forms.transcodes:
+    def _load(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], raw: bool
+    ) -> None:
+        if self.forms.transcodes and not raw:
             ops.load_layers(self._movement(arena, offsets, pages))
             return
         memory = torch.frombuffer(arena, dtype=torch.uint8)
         ops.load_blocks(memory, torch.tensor(offsets), self._pool, torch.tensor(pages))
 
-    def _store(self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int]) -> None:
-        if self.forms.transcodes:
+    def _store(
+        self, arena: memoryview, offsets: Sequence[int], pages: Sequence[int], raw: bool
+    ) -> None:
+        if self.forms.transcodes and not raw:
             ops.store_layers(self._movement(arena, offsets, pages))
             return
         memory = torch.frombuffer(arena, dtype=torch.uint8)

@@ -124,8 +124,8 @@ def test_a_step_behind_a_load_is_sent_when_every_rank_has_loaded(make: Make) -> 
 
 def test_a_copy_ends_when_every_rank_has_copied(make: Make) -> None:
     scene = make(30.0)
-    first = scene.lead.move(store=True, alone=False, offsets=[4096], pages=[3])
-    second = scene.lead.move(store=False, alone=True, offsets=[0], pages=[1])
+    first = scene.lead.move(store=True, alone=False, raw=False, offsets=[4096], pages=[3])
+    second = scene.lead.move(store=False, alone=True, raw=False, offsets=[0], pages=[1])
     frames = [scene.hear(), scene.hear()]
     assert [f.facts["store"] for f in frames] == [True, False]
     assert not first.done() and not second.done()
@@ -169,7 +169,7 @@ def test_a_rank_that_does_not_step_in_time_is_the_end(make: Make) -> None:
     scene.rank.send(Frame(Kind.STEPPED, {"number": 1}))
     assert not scene.told.wait(0.3), "it was in time"
     scene.lead.compute(make_step(([6], 0, [0])), logits)
-    copying = scene.lead.move(store=True, alone=False, offsets=[0], pages=[0])
+    copying = scene.lead.move(store=True, alone=False, raw=False, offsets=[0], pages=[0])
     assert scene.told.wait(5)
     assert scene.lost == ["a rank has not done step 2 in 0.1 s"]
     with pytest.raises(Unreachable, match="step 2"):
@@ -177,13 +177,13 @@ def test_a_rank_that_does_not_step_in_time_is_the_end(make: Make) -> None:
     with pytest.raises(Unreachable, match="step 2"):
         scene.lead.compute(make_step(([7], 0, [0])), logits)
     with pytest.raises(Unreachable, match="step 2"):
-        scene.lead.move(store=True, alone=False, offsets=[0], pages=[0])
+        scene.lead.move(store=True, alone=False, raw=False, offsets=[0], pages=[0])
     assert scene.lead.reached_bytes == 0
 
 
 def test_a_copy_that_does_not_end_in_time_is_the_end(make: Make) -> None:
     scene = make(0.1)
-    copying = scene.lead.move(store=True, alone=False, offsets=[0], pages=[0])
+    copying = scene.lead.move(store=True, alone=False, raw=False, offsets=[0], pages=[0])
     with pytest.raises(Unreachable, match="has not done a copy in"):
         copying.result(5)
     assert scene.lost and scene.process.poll() is not None

@@ -62,7 +62,7 @@ def test_a_step_without_sampled_rows_and_one_with_carried_tokens() -> None:
 
 def test_copies_and_orders_arrive() -> None:
     frame = over_the_wire(
-        move_frame(3, store=True, alone=False, offsets=[1 << 40, 4096], pages=[7, 8])
+        move_frame(3, store=True, alone=False, raw=False, offsets=[1 << 40, 4096], pages=[7, 8])
     )
     assert (frame.number("job"), frame.facts["store"], frame.facts["alone"]) == (3, True, False)
     assert frame.arrays["offsets"].tolist() == [1 << 40, 4096]

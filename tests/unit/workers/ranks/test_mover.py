@@ -35,12 +35,17 @@ def parts_of(model: LoadedModel, pages: Tensor, rank: int) -> Tensor:
     return pages[:, rank * size : (rank + 1) * size].contiguous()
 
 
-@pytest.mark.parametrize("fidelity", [Fidelity.EXACT, Fidelity.INT8])
+@pytest.mark.parametrize(
+    ("fidelity", "raw"),
+    [(Fidelity.EXACT, False), (Fidelity.INT8, False), (Fidelity.INT8, True)],
+)
 async def test_ranks_write_and_read_what_a_whole_worker_does(
-    path: Path, fidelity: Fidelity
+    path: Path, fidelity: Fidelity, raw: bool
 ) -> None:
+    """Also pages as they are, of those that make way, where blocks are kept smaller."""
     whole = load(path, Part(), fidelity)
-    stored = whole.forms.stored.block_bytes
+    form = whole.forms.pages if raw else whole.forms.stored
+    stored = form.block_bytes
     pages = whole.new_pool(BLOCKS)
     torch.manual_seed(3)
     whole.page_view(pages).normal_()
@@ -48,7 +53,7 @@ async def test_ranks_write_and_read_what_a_whole_worker_does(
     together, alone = (memoryview(bytearray(BLOCKS * stored)) for _ in range(2))
     offsets, rows = [place * stored for place in (4, 0, 2)], [1, 3, 0]
     mover = Mover(pages, whole.forms)
-    await mover.store(rows, alone, offsets)
+    await mover.store(rows, alone, offsets, raw=raw)
     movers = []
     for rank in range(2):
         model = load(path, Part(rank, 2), fidelity)
@@ -56,16 +61,18 @@ async def test_ranks_write_and_read_what_a_whole_worker_does(
         assert memory.shape[1] == model.page_bytes
         movers.append(PartMover(memory, model))
     for part in movers:
-        await part.move(together, offsets, rows, store=True, alone=False)
-    payload = whole.forms.stored.payload_bytes
+        await part.move(together, offsets, rows, store=True, alone=False, raw=raw)
+    payload = form.payload_bytes
     for offset in offsets:
         assert together[offset : offset + payload] == alone[offset : offset + payload]
     back = whole.new_pool(BLOCKS)
-    await Mover(back, whole.forms).load(together, offsets, [2, 1, 0])
+    await Mover(back, whole.forms).load(together, offsets, [2, 1, 0], raw=raw)
     for rank in range(2):
         model = load(path, Part(rank, 2), fidelity)
         mine = model.new_pool(BLOCKS)
-        await PartMover(mine, model).move(alone, offsets, [2, 1, 0], store=False, alone=True)
+        await PartMover(mine, model).move(
+            alone, offsets, [2, 1, 0], store=False, alone=True, raw=raw
+        )
         assert bool((mine == parts_of(whole, back, rank)).all())
     mover.close()
 
@@ -79,7 +86,7 @@ class Told(Lead):
         self.maps: list[int] = []
         self.reach = 0
 
-    def move(self, *, store, alone, offsets, pages):  # type: ignore[no-untyped-def]
+    def move(self, *, store, alone, raw, offsets, pages):  # type: ignore[no-untyped-def]
         job: Future[None] = Future()
         self.jobs.append((store, list(offsets), job))
         return job
