@@ -186,6 +186,7 @@ async def test_a_prompt_that_goes_on_elsewhere_is_stored_chunk_by_chunk() -> Non
     assert chunk.checked, "no token was chosen from it yet"
     assert not chunk.leases
     it.run.computed = 70
+    it.run.first_token_ms = 1.0
     it.store.settle_prompt(it.run)
     it.store.store_rest(it.run)
     it.store.leave(it.run)
@@ -208,6 +209,7 @@ async def test_what_cannot_be_looked_through_waits_for_the_end_of_its_prompt() -
     it.store.settle_prompt(it.run)
     (job,) = it.link.jobs
     assert [to for _, to in job.writes] == [slot(0), slot(1)]
+    assert job.checked, "its caller left, or it made way: no token was chosen from it either"
 
 
 async def test_other_prompts_are_stored_in_one_piece() -> None:

@@ -140,6 +140,7 @@ class PrefixStore:
                 aborts=aborts,
                 leases=result.leases,
                 kept=result.kept if self._listed(run, result) else (),
+                checked=run.first_token_ms is None,
             )
         )
 
