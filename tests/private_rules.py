@@ -1,8 +1,10 @@
 """Rules of the store's state machine for private slots."""
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvstore.core.errors import BadInput
 from kvstore.core.limits import GRANULE_BYTES
 from kvstore.core.outcomes import MissReason, SettleOutcome
 from kvstore.core.slots import SlotState
@@ -39,6 +41,11 @@ class PrivateRules(RuleBasedStateMachine):
         session = self.session(who)
         size = granules * GRANULE_BYTES
         left = self.store.limits.private_quota_bytes - self.store.private.used_bytes
+        held = {self.arena.record(slot).block_bytes for slot in self.private[session.number]}
+        if held - {size}:
+            with pytest.raises(BadInput, match="block_bytes"):
+                self.store.private.reserve(session, size, count, self.now_ms)
+            return
         slots, reason = self.store.private.reserve(session, size, count, self.now_ms)
         assert len(slots) <= count and len(slots) * size <= left
         assert (reason is MissReason.NONE) == (len(slots) == count)

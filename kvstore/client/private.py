@@ -38,8 +38,9 @@ class PrivateSlots:
     ) -> PrivateReserved:
         """Reserve up to `count` slots of `block_bytes`, a multiple of 4096.
 
-        Each has to be given back by `settle(abort=...)` and can never be committed. `view` knows
-        the size of the session's blocks, not of these: they lie in `arena` from `offset` on.
+        As large as those that are held. Each has to be given back by `settle(abort=...)` and can
+        never be committed. `view` knows the size of the session's blocks, not of these: they lie in
+        `arena` from `offset` on.
         """
         checks.bounded("count", count, MAX_NAMES_PER_CALL)
         checks.bounded("block_bytes", block_bytes, MAX_BLOCK_BYTES)

@@ -9,8 +9,10 @@ its session's when the node is restarted, as every reserved slot does.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
+from kvstore.core.errors import BadInput
 from kvstore.core.names import Root
 from kvstore.core.outcomes import MissReason
 from kvstore.service.making_room import make_room
@@ -50,10 +52,17 @@ class PrivateSlots:
     ) -> PrivateReserved:
         """Reserve up to `count` slots of `block_bytes`, evicting what the policy gives for them.
 
-        Raises `BadInput` or `TooLarge` for a size that no block can have.
+        All that a session holds have one size: each size takes whole chunks of the arena, which the
+        quota does not count. Raises `BadInput` for another one, `BadInput` or `TooLarge` for a size
+        that no block can have.
         """
         shape = BlockShape(block_bytes, block_bytes, 1)
         shape.check(self.table.space.data_bytes)
+        for other in islice(session.private, 1):
+            if (held := self.table.root_of(other).shape.block_bytes) != block_bytes:
+                raise BadInput(f"block_bytes {block_bytes}: this session holds slots of {held}")
+        if self.used_bytes + block_bytes > self.quota_bytes:
+            return PrivateReserved([], MissReason.QUOTA)
         info = self.table.roots.open(private_root(block_bytes), shape)
         slots: list[int] = []
         while len(slots) < count:

@@ -82,6 +82,15 @@ def test_directories_of_ranks_that_were_killed_are_swept(
         (tmp_path / name).mkdir()
         if what != "fresh":  # a process that we do not see may be another container's
             os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "ranks-1-gone").symlink_to(tmp_path / "nowhere")
+    whole = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        if path.name == "ranks-1-gone":
+            path.unlink()  # Another worker that starts sweeps too.
+        return whole(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
     path = rundir.new_ranks_dir()
     assert path.stat().st_mode & 0o077 == 0 and len(path.name) < 30
     left = {entry.name for entry in tmp_path.iterdir()} - {path.name}

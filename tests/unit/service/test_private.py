@@ -55,6 +55,21 @@ def test_slots_may_be_larger_than_the_sessions_blocks() -> None:
                 small.store.private.reserve(session, size, 1, 0.0)
 
 
+def test_a_session_holds_slots_of_one_size() -> None:
+    """Each size takes a chunk of the arena of its own, however few slots of it there are."""
+    with small_store(private_blocks=8) as small:
+        session, _ = small.session(1)
+        other, _ = small.session(2)
+        got = small.store.private.reserve(session, GRANULE_BYTES, 1, 0.0)
+        with pytest.raises(BadInput, match=f"block_bytes {2 * GRANULE_BYTES}"):
+            small.store.private.reserve(session, 2 * GRANULE_BYTES, 1, 0.0)
+        assert small.store.private.reserve(other, 2 * GRANULE_BYTES, 1, 0.0).slots
+        info = next(iter(session.roots.values()))
+        refs = [(slot, small.table.generation[slot]) for slot in got.slots]
+        small.store.abort(session, info, refs)
+        assert small.store.private.reserve(session, 2 * GRANULE_BYTES, 1, 0.0).slots
+
+
 def test_a_new_incarnation_leaves_them_to_sessions_that_live() -> None:
     with small_store() as small:
         session, _ = small.session(1)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from kvworkers.engine.cache import StoreJob
 from kvworkers.engine.handover import HandOver
 from kvworkers.engine.loader import Ask, LoadResult
@@ -205,11 +206,24 @@ async def test_what_cannot_be_looked_through_waits_for_the_end_of_its_prompt() -
     it.run.computed = 40
     it.store.settle_chunk(it.run)
     assert it.link.jobs == []
-    it.run.computed = 70
+    it.run.computed, it.run.first_token_ms = 70, 1.0
     it.store.settle_prompt(it.run)
     (job,) = it.link.jobs
     assert [to for _, to in job.writes] == [slot(0), slot(1)]
-    assert job.checked, "its caller left, or it made way: no token was chosen from it either"
+
+
+@pytest.mark.parametrize("sees_all", [True, False])
+async def test_what_no_token_was_chosen_from_is_looked_through_or_kept(sees_all: bool) -> None:
+    """Its caller left, or it makes way; or its pages are another run's, which may have left."""
+    it = await handed(reserved={0: slot(0), 1: slot(1)})
+    it.link.sees_all = sees_all
+    it.run.computed, it.run.stored = 70, 1
+    it.store.settle_prompt(it.run)
+    it.store.store_rest(it.run)
+    first, *rest = it.link.jobs
+    assert len(first.writes) == (2 if sees_all else 0)
+    assert len(first.aborts) == (0 if sees_all else 2)
+    assert [job.checked for job in rest] == ([True] if sees_all else [])
 
 
 async def test_other_prompts_are_stored_in_one_piece() -> None:

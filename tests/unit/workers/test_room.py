@@ -57,6 +57,20 @@ def test_pages_come_as_tokens_do() -> None:
     pool.check()
 
 
+def test_who_has_ended_gets_no_page_and_drives_nobody_out() -> None:
+    scheduler, pool = make(16)
+    one = sequence([5] * 30, max_tokens=40)
+    start(scheduler, one)
+    while not one.lacks_page:
+        run_step(scheduler)
+    one.finish = FinishReason.ABORT
+    others = pool.allocate(pool.available, now_ms=0.0)
+    assert others is not None
+    assert scheduler.make_room(0.0) == [] and len(one.pages) == 2
+    pool.release(others[:1], now_ms=0.0)
+    assert scheduler.make_room(0.0) == [] and len(one.pages) == 2
+
+
 def until_short(scheduler: Scheduler, prices: Callable[[], Prices] = Prices) -> list[Sequence]:
     """Compute until somebody has to make way."""
     for _ in range(200):

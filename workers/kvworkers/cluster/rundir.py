@@ -46,7 +46,10 @@ def new_ranks_dir() -> Path:
     """
     for left in user_dir().glob("ranks-*"):
         pid = left.name.split("-")[1]
-        old = time.time() - left.lstat().st_mtime > _FORGOTTEN_S  # not one of another container's
+        try:
+            old = time.time() - left.lstat().st_mtime > _FORGOTTEN_S  # not another container's
+        except FileNotFoundError:
+            continue  # Another worker that starts was faster.
         if old and not Path("/proc", pid).exists():
             shutil.rmtree(left, ignore_errors=True)
     path = user_dir() / f"ranks-{os.getpid()}-{secrets.token_hex(4)}"

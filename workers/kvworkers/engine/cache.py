@@ -11,6 +11,7 @@ a dead node costs one deadline and not one per request.
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -113,6 +114,7 @@ class StoreLink:
         )
         """Where pages of requests go that make way."""
         self._owed: list[SlotRef] = []
+        self._sweeps: set[asyncio.Task[None]] = set()
         self._jobs: asyncio.Queue[StoreJob] = asyncio.Queue(config.max_jobs)
         self._loop = asyncio.get_running_loop()
         self._worker = self._loop.create_task(self._work(), name="store-jobs")
@@ -170,7 +172,7 @@ class StoreLink:
     async def close(self) -> None:
         """Stop the background work; jobs left are dropped and their pages given back."""
         self._worker.cancel()
-        await asyncio.gather(self._worker, return_exceptions=True)
+        await asyncio.gather(self._worker, *self._sweeps, return_exceptions=True)
         while not self._jobs.empty():
             self._jobs.get_nowait().done()
 
@@ -283,6 +285,14 @@ class StoreLink:
         self._owed.extend(slots[:room])
         if len(slots) > room:
             self._metrics.store_failures.labels("settle", "owed_dropped").inc(len(slots) - room)
+            sweep = self._loop.create_task(self._leave_to_sweep(slots[room:]))
+            self._sweeps.add(sweep)
+            sweep.add_done_callback(self._sweeps.discard)
+
+    async def _leave_to_sweep(self, slots: Sequence[SlotRef]) -> None:
+        """Have the client let go of slots, so that the node's sweep takes those nobody knows of."""
+        with suppress(KvStoreError):
+            await self._client.settle(abort=slots, deadline_ms=self._config.call_ms)
 
     def _failed(self, call: str, error: KvStoreError) -> MissReason:
         self._metrics.store_failures.labels(call, type(error).__name__).inc()

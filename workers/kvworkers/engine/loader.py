@@ -214,7 +214,8 @@ class Loader:
         began = self._loop.time()
         places = arena, [ref.offset for ref in refs], pages[before : before + len(refs)]
         block_bytes = self._mover.forms.stored.block_bytes
-        if follower is None or len(refs) * block_bytes < self._grouped_bytes:
+        small = len(refs) * block_bytes < self._grouped_bytes
+        if follower is None or small or not self._mover.follows:
             await self._mover.load(*places, alone=alone or follower is not None, queued=queued)
         else:
             moved = partial(self._loop.call_soon_threadsafe, follower.moved)

@@ -126,7 +126,8 @@ class PrefixStore:
         link, result = self._link(), self._results.pop(run, None)
         if link is None or result is None:
             return
-        done = run.full_blocks
+        # Nothing was chosen from them before the first token: what is not seen is not given away.
+        done = run.full_blocks if self._seen(run, link) else 0
         writes = [
             (run.pages[block], slot) for block, slot in result.reserved.items() if block < done
         ]
@@ -157,8 +158,11 @@ class PrefixStore:
         The prompt is settled first: what the store has then is not copied.
         """
         self.settle_prompt(run)
-        run.stored = min(run.stored, run.full_blocks)
         link = self._link()
+        held = run.full_blocks
+        if link is None or not self._seen(run, link):
+            held = run.hbm_blocks + sum(run.loaded.values())
+        run.stored = min(run.stored, held)
         if link is None or not link.usable:
             return None
         first = settled_blocks(run, exact=link.exact)
@@ -242,7 +246,7 @@ class PrefixStore:
 
     def _store_named(self, run: Run, link: StoreLink, blocks: range) -> None:
         """Have the background ask for slots for these blocks, and fill those that it gets."""
-        if not link.usable:
+        if not (link.usable and self._seen(run, link)):
             return
         pages = run.pages[blocks.start : blocks.stop]
         link.submit(
@@ -251,8 +255,13 @@ class PrefixStore:
                 names=run.names[blocks.start : blocks.stop],
                 pages=pages,
                 first_block=blocks.start,
+                checked=run.first_token_ms is None,
             )
         )
+
+    def _seen(self, run: Run, link: StoreLink) -> bool:
+        """Say whether what is no number in its pages has been noticed, or will be by a check."""
+        return run.first_token_ms is not None or link.sees_all
 
     def _holding(self, run: Run, pages: Sequence[int]) -> Callable[[], None]:
         """Hold `pages` until the returned function is called; a hand-over waits for it."""

@@ -46,7 +46,8 @@ class Room:
         """
         short = 0
         for sequence in running:
-            if sequence.state is SequenceState.RUNNING and sequence.lacks_page:
+            alive = sequence.state is SequenceState.RUNNING and sequence.finish is None
+            if alive and sequence.lacks_page:
                 page = self._pool.allocate(1, now_ms=now_ms)
                 if page is None:
                     short += 1

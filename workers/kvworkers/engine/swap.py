@@ -24,6 +24,10 @@ _SMOOTH: Final = 0.3
 """Weight of the newest copy in the measured rate."""
 
 
+_SLOTS_A_CALL: Final = 1_024
+"""Reserving more at once would keep the node from answering others: these take it some 15 ms."""
+
+
 class SwapSpace:
     """Private slots of one client's session, filled and read by one mover."""
 
@@ -76,10 +80,14 @@ class SwapSpace:
         self.used_bytes += len(pages) * self._page_bytes
         kept, slots = False, list[SlotRef]()
         try:
-            got = await self._client.private.reserve(
-                len(pages), block_bytes=self._page_bytes, deadline_ms=self._call_ms
-            )
-            slots = got.slots
+            while len(slots) < len(pages):
+                wanted = min(_SLOTS_A_CALL, len(pages) - len(slots))
+                got = await self._client.private.reserve(
+                    wanted, block_bytes=self._page_bytes, deadline_ms=self._call_ms
+                )
+                slots += got.slots
+                if len(got.slots) < wanted:
+                    break
             kept = len(slots) == len(pages) and await self._copy(slots, pages, out=True)
         except KvStoreError as error:
             self._failed("swap", error)

@@ -95,7 +95,7 @@ class Follower:
             self._last_step = self._loop.run_in_executor(self._compute, self._step, frame)
             self._last_step.add_done_callback(self._stepped)
         elif frame.kind is Kind.MOVE:
-            self._task(self._move(frame, self._last_step))
+            self._task(self._move(frame, self._last_step, self._mapping))
         elif frame.kind is Kind.MAP and descriptor is not None:
             self._map(frame, descriptor)
         else:
@@ -131,17 +131,20 @@ class Follower:
         if not step.cancelled() and (error := step.exception()) is not None:
             self._fail(error)
 
-    async def _move(self, frame: Frame, behind: "asyncio.Future[Any] | None") -> None:
+    async def _move(
+        self, frame: Frame, behind: "asyncio.Future[Any] | None", mapping: ArenaMapping | None
+    ) -> None:
         # Rank 0's steps have ended that wrote these pages, or read what lay in them: ours have not.
         done = await asyncio.shield(behind) if behind is not None else None
         if done is not None:
             await asyncio.to_thread(done.synchronize)
         error = ""
         try:
-            if self._mapping is None:
-                raise Unreachable("no arena is mapped")
+            # Its places lie in the arena that was mapped when rank 0 said so, in no later one.
+            if mapping is None or mapping is not self._mapping:
+                raise Unreachable("the arena of this copy is not mapped")
             await self._mover.move(
-                self._mapping.data,
+                mapping.data,
                 frame.arrays["offsets"].tolist(),
                 frame.arrays["pages"].tolist(),
                 store=bool(frame.facts.get("store")),

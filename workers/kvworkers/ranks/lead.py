@@ -108,9 +108,10 @@ class Lead:
             self._check()
             self._number += 1
             number = self._number
+            frame = step_frame(number, step)  # Raises for one that is too large: nothing is lost.
             self._begun.append((number, time.monotonic()))
         try:
-            self._tell(step_frame(number, step))
+            self._tell(frame)
             if step.carried is not None:
                 # What the step before chose has never been on the host: it goes as a tensor.
                 chosen = step.carried.into(on_device(step.tokens, self._device))

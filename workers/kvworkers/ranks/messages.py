@@ -112,8 +112,12 @@ def unpack(head: bytes, body: bytes) -> Frame:
 
 
 def step_frame(number: int, step: StepInputs) -> Frame:
-    """Return a step that lies on the host; of carried tokens only that there are some."""
+    """Return a step that lies on the host; of carried tokens only that there are some.
+
+    Raises `BadInput` for one that is too long for a frame.
+    """
     arrays = {name: getattr(step, name).numpy() for name in _STEP_ARRAYS}
+    check_lengths(1, sum(array.nbytes for array in arrays.values()))
     return Frame(Kind.STEP, {"number": number, "carried": step.carried is not None}, arrays)
 
 

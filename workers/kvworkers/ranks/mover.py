@@ -97,6 +97,11 @@ class RanksMover(Mover):
         await self._together(arena, offsets, pages, store=True, alone=False, raw=raw)
 
     @property
+    def follows(self) -> bool:
+        """No: a step that is begun early would keep the compute thread for the whole load."""
+        return False
+
+    @property
     def sees_all(self) -> bool:
         """No: the other ranks' parts are not here."""
         return False

@@ -87,6 +87,11 @@ class Mover:
             await self._do(partial(self._store, arena, at, rows, raw))
 
     @property
+    def follows(self) -> bool:
+        """Whether `load_groups` brings layers one after the other, so that a step may follow it."""
+        return True
+
+    @property
     def sees_all(self) -> bool:
         """Whether `finite` looks at all that a page holds: not at what other ranks have of it."""
         return True

@@ -18,7 +18,7 @@ from kvworkers.ranks.messages import Frame, Kind, step_of
 from kvworkers.stream.gate import Gate
 from torch import Tensor
 
-from kvstore.core.errors import Unreachable
+from kvstore.core.errors import BadInput, Unreachable
 from tests.model_fixture import make_step
 
 
@@ -105,6 +105,17 @@ def test_tokens_that_the_host_has_not_seen_go_as_a_tensor(make: Make) -> None:
     assert scene.lead.compute(step, logits).tolist() == [99.0]
     assert scene.collective.sent == [[91, 8]]
     assert scene.hear().facts["carried"] is True
+
+
+def test_a_step_that_is_too_long_for_a_frame_ends_nobody(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make(30.0)
+    monkeypatch.setattr("kvworkers.ranks.messages.MAX_ARRAY_BYTES", 200)
+    with pytest.raises(BadInput, match="bytes between ranks"):
+        scene.lead.compute(make_step((list(range(30)), 0, [0, 1])), logits)
+    assert scene.lead.compute(make_step(([5], 0, [0])), logits).tolist() == [5.0]
+    assert scene.hear().kind is Kind.STEP and not scene.lost
 
 
 def test_a_step_behind_a_load_is_sent_when_every_rank_has_loaded(make: Make) -> None:
