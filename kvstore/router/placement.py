@@ -192,11 +192,13 @@ class Placement:
             for seat, found in zip(allowed, held, strict=True)
         ]
         sides: Sequence[int] = range(len(allowed))
+        able = candidates
         if roles := any(seat.role is not WorkerRole.BOTH for seat in allowed):
             sides = [at for at in sides if _answers(allowed[at], prompt)]
             if not sides:
                 return None
-        own_blocks = [candidates[at].own_tokens // BLOCK_TOKENS for at in sides]
+            able = [candidates[at] for at in sides]
+        own_blocks = [one.own_tokens // BLOCK_TOKENS for one in able]
         hot_blocks = self.heat.hot_blocks(prompt.names, own_blocks, now_ms)
         hot_tokens = min(hot_blocks, most) * BLOCK_TOKENS
 
@@ -205,7 +207,7 @@ class Placement:
                 prompt, scores, allowed[at], held[at], candidates[at], excluded, trusts, hot_blocks
             )
 
-        scores = rank([candidates[at] for at in sides], prompt.tokens, hot_tokens)
+        scores = rank(able, prompt.tokens, hot_tokens)
         alone = decision(sides[scores.best_index], scores)
         if not roles:
             return alone
