@@ -19,9 +19,9 @@ class Reach:
     """All places of those tiers, without its own pages."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
-    """Prefix lengths in blocks, as far as the view knows."""
+    """Prefix lengths in blocks, as far as the view knows. Several reaches share one: read-only."""
 
     own_blocks: int
     """In the worker's own pages."""
@@ -67,7 +67,8 @@ def held_by(spots: Sequence[Spot], found: Sequence[int]) -> list[Held]:
     held: list[Held] = []
     plain: dict[tuple[int, int], Held] = {}
     for spot in spots:
-        own, below, levels = found[spot.own], found[spot.below], spot.levels
+        own_at, below_at, levels = spot
+        own, below = found[own_at], found[below_at]
         if levels and found[levels[-1][1]] > own:
             held.append(_with_levels(spot, found))
             continue

@@ -209,15 +209,16 @@ class Bookings:
             expired += 1
         return expired
 
-    def queued(self, worker: str, *, load_ms: float) -> Work:
-        """Return the prefill sent to a worker that its report of `load_ms` cannot include."""
-        mine = self._by_worker.get(worker)
-        return mine.queue_since(load_ms - REPORT_DELAY_MS) if mine is not None else NO_WORK
+    def queued(self, worker: str, *, load_ms: float) -> tuple[Work, int]:
+        """Return the prefill sent to a worker that its report of `load_ms` cannot include.
 
-    def waiting(self, worker: str) -> int:
-        """Return of how many requests the prefill is that `queued` returned last."""
+        And of how many requests it is.
+        """
         mine = self._by_worker.get(worker)
-        return len(mine.waiting) if mine is not None else 0
+        if mine is None:
+            return NO_WORK, 0
+        work = mine.queue_since(load_ms - REPORT_DELAY_MS)
+        return work, len(mine.waiting)
 
     def in_flight(self, worker: str) -> int:
         """Return the number of bookings at a worker."""

@@ -14,7 +14,8 @@ from kvstore.router.booking import Booking, Bookings
 from kvstore.router.heat import Heat
 from kvstore.router.learning import Actual, Expected, Learned, Promise
 from kvstore.router.members import Members
-from kvstore.router.score import LOAD_COST, Candidate, Ranking, Score, Source, Work, rank
+from kvstore.router.ranking import Ranking, rank
+from kvstore.router.score import LOAD_COST, Candidate, Score, Source, Work
 from kvstore.router.seats import Seat, Seats
 from kvstore.router.split import Side, Split, Whole, choose
 
@@ -172,14 +173,7 @@ class Placement:
 
     def decide(self, prompt: Prompt, now_ms: float) -> Decision | None:
         """Score every worker that may be chosen; None when there is none."""
-        allowed: list[Seat] = []
-        excluded: dict[str, str] = {}
-        for seat in self._seats.update(self.members):
-            why = self._why_not(seat, prompt, now_ms)
-            if why:
-                excluded[seat.name] = why
-            else:
-                allowed.append(seat)
+        allowed, excluded = self._sift(self._seats.update(self.members), prompt, now_ms)
         if not allowed:
             return None
         held = self._held(allowed, prompt, now_ms)
@@ -193,7 +187,7 @@ class Placement:
         ]
         sides: Sequence[int] = range(len(allowed))
         able = candidates
-        if roles := any(seat.role is not WorkerRole.BOTH for seat in allowed):
+        if roles := self._seats.roles and any(seat.role is not WorkerRole.BOTH for seat in allowed):
             sides = [at for at in sides if _answers(allowed[at], prompt)]
             if not sides:
                 return None
@@ -263,6 +257,23 @@ class Placement:
         places = reach.own | reach.below
         return self._view.ended(places, made.root, names, actual.hit_tokens // BLOCK_TOKENS)
 
+    def _sift(
+        self, seats: Sequence[Seat], prompt: Prompt, now_ms: float
+    ) -> tuple[list[Seat], dict[str, str]]:
+        """Return who may be chosen, and why each other one must not."""
+        allowed: list[Seat] = []
+        excluded: dict[str, str] = {}
+        picky = bool(prompt.exclude or prompt.among is not None or self._distrusted)
+        health_of, live = self._view.health_of, Health.LIVE
+        for seat in seats:
+            if not picky and not seat.load.draining and health_of(seat.known, now_ms) is live:
+                allowed.append(seat)  # as nearly always
+            elif why := self._why_not(seat, prompt, now_ms):
+                excluded[seat.name] = why
+            else:
+                allowed.append(seat)
+        return allowed, excluded
+
     def _why_not(self, seat: Seat, prompt: Prompt, now_ms: float) -> str:
         """Return why a worker must not be chosen; empty when it may."""
         if prompt.exclude and seat.name in prompt.exclude:
@@ -304,8 +315,8 @@ class Placement:
                 if min(blocks, most) > own
             ]
         load_ms = seat.known.load_ms if seat.known is not None else 0.0
-        queued = self._bookings.queued(seat.name, load_ms=load_ms)
-        waiting = seat.load.waiting + self._bookings.waiting(seat.name)
+        queued, waiting = self._bookings.queued(seat.name, load_ms=load_ms)
+        waiting += seat.load.waiting
         if reported := seat.reported.tokens:
             depths = queued.token_depths + seat.reported.token_depths
             queued = Work(queued.tokens + reported, depths)

@@ -29,8 +29,8 @@ something, and the order is the one of uncached tokens plus queue.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import median, median_high, median_low
-from typing import Final, NamedTuple, overload
+from statistics import median
+from typing import Final, NamedTuple
 
 ASSUMED_PREFILL_TOKENS_PER_S: Final = 1_000.0
 """Where no worker has measured a rate. Any value gives the same order."""
@@ -54,10 +54,6 @@ newcomer would tie."""
 
 BLOCK: Final = 16
 """Tokens by which a split moves."""
-
-MOST_SHARE: Final = 8.0
-MOST_WAITING: Final = 64
-"""More than this many, and so many times the median, no worker's waiting requests count for."""
 
 
 class Work(NamedTuple):
@@ -147,6 +143,12 @@ class Candidate:
     def known_tokens(self) -> int:
         """Leading prompt tokens in anything it reaches."""
         return self.sources[-1].until_tokens if self.sources else self.own_tokens
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds until it begins with this prompt."""
+        queued = self.queued
+        return self.pace.seconds(queued) if queued.tokens else 0.0
 
 
 class Plan(NamedTuple):
@@ -287,24 +289,33 @@ def score(
     `most_own_tokens` is the longest prefix that any worker has in its own pages. A copy of the
     first `hot_tokens` is wanted: work that makes one is no cost. `rate` is what `arrivals` returns.
     """
-    most = most_own_tokens
-    return _scored(candidate, *_price(candidate, prompt_tokens, most, hot_tokens, rate))
+    queue_s = candidate.queue_s
+    plan, others_s = price(candidate, queue_s, prompt_tokens, most_own_tokens, hot_tokens, rate)
+    return scored(candidate, queue_s, plan, others_s)
 
 
-def _price(
-    candidate: Candidate, prompt_tokens: int, most_own_tokens: int, hot_tokens: int, rate: float
-) -> tuple[float, Plan, float]:
-    """Return queue seconds, plan and what others pay; `score` says what the arguments are."""
-    own, queued, pace = candidate.own_tokens, candidate.queued, candidate.pace
-    queue_s = pace.seconds(queued) if queued.tokens else 0.0
-    plan = plan_sources(candidate, prompt_tokens, queue_s)
-    work_s = plan.ttft_s - queue_s
-    others_s = DECODE * candidate.running * plan.compute_s
-    others_s += rate * work_s * (queue_s + work_s / 2)
+def price(
+    candidate: Candidate, queue_s: float, prompt_tokens: int, most_own_tokens: int,
+    hot_tokens: int, rate: float,
+) -> tuple[Plan, float]:  # fmt: skip
+    """Return the plan, and what others pay; `score` says what the arguments are.
+
+    Every worker of every decision comes here, so what holds for most of them is asked first.
+    """
+    own, pace = candidate.own_tokens, candidate.pace
+    if candidate.sources:
+        plan = plan_sources(candidate, prompt_tokens, queue_s)
+        work_s = plan.ttft_s - queue_s
+        compute_s, load_s = plan.compute_s, plan.load_s
+    else:
+        compute_s = work_s = pace.between(own, prompt_tokens)
+        load_s = 0.0
+        plan = Plan(queue_s + compute_s, own, own, 0.0, compute_s)
+    others_s = DECODE * candidate.running * compute_s + rate * work_s * (queue_s + work_s / 2)
     moved_s = 0.0
-    if most_own_tokens > own or plan.load_s:
-        needed_s = pace.between(max(own, most_own_tokens), prompt_tokens)
-        moved_s = plan.compute_s + plan.load_s - needed_s
+    if most_own_tokens > own or load_s:
+        kept = own if own > most_own_tokens else most_own_tokens
+        moved_s = compute_s + load_s - pace.between(kept, prompt_tokens)
     if hot_tokens > own:
         wanted_s = min(moved_s, pace.between(own, hot_tokens))
         moved_s -= wanted_s
@@ -312,28 +323,7 @@ def _price(
     if moved_s > 0:
         # Empty pages evict nothing, and what a tier below still has nobody computes again.
         others_s += MOVE * candidate.kv_used * moved_s * _lost(candidate, most_own_tokens)
-    return queue_s, plan, others_s
-
-
-def arrivals(candidates: Sequence[Candidate]) -> float:
-    """Return how many requests come to a worker in a second of its queue; 0 where none waits.
-
-    By what waits now: where requests come steadily, as many will come while a queue lasts as came
-    while it grew. The mean of all, because who comes next is sent wherever it is best. It is what
-    workers say: none counts for more than `MOST_WAITING` and `MOST_SHARE` times the median (of two
-    the lower), nor for a queue of more than twice so many medians, or one that lies would price all
-    places.
-    """
-    said = [one.waiting for one in candidates]
-    if not sum(said):
-        return 0.0
-    queues = [one.pace.seconds(one.queued) for one in candidates]
-    known = [queue_s for queue_s in queues if 0 < queue_s < inf]
-    if not known:
-        return 0.0
-    most, most_s = MOST_WAITING + MOST_SHARE * median_low(said), 2 * MOST_SHARE * median_high(known)
-    waiting = sum([each if each < most else most for each in said])
-    return waiting / sum([queue_s if queue_s < most_s else most_s for queue_s in known])
+    return plan, others_s
 
 
 def _lost(candidate: Candidate, most_own_tokens: int) -> float:
@@ -342,58 +332,9 @@ def _lost(candidate: Candidate, most_own_tokens: int) -> float:
     return max(0.0, 1.0 - below / most_own_tokens) if below and most_own_tokens else 1.0
 
 
-def _scored(one: Candidate, queue_s: float, plan: Plan, others_s: float) -> Score:
+def scored(one: Candidate, queue_s: float, plan: Plan, others_s: float) -> Score:
+    """Return the score that these make."""
     return Score(
         one.name, one.own_tokens, one.known_tokens, int(one.queued.tokens), queue_s, one.pace,
         plan, others_s,
     )  # fmt: skip
-
-
-_Row = tuple[float, float, int, str, int, Candidate, float, Plan, float]
-"""What the order goes by, up to the name, which no two share; then the index among the candidates
-and what a score is made of. Plain, because every worker of every decision is one."""
-
-
-class Ranking(Sequence[Score]):
-    """Scores, best first, each made when somebody asks for it: a choice looks at one of them."""
-
-    __slots__ = ("_rows",)
-
-    def __init__(self, rows: list[_Row]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, at: int) -> Score: ...
-    @overload
-    def __getitem__(self, at: slice) -> "Ranking": ...
-    def __getitem__(self, at: int | slice) -> "Score | Ranking":
-        if isinstance(at, slice):
-            return Ranking(self._rows[at])
-        return _scored(*self._rows[at][5:])
-
-    @property
-    def best_index(self) -> int:
-        """Where the best one stood among the candidates."""
-        return self._rows[0][4]
-
-    def longest(self) -> Score:
-        """Return the one that reaches the longest prefix; of several the best."""
-        return _scored(*max(self._rows, key=lambda row: row[5].known_tokens)[5:])
-
-
-def rank(candidates: Sequence[Candidate], prompt_tokens: int, hot_tokens: int = 0) -> Ranking:
-    """Return the scores, best first. Ties: emptier pool, fewer running, then the name."""
-    most = max([candidate.own_tokens for candidate in candidates], default=0)
-    rate = arrivals(candidates)
-    rows: list[_Row] = []
-    for index, one in enumerate(candidates):
-        queue_s, plan, others_s = _price(one, prompt_tokens, most, hot_tokens, rate)
-        cost_s = plan.ttft_s + others_s
-        rows.append(
-            (cost_s, one.kv_used, one.running, one.name, index, one, queue_s, plan, others_s)
-        )
-    rows.sort()
-    return Ranking(rows)

@@ -113,6 +113,8 @@ class Seats:
         self.all: list[Seat] = []
         self.nodes: dict[str, list[str]] = {}
         """Names of cache nodes by host."""
+        self.roles = False
+        """Whether any worker has one of its own."""
 
     def update(self, members: Members) -> list[Seat]:
         """Return the seats of `members` as of this moment."""
@@ -125,6 +127,7 @@ class Seats:
         if changed or learned_version != self._learned.version:
             for seat, pace in zip(self.all, paces([*map(self._rates, self.all)]), strict=True):
                 seat.pace = pace
+            self.roles = any(seat.role is not WorkerRole.BOTH for seat in self.all)
         self._versions = (self._view.version, self._learned.version)
         return self.all
 

@@ -18,7 +18,8 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from kvstore.directory.events import WorkerRole
-from kvstore.router.score import BLOCK, Candidate, Ranking, Score, Source, arrivals, rank, score
+from kvstore.router.ranking import Ranking, arrivals, rank
+from kvstore.router.score import BLOCK, Candidate, Score, Source, score
 
 CALLS_S: Final = 0.010
 """What a hand-over costs besides loading and computing: the last blocks are settled, one more call

@@ -89,7 +89,7 @@ class Machine(RuleBasedStateMachine):
             for one in self.of(worker)
             if one.made_ms >= load_ms - REPORT_DELAY_MS and one.number not in self.first_tokens
         ]
-        found = self.bookings.queued(worker, load_ms=load_ms)
+        found = self.bookings.queued(worker, load_ms=load_ms)[0]
         assert found.tokens == sum(work.tokens for work in expected)
         depths = sum(work.token_depths for work in expected)
         assert found.token_depths == pytest.approx(depths, abs=1e-6)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.directory.events import WorkerRole
-from kvstore.router.score import Candidate, Pace, Score, Source, Work, arrivals, rank, score
+from kvstore.router.ranking import arrivals, rank
+from kvstore.router.score import Candidate, Pace, Score, Source, Work, score
 from kvstore.router.split import CALLS_S, Side, Split, Whole, choose
 
 TOKENS = 640

@@ -23,20 +23,20 @@ def test_a_booking_queues_until_the_worker_s_report_can_include_it() -> None:
     bookings = Bookings(lifetime_ms=10_000)
     book(bookings, now_ms=1_000)
     book(bookings, now_ms=1_200)
-    assert bookings.queued("w", load_ms=0.0).tokens == 200
-    assert bookings.queued("w", load_ms=1_000 + REPORT_DELAY_MS + 1).tokens == 100
-    assert bookings.queued("w", load_ms=2_000).tokens == 0
-    assert bookings.queued("other", load_ms=0.0).tokens == 0
+    assert bookings.queued("w", load_ms=0.0)[0].tokens == 200
+    assert bookings.queued("w", load_ms=1_000 + REPORT_DELAY_MS + 1)[0].tokens == 100
+    assert bookings.queued("w", load_ms=2_000)[0].tokens == 0
+    assert bookings.queued("other", load_ms=0.0)[0].tokens == 0
     assert bookings.in_flight("w") == 2
     # A restarted worker has sent no report: whatever it was sent counts again.
-    assert bookings.queued("w", load_ms=0.0).tokens == 200
+    assert bookings.queued("w", load_ms=0.0)[0].tokens == 200
 
 
 def test_the_work_of_many_prompts_is_no_longer_prompt() -> None:
     bookings = Bookings(lifetime_ms=10_000)
     for _ in range(3):
         book(bookings)
-    assert bookings.queued("w", load_ms=0.0) == Work(300, 3 * 100 * 50)
+    assert bookings.queued("w", load_ms=0.0)[0] == Work(300, 3 * 100 * 50)
     assert Work.of(300, 0).token_depths == 300 * 150
     assert Work.of(10, 50).token_depths == sum(50 + k + 0.5 for k in range(10))
 
@@ -49,10 +49,10 @@ def test_a_first_token_ends_queue_and_load_and_not_what_is_coming() -> None:
     assert bookings.loading("h/nvme") == 64
     for _ in range(2):
         bookings.prefilled(made)
-        assert (bookings.loading("h/nvme"), bookings.queued("w", load_ms=0.0)) == (0, Work())
+        assert (bookings.loading("h/nvme"), bookings.queued("w", load_ms=0.0)[0]) == (0, Work())
     assert bookings.coming_blocks(ROOT, names(1, 2)) == {"w": 2}
     assert bookings.get(made.number) is made
-    assert bookings.queued("w", load_ms=-1.0) == Work()
+    assert bookings.queued("w", load_ms=-1.0)[0] == Work()
 
 
 def test_names_in_flight_are_hits_to_be_at_their_worker_only() -> None:
@@ -105,5 +105,5 @@ def test_completed_bookings_leave_the_queue_behind_one_that_is_not() -> None:
     book(bookings)
     for _ in range(1_000):
         bookings.complete(book(bookings).number)
-    assert bookings.queued("w", load_ms=-1e9).tokens == 100
+    assert bookings.queued("w", load_ms=-1e9)[0].tokens == 100
     assert len(bookings._by_worker["w"].waiting) == 1

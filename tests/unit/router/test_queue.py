@@ -13,7 +13,8 @@ from kvstore.router import queue
 from kvstore.router.learning import Expected
 from kvstore.router.placement import Decision, Prompt
 from kvstore.router.queue import DecisionQueue
-from kvstore.router.score import Pace, Ranking
+from kvstore.router.ranking import Ranking
+from kvstore.router.score import Pace
 
 PROMPT = Prompt(Root(bytes(32)), [], 100)
 

@@ -5,22 +5,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.router.ranking import MOST_SHARE, MOST_WAITING, arrivals, rank
 from kvstore.router.score import (
     COPY,
     DECODE,
     LOAD_COST,
-    MOST_SHARE,
-    MOST_WAITING,
     MOVE,
     Candidate,
     Pace,
     Rates,
     Source,
     Work,
-    arrivals,
     paces,
     plan_sources,
-    rank,
     score,
 )
 

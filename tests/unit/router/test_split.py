@@ -10,7 +10,8 @@ from kvstore.directory.view import ClusterView
 from kvstore.router.booking import Bookings
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Decision, Placement, Prompt
-from kvstore.router.score import DECODE, Candidate, Pace, Score, Source, Work, rank
+from kvstore.router.ranking import rank
+from kvstore.router.score import DECODE, Candidate, Pace, Score, Source, Work
 from kvstore.router.seats import KEPT_FREE, delayed
 from kvstore.router.split import CALLS_S, Side, Split, Whole, choose
 
