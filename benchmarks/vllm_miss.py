@@ -115,11 +115,10 @@ def counted(engine: Engine) -> dict[str, float]:
     return found
 
 
-def measure(
-    engine: Engine, node: RunningNode, work: Workload, rounds: int
-) -> dict[str, list[Spent]]:
+def measure(engine: Engine, node: RunningNode, case: str, rounds: int) -> dict[str, list[Spent]]:
     """Run the rounds; return what each took by arm. The first warms up and is left out."""
-    dice = random.Random(11)
+    # Each case has dice of its own: from the same ones a prompt may go on like another's.
+    work, dice = WORKLOADS[case], random.Random(case)
     pids = (node.keeper_pid, node.node_pid)
     spent: dict[str, list[Spent]] = {run: [] for run in RUNS}
     for at in range(rounds + 1):
@@ -230,7 +229,7 @@ def main(vllm_python: str, rounds: int, threads: int, workloads: Any) -> None:
         try:
             for case in workloads or WORKLOADS:
                 work = WORKLOADS[case]
-                spent = measure(engine, node, work, rounds)
+                spent = measure(engine, node, case, rounds)
                 base = {"bench": "vllm_miss", "rounds": rounds, "threads": threads,
                         **work._asdict()}  # fmt: skip
                 for row in rows(case, spent, work, base):
