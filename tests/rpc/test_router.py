@@ -140,7 +140,8 @@ async def test_nothing_goes_to_the_dead_the_draining_the_excluded_or_the_failed(
     workers = [await cluster(name) for name in "abcd"]
     workers[1].publisher.load = Loaded(draining=True)
     router.set_members(Members.of(member(worker) for worker in workers))
-    await eventually(lambda: set(hits(router)) == {"a", "c", "d"}, "b drains")
+    await eventually(lambda: set(hits(router)) == {"a", "c", "d"}, "the others are live")
+    await eventually(lambda: router.explain(PROMPT).excluded.get("b") == "draining", "b drains")
     decision = await router.route(Prompt(ROOT, [], 10, exclude={"a"}, among={"a", "b", "c"}))
     assert decision.worker == "c"
     assert decision.excluded == {
