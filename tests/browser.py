@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 _NAMES: Final = ("chromium", "chromium-browser", "google-chrome")
 _SECONDS: Final = 30.0
 
@@ -143,6 +145,6 @@ def browser(directory: Path, *, width: int = 1280, height: int = 900) -> Iterato
         yield page
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_S)
         os.close(commands)
         os.close(replies)

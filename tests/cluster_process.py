@@ -20,14 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from tests.patience import PATIENCE_S
+
 MARK: Final = "KVSTORE_TEST_MARK"
 """An environment variable that every process of a cluster inherits, however it detaches."""
 
 _LISTENING: Final = "0A"
 """The state of a listening socket in /proc/net/tcp."""
 
-UP_SECONDS: Final = 170.0
-DOWN_SECONDS: Final = 60.0
+UP_SECONDS: Final = 280.0
+DOWN_SECONDS: Final = 120.0
 KVSTORE: Final = (sys.executable, "-m", "kvstore.cli.main")
 
 
@@ -70,7 +72,7 @@ def listening_addresses(pids: Iterable[int]) -> set[tuple[str, int]]:
     return found
 
 
-def eventually(check: Callable[[], Any], *, seconds: float, what: str) -> Any:
+def eventually(check: Callable[[], Any], *, what: str, seconds: float = PATIENCE_S) -> Any:
     """Return the first true answer of `check`; fail when there is none in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

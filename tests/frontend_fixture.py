@@ -16,6 +16,7 @@ from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 
 from kvstore.router.members import Member
 from tests.byte_tokenizer import make_byte_tokenizer
+from tests.patience import PATIENCE_S
 from tests.scripted_worker import ScriptedWorker
 
 TEXT = "Grüße, 🌍! Ende"
@@ -52,7 +53,7 @@ async def client(frontend: FrontendServer) -> AsyncIterator[openai.AsyncOpenAI]:
 @pytest.fixture
 async def http(frontend: FrontendServer) -> AsyncIterator[httpx.AsyncClient]:
     url = f"http://{frontend.http_address}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
         yield http
 
 
@@ -75,7 +76,7 @@ async def shared(model: Path) -> AsyncIterator[Shared]:
         await eventually(server.ready, "the worker is ready")
         url = f"http://{server.http_address}"
         async with (
-            httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http,
+            httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http,
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
         ):
             yield Shared(worker, server, http, client)
@@ -84,7 +85,7 @@ async def shared(model: Path) -> AsyncIterator[Shared]:
 
 async def eventually(condition: Callable[[], bool], what: str) -> None:
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not condition():  # noqa: ASYNC110 - set by another process or task
                 await asyncio.sleep(0.01)
     except TimeoutError:

@@ -15,6 +15,8 @@ from typing import Any, Final
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 _ROOT: Final = Path(__file__).resolve().parents[1]
 WARNING: Final = 2
 """Helm's severities: 1 is a recommendation, 3 an error."""
@@ -36,7 +38,7 @@ def helm(chart: Path, values: dict[str, Any], *, release: str = "kvstore") -> Re
         pytest.skip("needs helm-python-sdk, of the extra `dev`")
     done = subprocess.run(
         [sys.executable, "-m", "tests.helm_chart", str(chart), release],
-        cwd=_ROOT, input=json.dumps(values), capture_output=True, text=True, timeout=15,
+        cwd=_ROOT, input=json.dumps(values), capture_output=True, text=True, timeout=PATIENCE_S,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

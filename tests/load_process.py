@@ -17,12 +17,13 @@ from typing import Any
 from kvstore.client import AsyncClient, AsyncRemoteClient, ClientConfig
 from kvstore.core.errors import KvStoreError
 from kvstore.core.names import BlockName, Root, chain, pack_tokens
+from tests.patience import PATIENCE_MS
 from tests.session_process import PAYLOAD, SHARES, namespace
 
 PROMPTS = 200
 LONGEST = 20
 DEADLINE_MS = 1_500
-CONFIG = ClientConfig(call_ms=DEADLINE_MS, connect_ms=5_000, transfer_ms=DEADLINE_MS)
+CONFIG = ClientConfig(call_ms=DEADLINE_MS, connect_ms=PATIENCE_MS, transfer_ms=DEADLINE_MS)
 
 
 def content(name: bytes) -> bytes:

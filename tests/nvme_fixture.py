@@ -9,10 +9,11 @@ from prometheus_client import CollectorRegistry
 from kvstore.core.outcomes import Outcome
 from kvstore.directory.lru import Lru
 from kvstore.observe.metrics import TierMetrics
-from kvstore.testing.contracts import DEADLINE_MS, block, wanted
+from kvstore.testing.contracts import block, wanted
 from kvstore.tiers.base import Tier, WriteItem
 from kvstore.tiers.nvme import NvmeTier
 from kvstore.tiers.nvme_config import NvmeConfig
+from tests.patience import PATIENCE_MS
 
 SLOT_BYTES = 3 * 4096
 """Header and two granules: what `contracts.block` takes."""
@@ -36,7 +37,7 @@ async def start(
     return tier
 
 
-async def write(tier: Tier, items: Sequence[WriteItem], *, ms: int = DEADLINE_MS) -> list[Outcome]:
+async def write(tier: Tier, items: Sequence[WriteItem], *, ms: int = PATIENCE_MS) -> list[Outcome]:
     """Write, and wait until nothing reads the sources."""
     outcomes = await tier.write(items, deadline_ms=ms)
     for item in items:
@@ -44,7 +45,7 @@ async def write(tier: Tier, items: Sequence[WriteItem], *, ms: int = DEADLINE_MS
     return outcomes
 
 
-async def read(tier: Tier, numbers: Sequence[int], *, ms: int = DEADLINE_MS) -> list[Outcome]:
+async def read(tier: Tier, numbers: Sequence[int], *, ms: int = PATIENCE_MS) -> list[Outcome]:
     """Read blocks; a hit has the block's very bytes, always."""
     items = [block(number) for number in numbers]
     reads = wanted(items)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_S
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -26,7 +28,7 @@ class Started:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
 
 
 @contextmanager
@@ -40,12 +42,12 @@ def started(arguments: Sequence[str]) -> Iterator[Started]:
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line, f"{arguments} ended with {process.wait(10)} before it was ready"
+        assert line, f"{arguments} ended with {process.wait(PATIENCE_S)} before it was ready"
         yield Started(process, json.loads(line))
     finally:
         process.kill()
         process.send_signal(signal.SIGCONT)
-        process.wait(10)
+        process.wait(PATIENCE_S)
         if process.stdout is not None:
             process.stdout.close()
 

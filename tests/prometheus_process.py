@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.cluster_process import eventually
+from tests.patience import PATIENCE_S
 
 
 @contextmanager
@@ -30,12 +31,12 @@ def prometheus_process(directory: Path) -> Iterator[str]:
         cwd=directory, stdout=log, stderr=log,
     )  # fmt: skip
     try:
-        address = f"http://{eventually(lambda: _listening(directory), seconds=30, what='a port')}"
-        eventually(lambda: _ready(address), seconds=30, what="Prometheus has loaded its data")
+        address = f"http://{eventually(lambda: _listening(directory), what='a port')}"
+        eventually(lambda: _ready(address), what="Prometheus has loaded its data")
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE_S)
         log.close()
 
 
@@ -47,14 +48,14 @@ def _listening(directory: Path) -> str:
 
 def _ready(address: str) -> bool:
     """Say whether Prometheus answers queries yet: it listens before it has read its data."""
-    return httpx.get(f"{address}/-/ready", timeout=10, trust_env=False).status_code == 200
+    return httpx.get(f"{address}/-/ready", timeout=PATIENCE_S, trust_env=False).status_code == 200
 
 
 def ask(address: str, expression: str) -> list[dict[str, Any]]:
     """Return the result of a query; fails where it is none."""
     query = urllib.parse.urlencode({"query": expression})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{address}/api/v1/query?{query}", timeout=10) as reply:
+    with opener.open(f"{address}/api/v1/query?{query}", timeout=PATIENCE_S) as reply:
         answer = json.load(reply)
     assert answer["status"] == "success", expression
     found: list[dict[str, Any]] = answer["data"]["result"]

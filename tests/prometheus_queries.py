@@ -11,6 +11,7 @@ import yaml
 from kvworkers.demo.script import document
 
 from tests.cluster_process import KVSTORE, eventually
+from tests.patience import PATIENCE_S
 from tests.prometheus_process import ask, prometheus_process
 from tests.watching import PROMETHEUS, Query, queries, rules, without_verdict
 
@@ -44,12 +45,12 @@ def watching(cluster: str, directory: Path) -> Iterator[str]:
     follow = ["targets", "--cluster", cluster, "--follow", str(targets), "--interval", "1"]
     follower = subprocess.Popen([*KVSTORE, *follow], stderr=subprocess.DEVNULL)
     try:
-        eventually(targets.exists, seconds=30, what="the targets are written")
+        eventually(targets.exists, what="the targets are written")
         with prometheus_process(directory) as address:
             yield address
     finally:
         follower.terminate()
-        follower.wait(20)
+        follower.wait(PATIENCE_S)
 
 
 def check_every_query(address: str, *, parts: int, load: Callable[[], None]) -> None:
@@ -59,8 +60,8 @@ def check_every_query(address: str, *, parts: int, load: Callable[[], None]) -> 
         Query(q.where, without_verdict(q.expression) if q.where in alerts else q.expression)
         for q in queries()
     ]
-    eventually(lambda: len(ask(address, "up == 1")) == parts, seconds=60, what="all parts are up")
-    deadline = time.monotonic() + 60
+    eventually(lambda: len(ask(address, "up == 1")) == parts, what="all parts are up")
+    deadline = time.monotonic() + PATIENCE_S
     while without and time.monotonic() < deadline:
         load()
         without = [query for query in without if not ask(address, _soon(query.expression))]

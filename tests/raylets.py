@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from tests.patience import PATIENCE_S
 from tests.processes import REPOSITORY
 
 STORE_BYTES: Final = 80 << 20
@@ -73,7 +74,7 @@ def raylets(count: int, *, mark: dict[str, str], redis: str = "") -> Iterator[Ra
     finally:
         if process.stdin is not None:
             process.stdin.close()
-        process.wait(60)
+        process.wait(PATIENCE_S)
         if process.stdout is not None:
             process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)

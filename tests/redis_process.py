@@ -3,12 +3,13 @@
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
+
+from tests.patience import PATIENCE_S, until_so
 
 COMMAND = shutil.which("redis-server") or shutil.which("valkey-server")
 
@@ -41,20 +42,21 @@ class RedisProcess:
              "--appendonly", "no", "--daemonize", "no", "--dir", "/tmp"],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        for _ in range(200):
-            try:
-                socket.create_connection(("127.0.0.1", self.port), 0.1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, "redis-server ended at once"
-                time.sleep(0.02)
-        raise AssertionError("redis-server does not listen")
+        until_so(self._listens)
+
+    def _listens(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, "redis-server ended"
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+        except OSError:
+            return False
+        return True
 
     def kill(self) -> None:
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            process.wait(10)
+            process.wait(PATIENCE_S)
 
 
 @contextmanager

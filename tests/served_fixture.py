@@ -13,6 +13,7 @@ from kvworkers.worker_config import WorkerConfig
 
 from kvstore.router.members import Member
 from tests.frontend_fixture import eventually
+from tests.patience import PATIENCE_S
 from tests.text_model import text_model
 
 
@@ -53,7 +54,7 @@ async def served() -> AsyncIterator[Served]:
         await eventually(frontend.ready, "the worker is ready")
         url = f"http://{frontend.http_address}"
         async with (
-            httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as http,
+            httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http,
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
         ):
             yield Served(worker, frontend, http, client, worker.model_name)

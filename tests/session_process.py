@@ -15,11 +15,11 @@ from typing import Any
 from kvstore.client import Client, ClientConfig
 from kvstore.client.replies import Acquired
 from kvstore.core.names import BlockName, Namespace, chain, pack_tokens
+from tests.patience import PATIENCE_S, PATIENT
 from tests.processes import REPOSITORY
 
 PAYLOAD = 64 << 10
 SHARES = 2
-PATIENT = ClientConfig(call_ms=5_000, connect_ms=10_000)
 
 
 def namespace(label: str) -> Namespace:
@@ -137,7 +137,7 @@ def session_process(run_dir: Path, label: str) -> Iterator[SessionProcess]:
         yield session
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             pipe.close()

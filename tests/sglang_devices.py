@@ -19,7 +19,7 @@ from kvstore.adapters.sglang.identity import (
 from kvstore.client.blocking import Client
 from kvstore.core.names import BlockName, Namespace
 from kvstore.testing.node import RunningNode
-from tests.patience import until_so
+from tests.patience import PATIENCE_MS, PATIENT, until_so
 
 PAGE, LAYERS, TOKENS = 16, 3, 320
 RANKS = Ranks(tp="0/1", pp="0/1", cp="0/1", dcp="0/1", replicated=False)
@@ -55,7 +55,7 @@ class Entry:
 
 
 def settings(node: RunningNode, **more: Any) -> Settings:
-    times = {"call_ms": 250, "pause_ms": 50, "transfer_ms": 2_000}
+    times = {"call_ms": PATIENCE_MS, "pause_ms": 50, "transfer_ms": PATIENCE_MS}
     extra = {"run_dir": str(node.run_dir), "weights_digest": "w" * 64, **times, **more}
     return settings_of(extra)
 
@@ -106,5 +106,7 @@ def loaded(store: DirectStore, rid: str, *parts: Part) -> bool:
 
 def leases(node: RunningNode) -> int:
     model = Namespace(weights_digest="s", kv_dtype="float32", layers=1, kv_heads=1, head_dim=8)
-    with Client.connect(node.run_dir, namespace=model, payload_bytes=4096, shares=1) as client:
+    with Client.connect(
+        node.run_dir, namespace=model, payload_bytes=4096, shares=1, config=PATIENT
+    ) as client:
         return client.stats().leases

@@ -14,6 +14,7 @@ from typing import Any
 from kvstore.core.names import pack_tokens
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+from tests.patience import PATIENCE_MS, PATIENCE_S
 
 
 @dataclass
@@ -39,7 +40,7 @@ class RunningWorker:
 
     def stop(self) -> int:
         self.process.terminate()
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=PATIENCE_S)
 
 
 @contextmanager
@@ -47,7 +48,8 @@ def start_worker(
     *, model: Path, node: Path | None = None, options: tuple[str, ...] = ()
 ) -> Iterator[RunningWorker]:
     """Run `python -m kvworkers.worker`; ended by its pid afterwards."""
-    command = [sys.executable, "-m", "kvworkers.worker", "--model", str(model), "--json", *options]
+    command = [sys.executable, "-m", "kvworkers.worker", "--model", str(model), "--json"]
+    command += ["--store-call-ms", str(PATIENCE_MS), *options]
     if node is not None:
         command += ["--node", str(node)]
     root = Path(__file__).resolve().parents[1]
@@ -62,7 +64,7 @@ def start_worker(
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line, f"the worker ended with {process.wait(timeout=5)}"
+        assert line, f"the worker ended with {process.wait(timeout=PATIENCE_S)}"
         ready = json.loads(line)
         assert ready["pid"] == process.pid
         yield RunningWorker(process, ready["address"], ready["metrics"])
@@ -70,10 +72,10 @@ def start_worker(
         if process.poll() is None:
             process.terminate()
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=PATIENCE_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(timeout=5)
+                process.wait(timeout=PATIENCE_S)
         assert process.stdout is not None
         process.stdout.close()
 

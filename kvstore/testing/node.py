@@ -28,7 +28,7 @@ from kvstore.core.errors import KvStoreError, Unreachable
 
 _POLL_S: Final = 0.01
 _LOG_TAIL_BYTES: Final = 8_192
-_STOP_S: Final = 10.0
+_STOP_S: Final = 30.0
 
 
 class RunningNode:
@@ -107,7 +107,7 @@ class RunningNode:
         """Send a signal to the cache node: SIGSTOP makes it hang, SIGCONT goes on."""
         os.kill(self.node_pid, number)
 
-    def wait_restarted(self, incarnation: int, *, deadline_s: float = 20.0) -> int:
+    def wait_restarted(self, incarnation: int, *, deadline_s: float = 120.0) -> int:
         """Wait until a node later than `incarnation` is ready; return its incarnation."""
         ends = time.monotonic() + deadline_s
         while self.incarnation <= incarnation:
@@ -165,7 +165,7 @@ def start_node(
     arena_bytes: int = 64 << 20,
     name: str = "node-test",
     options: Sequence[str] = (),
-    deadline_s: float = 30.0,
+    deadline_s: float = 120.0,
 ) -> RunningNode:
     """Start a keeper and return when its node serves.
 

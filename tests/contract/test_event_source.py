@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -19,14 +20,15 @@ from kvstore.router.source import EventSource
 from kvstore.router.watch_source import WatchSource
 from kvstore.rpc.redis_stream import RedisConfig, heartbeat_key
 from kvstore.rpc.watch_client import WatchConfig
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.processes import Started, scripted
 from tests.redis_process import RedisProcess, needs_redis, redis_process
 from tests.scripted_worker import ROOT, ScriptedWorker
 
 NAMES = list(chain(ROOT, pack_tokens(range(20 * BLOCK_TOKENS))))
-FAST = WatchConfig(stall_ms=600, min_backoff_ms=20, max_backoff_ms=100)
+PATIENT = WatchConfig(stall_ms=PATIENCE_MS, min_backoff_ms=20, max_backoff_ms=100)
 
-MakeSource = Callable[[str, Kind], EventSource]
+MakeSource = Callable[..., EventSource]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,9 @@ def redis(request: pytest.FixtureRequest) -> RedisProcess | None:
 
 @pytest.fixture
 def make_source(redis: RedisProcess | None) -> MakeSource:
-    def make(address: str, kind: Kind) -> EventSource:
+    def make(address: str, kind: Kind, patience: WatchConfig = PATIENT) -> EventSource:
         if redis is None:
-            return WatchSource(Member(kind, "w", address), FAST)
+            return WatchSource(Member(kind, "w", address), patience)
         # The name says where its events are; nobody else may write under it.
         config = RedisConfig(url=redis.url, min_backoff_ms=20, max_backoff_ms=100)
         metrics = RouterMetrics(CollectorRegistry())
@@ -79,7 +81,7 @@ async def publisher(
 
 async def heard_at(url: str, *, gone: bool) -> None:
     """Wait until the heartbeat of `w` is there, or has expired."""
-    async with asyncio.timeout(5), aclosing(Redis.from_url(url)) as client:
+    async with asyncio.timeout(PATIENCE_S), aclosing(Redis.from_url(url)) as client:
         while (await client.exists(heartbeat_key("w")) == 0) != gone:  # noqa: ASYNC110 - the server has no event
             await asyncio.sleep(0.01)
 
@@ -91,7 +93,7 @@ def kind_of(publisher: ScriptedWorker) -> Kind:
 async def until(stream: AsyncIterator[Event], kind: type[Event], limit: int = 200) -> list[Event]:
     """Return the events up to and with the first of `kind`."""
     seen: list[Event] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         async for event in stream:
             seen.append(event)
             if isinstance(event, kind):
@@ -141,7 +143,7 @@ async def test_closing_the_generator_ends_the_subscription(
     async with aclosing(source.events()) as stream:
         await until(stream, Ended)
         assert await followers() == 1
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while await followers():  # noqa: ASYNC110 - the other end has no event
             await asyncio.sleep(0.01)
 
@@ -180,7 +182,8 @@ async def test_a_stopped_publisher_is_lost_after_the_stall_and_comes_back(
     if events_redis:  # what the test before left has to expire
         await heard_at(events_redis, gone=True)
     with scripted("w", "--hold", "3", "--events-redis", events_redis) as process:
-        source = follow_process(process, make_source)
+        address = process.ready["address"]
+        source = make_source(address, "worker", replace(PATIENT, stall_ms=600))
         async with aclosing(source.events()) as stream:
             await until(stream, Marked)
             process.signal(signal.SIGSTOP)

@@ -13,6 +13,7 @@ from kvstore.rpc.v1 import cache_pb2
 from kvstore.testing.contracts import ROOT, TierContract, block, wanted
 from kvstore.tiers.base import ReadItem, Tier, WriteItem
 from kvstore.tiers.peer import Neighbour, PeerTier, RootFacts
+from tests.patience import PATIENCE_MS
 from tests.scripted_holder import ScriptedHolder
 
 HIT, MISS, LATE, CORRUPT = Outcome.HIT, Outcome.MISS, Outcome.LATE, Outcome.CORRUPT
@@ -84,7 +85,7 @@ async def tier(two: tuple[ScriptedHolder, ScriptedHolder]) -> AsyncIterator[Peer
     await made.close()
 
 
-async def read(tier: PeerTier, count: int = 4, deadline_ms: int = 300) -> list[Outcome]:
+async def read(tier: PeerTier, count: int = 4, deadline_ms: int = PATIENCE_MS) -> list[Outcome]:
     items = wanted([block(number) for number in range(count)])
     outcomes = await tier.read(items, deadline_ms=deadline_ms)
     for number, (item, outcome) in enumerate(zip(items, outcomes, strict=True)):

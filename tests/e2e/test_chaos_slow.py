@@ -25,6 +25,7 @@ import pytest
 
 from tests.cluster_process import KVSTORE, MARK, command_line, eventually, marked_processes
 from tests.exactness import Exactness, Reference
+from tests.patience import PATIENCE_S
 from tests.prometheus_queries import check_every_query, watching, work
 from tests.raylets import Raylets, raylets
 from tests.redis_process import RedisProcess, needs_redis, redis_process
@@ -78,7 +79,7 @@ class Deployed:
     def status(self) -> dict[str, Any]:
         done = subprocess.run(
             [*KVSTORE, "status", "--json", "--name", self.name], env=self.ray.environment,
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
         found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"ready": False}
         return found
@@ -102,7 +103,7 @@ class Deployed:
 
     def watched_instead(self) -> float:
         """Return how many members the first frontend follows directly for want of Redis."""
-        text = httpx.get(f"http://127.0.0.1:{HTTP}/metrics", timeout=10).text
+        text = httpx.get(f"http://127.0.0.1:{HTTP}/metrics", timeout=PATIENCE_S).text
         (line,) = re.findall(r"^kvstore_event_source_watched_instead (\S+)$", text, re.MULTILINE)
         return float(line)
 
@@ -146,7 +147,7 @@ def test_it_is_deployed_from_the_file_on_three_hosts(deployed: Deployed) -> None
     assert hosts == {"node-0", "node-1", "node-2"}, "one worker per host"
     for part in status["parts"]:
         address = part["metrics"] or part["http"]
-        text = httpx.get(f"http://{address}/metrics", timeout=10).text
+        text = httpx.get(f"http://{address}/metrics", timeout=PATIENCE_S).text
         assert "kvstore_" in text, part["name"]
 
 
@@ -320,10 +321,10 @@ def test_a_host_that_dies_is_let_go_and_a_new_one_is_taken_in(deployed: Deployed
     eventually(
         lambda: {p["name"] for p in deployed.status().get("parts", []) if p["role"] == "node"}
         > before,
-        seconds=120, what="the new host gets a cache node",
+        what="the new host gets a cache node",
     )  # fmt: skip
     deployed.run("scale", "3")
-    eventually(lambda: deployed.status()["ready"], seconds=60, what="three workers serve")
+    eventually(lambda: deployed.status()["ready"], what="three workers serve")
     deployed.ray.order("kill 3")
     eventually(
         lambda: (

@@ -23,8 +23,9 @@ from tests.cluster_process import (
 )
 from tests.exactness import Exactness, Reference
 from tests.inference_client import Said, generate, run_worker
+from tests.patience import PATIENCE_S
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.e2e
 
 REPLY_TOKENS = 12
 
@@ -39,7 +40,7 @@ def without_end(reference: Reference, said: Said) -> list[int]:
 
 
 def live_workers(cluster: ClusterProcess) -> int:
-    text = httpx.get(f"{cluster.http}/metrics", timeout=10).text
+    text = httpx.get(f"{cluster.http}/metrics", timeout=PATIENCE_S).text
     found = [line for line in text.splitlines() if line.startswith('kvstore_workers{state="live"}')]
     return int(float(found[0].split()[-1]))
 
@@ -159,7 +160,7 @@ def test_a_second_worker_takes_the_prefix_out_of_the_arena(
         said = run_worker(cluster.address("worker-1"), prompt[: 16 * 4], max_tokens=1)
         return said if said.cache.dram_tokens else None
 
-    eventually(second, seconds=10, what="the first blocks are in the arena")
+    eventually(second, what="the first blocks are in the arena")
     said = run_worker(cluster.address("worker-1"), prompt, max_tokens=REPLY_TOKENS)
     assert said.cache.hbm_tokens + said.cache.dram_tokens == whole
     assert said.cache.dram_tokens >= whole - 64
@@ -185,7 +186,6 @@ def test_a_killed_node_costs_no_request_and_gives_its_blocks_back(
     exactness.check("while the node is away", shared[0], expected, without_end(reference, during))
     back = eventually(
         lambda: [pid for pid in cluster.pids("kvstore.service.node") if pid != node],
-        seconds=30,
         what="the keeper starts another node",
     )
     assert command_line(back[0])
@@ -199,7 +199,7 @@ def test_a_killed_node_costs_no_request_and_gives_its_blocks_back(
         exactness.check("after the node", prompt, expected, without_end(reference, said))
         return bool(said.cache.dram_tokens)
 
-    eventually(served_again, seconds=60, what="sealed blocks are served by the next node")
+    eventually(served_again, what="sealed blocks are served by the next node")
 
 
 def test_a_worker_killed_in_the_middle_of_a_reply_does_not_change_it(
@@ -219,9 +219,9 @@ def test_a_worker_killed_in_the_middle_of_a_reply_does_not_change_it(
     assert said.worker != killed[0]
     expected = reference.reply(prompt, 32)
     exactness.check("killed in the middle", prompt, expected, without_end(reference, said))
-    eventually(lambda: live_workers(cluster) == 2, seconds=90, what="Ray brings the worker back")
+    eventually(lambda: live_workers(cluster) == 2, what="Ray brings the worker back")
     controller = next(part["metrics"] for part in cluster.parts if part["name"] == "controller")
-    counted = httpx.get(f"http://{controller}/metrics", timeout=10).text
+    counted = httpx.get(f"http://{controller}/metrics", timeout=PATIENCE_S).text
     assert f'kvstore_cluster_restarts_total{{part="{killed[0]}"}} 1.0' in counted
 
 
@@ -238,6 +238,6 @@ def test_many_clients_at_once_are_all_answered(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert len(answers) == 6
     assert all(answer == answers[0] for answer in answers)

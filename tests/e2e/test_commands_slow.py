@@ -18,6 +18,7 @@ from tests.cluster_process import (
     ClusterProcess,
     marked_processes,
 )
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -74,7 +75,7 @@ def test_ctrl_c_at_any_moment_leaves_no_process(marked: dict[str, str], sign: st
             assert any(sign in line for line in screen), "it ended before"
         os.killpg(process.pid, signal.SIGINT)
         screen.read()
-    status = process.wait(60)
+    status = process.wait(PATIENCE_S)
     # Before its first instruction Python itself ends by the signal.
     assert status in (130, -signal.SIGINT)
     assert not marked_processes(marked[MARK]), "the command was back before the last had ended"
@@ -108,7 +109,7 @@ def test_what_cannot_be_is_refused_in_one_line(cluster: ClusterProcess) -> None:
     }
     for arguments, at_fault in wrong.items():
         done = subprocess.run(
-            [*KVSTORE, *arguments], capture_output=True, text=True, timeout=60, check=False
+            [*KVSTORE, *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
         assert done.returncode in (1, 2), arguments
         assert at_fault in done.stderr
@@ -120,7 +121,7 @@ def test_down_without_a_cluster_says_so() -> None:
         [*KVSTORE, "down", "--name", "no-such-cluster"],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 1

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.browser import Page, browser
 from tests.cluster_process import ClusterProcess, cluster_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.e2e]
 
 LABELLED = """[...document.querySelectorAll('table')].every(t => t.caption?.textContent)
   && [...document.querySelectorAll('section')].every(s => document.getElementById(

@@ -132,7 +132,6 @@ def test_after_the_node_was_killed(
     check_all("node away", during, exactness, ask_all(tiny, during))
     eventually(
         lambda: [pid for pid in tiny.pids("kvstore.service.node") if pid != node],
-        seconds=30,
         what="the keeper starts another node",
     )
     check_all("after a restart", expected, exactness, ask_all(tiny, expected))

@@ -19,9 +19,10 @@ from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import worker_pb2, worker_pb2_grpc
 from kvstore.testing.node import RunningNode, start_node
 from tests.model_fixture import model_dir as model_dir
+from tests.patience import PATIENCE_S
 from tests.processes import Started, started
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.e2e
 
 SYSTEM = (
     "You are the assistant of a small museum of navigation in Lisbon. Answer in one short"
@@ -77,7 +78,7 @@ async def frontend(
             Member("worker", worker.ready["worker"], worker.ready["address"]) for worker in workers
         ]
         await server.set_members([*members, Member("node", node.name, node.listen)])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while not all(  # noqa: ASYNC110 - others change it
                 server.worker_ready(member.name) for member in members
             ):
@@ -151,7 +152,7 @@ async def test_a_warm_prompt_is_found_by_the_other_worker(
     messages = [{"role": "user", "content": "Sea charts, log books and quadrants. " * 12}]
     body: dict[str, Any] = {"messages": messages, "temperature": 0}
     url = f"http://{frontend.http_address}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
         body["model"] = (await http.get("/v1/models")).json()["data"][0]["id"]
         asked = await http.post("/v1/chat/completions", json=body | {"max_tokens": 0})
         warm = asked.json()

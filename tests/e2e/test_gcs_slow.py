@@ -18,6 +18,7 @@ import pytest
 from tests.cluster_process import KVSTORE, MARK, eventually
 from tests.exactness import Reference
 from tests.inference_client import generate
+from tests.patience import PATIENCE_S
 from tests.raylets import Raylets, raylets
 
 pytestmark = [
@@ -43,17 +44,17 @@ def redis(directory: Path) -> Iterator[str]:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", port)) == 0
 
-        eventually(answers, seconds=20, what="redis answers")
+        eventually(answers, what="redis answers")
         yield f"127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def status(ray: Raylets, name: str) -> dict[str, Any]:
     done = subprocess.run(
         [*KVSTORE, "status", "--json", "--name", name], env=ray.environment,
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"ready": False}
     return found
@@ -92,7 +93,7 @@ def check(ray: Raylets, name: str, address: str, reference: Reference) -> None:
         assert generate(address, prompt, max_tokens=8).tokens == expected
     ray.order("gcs-up")
     assert generate(address, prompt, max_tokens=8).tokens == expected
-    eventually(lambda: status(ray, name)["ready"], seconds=60, what="the controller goes on")
+    eventually(lambda: status(ray, name)["ready"], what="the controller goes on")
     os.kill(before["worker-0"], signal.SIGKILL)
 
     def healed() -> bool:

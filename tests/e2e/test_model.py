@@ -12,7 +12,7 @@ from tests.model_fixture import make_step, model_dir, plain_model, poisoned_page
 
 __all__ = ["model_dir"]
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.e2e
 
 NEAR_TIE = 1e-3
 QUESTIONS = [

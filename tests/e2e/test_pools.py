@@ -22,10 +22,11 @@ from kvstore.router.members import Member
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.text_model import VOCAB, text_model
 from tests.worker_process import ask
 
-pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.asyncio(loop_scope="module")]
 
 STEP_TOKENS = 64
 REPLY_TOKENS = 12
@@ -69,7 +70,7 @@ async def generate(
     )
     async with open_channel(frontend.grpc_address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
-        replies = [reply async for reply in stub.Generate(request, timeout=60)]
+        replies = [reply async for reply in stub.Generate(request, timeout=PATIENCE_S)]
     packed = b"".join(reply.tokens for reply in replies)
     return list(memoryview(packed).cast("I")), replies
 
@@ -79,7 +80,7 @@ async def follow(frontend: FrontendServer, node: RunningNode, workers: dict[str,
     members = [Member("worker", name, address) for name, address in workers.items()]
     await frontend.set_members([*members, Member("node", node.name, node.listen)])
     router = frontend._router
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not (  # noqa: ASYNC110 - the view tells nobody
             all(map(frontend.worker_ready, workers))
             and all(one.load is not None for one in router.survey() if one.kind == "worker")
@@ -113,7 +114,7 @@ async def started(
     worker = WorkerServer(
         WorkerConfig(
             model=str(model), node=node.run_dir, name=name, role=role, pool_bytes=4 << 20,
-            threads=1, drain_ms=0, step_tokens=STEP_TOKENS, store_call_ms=5_000,
+            threads=1, drain_ms=0, step_tokens=STEP_TOKENS, store_call_ms=PATIENCE_MS,
         )
     )  # fmt: skip
     await worker.start()
@@ -177,7 +178,7 @@ async def test_what_own_pages_have_is_in_the_arena_too(pools: Pools) -> None:
     assert replies[-1].worker == "p", "a single token needs nobody else"
     worker = pools.workers["p"]
     assert worker._client is not None
-    assert await worker.settled(deadline_ms=5_000)
+    assert await worker.settled(deadline_ms=PATIENCE_MS)
     await worker._client.clear()  # what it has in its own pages is nowhere else now
     before = pools.tokens("p", "hbm"), pools.tokens("d", "computed")
     await pools.together([*prompt[:310], *prompt_of(7, 10)])
@@ -205,7 +206,7 @@ async def test_a_call_ends_when_every_block_is_stored(
         sampling=worker_pb2.Sampling(max_tokens=1, ignore_eos=True),
     )  # fmt: skip
     async with open_channel(worker.address) as channel:
-        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=20)
+        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=PATIENCE_S)
         first = await call.read()
         assert first.tokens and not first.finish_reason, "it waits for nothing"
         end = asyncio.ensure_future(call.read())
@@ -216,7 +217,7 @@ async def test_a_call_ends_when_every_block_is_stored(
         may_go.clear()
         monkeypatch.setattr(worker_service, "SETTLE_MS", 20)
         request.tokens = pack_tokens(prompt_of(10, 100))
-        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=20)
+        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=PATIENCE_S)
         ends = [reply.finish_reason async for reply in call]
     assert ends == ["", "length"], "whoever goes on computes what is late"
     assert worker.registry.get_sample_value(name, labels) == before + 1

@@ -18,10 +18,11 @@ from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from kvstore.testing.node import RunningNode, start_node
 from tests.e2e.test_pools import REPLY_TOKENS, follow, generate, prompt_of
+from tests.patience import PATIENCE_S
 from tests.text_model import text_model
 from tests.worker_process import RunningWorker, ask, start_worker
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROLES = {"p": "prefill", "d0": "decode", "d1": "decode"}
 QUICK = PipelineConfig(lost_after_ms=1_500, other_wait_ms=300)
@@ -48,7 +49,7 @@ def workers(node: RunningNode) -> Iterator[dict[str, RunningWorker]]:
                     node=node.run_dir,
                     options=(
                         *("--name", name, "--role", role, "--threads", "1"),
-                        *("--pool-bytes", str(4 << 20), "--store-call-ms", "5000"),
+                        *("--pool-bytes", str(4 << 20)),
                         *("--step-tokens", "16"),
                     ),
                 ),
@@ -89,7 +90,9 @@ async def test_a_worker_killed_at_the_hand_over_changes_no_token(
     )
     replies: list[inference_pb2.GenerateReply] = []
     async with open_channel(frontend.grpc_address) as channel:
-        async for reply in inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=60):
+        async for reply in inference_pb2_grpc.InferenceStub(channel).Generate(
+            request, timeout=PATIENCE_S
+        ):
             if not replies:
                 await asyncio.sleep(0.3)  # the call is there
                 workers["d0"].process.kill()
@@ -112,7 +115,7 @@ async def test_a_worker_killed_in_the_middle_of_a_prompt_leaves_its_blocks(
         return sum(one.blocks.get(TierKind.DRAM, 0) for one in router.survey())
 
     asking = asyncio.create_task(generate(frontend, prompt))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         while settled() < 8:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.002)
     workers["p"].process.kill()

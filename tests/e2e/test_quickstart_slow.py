@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster_process import KVSTORE, marked_processes
+from tests.patience import PATIENCE_S
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -50,7 +51,7 @@ def test_the_page_works(environment: dict[str, str]) -> None:
             printed.append(done.stdout)
     finally:
         if marked_processes(environment["KVSTORE_TEST_MARK"]):
-            subprocess.run([*KVSTORE, "down"], env=environment, timeout=60, check=False)
+            subprocess.run([*KVSTORE, "down"], env=environment, timeout=PATIENCE_S, check=False)
     assert not marked_processes(environment["KVSTORE_TEST_MARK"]), "`down` ends everything"
     started, _, asked, looked, operated = printed
     assert "ready" in started.splitlines()[-1]

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.cluster_process import KVSTORE
+from tests.patience import PATIENCE_S
 from tests.security_fixture import TOKENS, Secured, secured
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -45,7 +46,7 @@ class Guarded:
         trusting = ssl.create_default_context(cafile=str(self.rules.ca))
         trusting.load_cert_chain(directory / "server.pem", directory / "server.key")
         return httpx.Client(
-            base_url=self.facts["http"], verify=trusting, trust_env=False, timeout=60,
+            base_url=self.facts["http"], verify=trusting, trust_env=False, timeout=PATIENCE_S,
             headers={"authorization": f"Bearer {TOKENS[name]}"},
         )  # fmt: skip
 
@@ -110,7 +111,7 @@ def test_top_and_targets_see_every_part_over_mutual_tls(guarded: Guarded) -> Non
     def kvstore(*words: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
             [*KVSTORE, *words, "--cluster", guarded.facts["name"]],
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
         )  # fmt: skip
 
     top = kvstore("top", "--once", "--json", "--security", str(guarded.shows("monitor")))

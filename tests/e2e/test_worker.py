@@ -19,9 +19,10 @@ from kvstore.router.members import Member
 from kvstore.router.watch_source import WatchSource
 from kvstore.testing.node import RunningNode, start_node
 from tests.exactness import Exactness, Reference
+from tests.patience import PATIENCE_S
 from tests.worker_process import Answer, RunningWorker, ask, cached_tokens, start_worker
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180, func_only=True)]
+pytestmark = pytest.mark.e2e
 
 REPLY_TOKENS = 8
 SYSTEM = (
@@ -53,7 +54,7 @@ def stage() -> Iterator[Stage]:
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         node = stack.enter_context(start_node(arena_bytes=256 << 20))
-        options = ("--threads", "1", "--pool-bytes", str(48 << 20), "--store-call-ms", "5000")
+        options = ("--threads", "1", "--pool-bytes", str(48 << 20))
         with ThreadPoolExecutor() as starters:  # loading takes seconds, also side by side
             starts = [
                 starters.submit(
@@ -127,7 +128,7 @@ async def test_routers_hear_what_loading_takes(stage: Stage) -> None:
     assert loaded.cache.dram_tokens > 0
     source = WatchSource(Member("worker", "worker-1", stage.workers[1].address))
     rates: tuple[LoadRate, ...] = ()
-    async with asyncio.timeout(20), aclosing(source.events()) as events:
+    async with asyncio.timeout(PATIENCE_S), aclosing(source.events()) as events:
         async for event in events:
             rates = event.load_rates if isinstance(event, Loaded) else ()
             if rates:

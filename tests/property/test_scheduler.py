@@ -137,7 +137,6 @@ class Worker:
             assert bool(sequence.pages) == (not waits and sequence.state != "finished")
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("overcommit", [True, False])
 @settings(max_examples=40, deadline=None, suppress_health_check=_ALL)
 @given(seed=st.integers(0, 2**32 - 1), gap=st.integers(1, 30))

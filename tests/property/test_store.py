@@ -9,7 +9,6 @@ import os
 from collections import Counter
 from itertools import pairwise
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
@@ -396,4 +395,4 @@ class StoreMachine(PrivateRules):
 
 
 StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-TestStore = pytest.mark.timeout(180)(StoreMachine.TestCase)
+TestStore = StoreMachine.TestCase

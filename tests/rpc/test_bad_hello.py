@@ -11,9 +11,8 @@ import pytest
 from kvstore.core.errors import Refused
 from kvstore.testing.node import RunningNode, start_node
 from kvstore.transport.session_socket import MAX_HANDSHAKE_BYTES, Hello, connect_session
+from tests.patience import PATIENCE_S
 from tests.session_process import connect
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def garbage_hello(kind: str) -> bytes:
 )
 def test_garbage_on_the_session_socket_is_refused(node: RunningNode, kind: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         sock.connect(str(node.run_dir / "keeper.sock"))
         sock.send(garbage_hello(kind))
         assert b'"refused"' in sock.recv(MAX_HANDSHAKE_BYTES)
@@ -74,7 +73,7 @@ def test_talking_after_the_handshake_ends_the_session(node: RunningNode) -> None
     _, arena_fd, sock = connect_session(path, Hello("chatty", (os.getpid(),)), deadline_ms=2000)
     os.close(arena_fd)
     with sock:
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         sock.send(b"anything")
         with contextlib.suppress(ConnectionResetError):  # it closes with our words unread
             assert sock.recv(1) == b""

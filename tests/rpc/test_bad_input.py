@@ -32,9 +32,9 @@ from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2
 from kvstore.testing.node import RunningNode, start_node
 from kvstore.transport.session_socket import Hello, connect_session
+from tests.patience import PATIENCE_S
 from tests.session_process import PAYLOAD, SHARES, connect, names_of, namespace
 
-pytestmark = pytest.mark.timeout(60)
 NAME = b"n" * 32
 _ALL: Any = list(HealthCheck)
 
@@ -57,7 +57,7 @@ def _unharmed(node: RunningNode) -> Iterator[None]:
         names = names_of(client, 1, 2)
         client.put(names, [bytes(PAYLOAD)] * 2)
         assert client.get(names) == [bytes(PAYLOAD)] * 2
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE_S
         while client.stats().reserved_bytes or client.stats().leases:
             assert time.monotonic() < deadline, client.stats()
 
@@ -74,7 +74,7 @@ class Raw:
         token = self.token if token is None else token
         metadata = (("kvstore-session-bin", token),) if token else ()
         try:
-            return await getattr(self.stub, method)(request, timeout=5, metadata=metadata)
+            return await getattr(self.stub, method)(request, timeout=PATIENCE_S, metadata=metadata)
         except grpc.aio.AioRpcError as failure:
             raise error_from(failure) from failure
 
@@ -338,10 +338,10 @@ async def test_a_root_that_nobody_opened_is_lent_nothing_of(raw: Raw) -> None:
 async def test_streams_name_bad_input(raw: Raw) -> None:
     metadata = (("kvstore-session-bin", raw.token),)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await raw.stub.Get(cache_pb2.GetRequest(), timeout=5, metadata=metadata).read()
+        await raw.stub.Get(cache_pb2.GetRequest(), timeout=PATIENCE_S, metadata=metadata).read()
     assert type(error_from(caught.value)) is BadInput
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await raw.stub.Put(iter([cache_pb2.PutRequest()]), timeout=5, metadata=metadata)
+        await raw.stub.Put(iter([cache_pb2.PutRequest()]), timeout=PATIENCE_S, metadata=metadata)
     assert type(error_from(caught.value)) is BadInput
 
 
@@ -356,7 +356,7 @@ def test_bytes_that_are_no_message_harm_nobody(
     with grpc.insecure_channel(node.rpc) as channel:
         call: Any = channel.unary_unary(f"/kvstore.rpc.v1.CacheNode/{method}")  # type: ignore[call-arg]
         with pytest.raises(grpc.RpcError) as caught:
-            call(garbage, timeout=5)
+            call(garbage, timeout=PATIENCE_S)
     # Bytes that happen to be a message are a call without a session.
     assert isinstance(error_from(caught.value), BadInput | SessionLost | Unsupported | Forbidden)
 

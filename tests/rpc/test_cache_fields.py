@@ -14,7 +14,7 @@ from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from tests.served_fixture import Served
 from tests.served_fixture import served as served
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 TOKENS = 320
 HITS = TOKENS - 16

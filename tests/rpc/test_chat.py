@@ -15,6 +15,7 @@ from kvworkers.frontends.server import FrontendConfig, serving
 
 from kvstore.router.members import Member
 from tests.byte_tokenizer import make_byte_tokenizer
+from tests.patience import PATIENCE_S
 from tests.scripted_worker import ScriptedWorker
 from tests.security_fixture import TOKENS, secured
 
@@ -110,7 +111,6 @@ def test_a_url_that_is_none_or_answers_nothing_is_named() -> None:
     assert "127.0.0.1:9" in str(talk("http://127.0.0.1:9", "Hello\n").exception)
 
 
-@pytest.mark.timeout(60)
 async def test_a_cluster_over_tls_is_talked_to_with_a_token(tmp_path: Path) -> None:
     rules = secured(tmp_path)
     (tmp_path / "team-a.token").write_text(TOKENS["team-a"])
@@ -130,7 +130,7 @@ async def test_a_cluster_over_tls_is_talked_to_with_a_token(tmp_path: Path) -> N
         async def said(security: Path) -> click.testing.Result:
             return await asyncio.to_thread(talk, url, "Hello\n", "--security", str(security))
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not server.ready():  # noqa: ASYNC110 - the view tells nobody
                 await asyncio.sleep(0.01)
         done = await said(mine)

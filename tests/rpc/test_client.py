@@ -15,9 +15,9 @@ from kvstore.core.errors import BadInput, Unreachable
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind
 from kvstore.testing.node import RunningNode, start_node
-from tests.session_process import PATIENT, PAYLOAD, SHARES, connect, names_of, namespace
+from tests.patience import PATIENCE_S, PATIENT
+from tests.session_process import PAYLOAD, SHARES, connect, names_of, namespace
 
-pytestmark = pytest.mark.timeout(60)
 DONE = SettleOutcome.DONE
 
 
@@ -104,7 +104,7 @@ def test_waiting_for_another_sessions_block(client: Client, node: RunningNode) -
         waiting.start()
         client.view(slot)[:PAYLOAD] = payloads(1)[0]
         client.settle(commit=[slot])
-        waiting.join(5)
+        waiting.join(PATIENCE_S)
         assert answers == [[Outcome.HIT]]
         assert other.get(names) == payloads(1)
 
@@ -141,7 +141,7 @@ def test_several_threads_share_one_blocking_client(client: Client) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert not failures
 
 
@@ -220,7 +220,7 @@ def test_a_restarted_keeper_is_joined_with_an_empty_arena() -> None:
         with pytest.raises(Unreachable):
             client.get(names)
         with start_node(first.run_dir, arena_bytes=16 << 20):
-            assert joined.wait(20)
+            assert joined.wait(PATIENCE_S)
             assert client.connected
             assert names_of(client, 1, 2) == names, "the cluster key is the run directory's"
             assert not client.still(old)

@@ -13,10 +13,10 @@ from kvstore.client import AsyncClient, Client, ClientConfig, blocking, copies, 
 from kvstore.core.errors import BadInput, Unreachable
 from kvstore.core.names import BlockName, Namespace
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.scripted_node import ScriptedNode
 from tests.session_process import PAYLOAD, connect, names_of
 
-pytestmark = pytest.mark.timeout(60)
 MODEL = Namespace(weights_digest="w", kv_dtype="float32", layers=1, kv_heads=1, head_dim=8)
 NAMES = [BlockName(bytes([i]) * 32) for i in range(8)]
 RUBBISH = 0xEE
@@ -45,7 +45,7 @@ async def scripted() -> AsyncIterator[ScriptedNode]:
 
 
 async def joined(node: ScriptedNode) -> AsyncClient:
-    config = ClientConfig(call_ms=5_000, transfer_ms=10_000)
+    config = ClientConfig(call_ms=PATIENCE_MS, transfer_ms=PATIENCE_MS)
     return await AsyncClient.connect(
         node.run_dir, namespace=MODEL, payload_bytes=4096, shares=1, config=config
     )
@@ -110,7 +110,7 @@ async def test_leases_released_quickly_go_in_few_calls(scripted: ScriptedNode) -
     for lease in range(2, 50):
         client.release(lease)
     go_on.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while scripted.count("Settle") < 3:  # noqa: ASYNC110 - repeated at once, then the rest
             await asyncio.sleep(0.002)
     released = [list(request.release) for name, request in scripted.calls if name == "Settle"]
@@ -146,7 +146,7 @@ async def test_more_leases_than_a_call_takes_go_in_several(
 
 async def released(node: ScriptedNode, leases: list[list[int]]) -> None:
     """Wait for the calls that release just these."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while node.count("Settle") < len(leases):  # noqa: ASYNC110 - calls of another task
             await asyncio.sleep(0.002)
     assert [list(call.release) for name, call in node.calls if name == "Settle"] == leases
@@ -160,13 +160,13 @@ async def test_a_cancelled_reader_has_its_buffers_back(
 
     def slow(*arguments: Any, **options: Any) -> int:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         return 0
 
     monkeypatch.setattr(copies, "copy_out_into", slow)
     client = await joined(scripted)
     reading = asyncio.create_task(client.get_into(NAMES[:1], buffers(1, 4096)))
-    assert await asyncio.to_thread(begun.wait, 5)
+    assert await asyncio.to_thread(begun.wait, PATIENCE_S)
     for _ in range(3):  # whoever shuts down may be impatient
         reading.cancel()
         done, _ = await asyncio.wait([reading], timeout=0.02)
@@ -187,7 +187,7 @@ def test_a_reader_that_gave_up_has_its_buffers_back(
 
     def slow(target: memoryview, source: memoryview) -> None:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE_S)
         copy(target, source)
 
     def noted(gate: copies.WriteGate) -> None:
@@ -202,13 +202,13 @@ def test_a_reader_that_gave_up_has_its_buffers_back(
     with ThreadPoolExecutor(1) as pool:
         try:
             reading = pool.submit(client.get_into, names, into, deadline_ms=250)
-            assert begun.wait(5)
-            assert closing.wait(5), "it gave up and left the thread alone"
+            assert begun.wait(PATIENCE_S)
+            assert closing.wait(PATIENCE_S), "it gave up and left the thread alone"
             assert not wait([reading], timeout=0.05).done, "it returned during a write"
         finally:
             go_on.set()
         with pytest.raises(Unreachable, match="no answer within 500 ms"):
-            reading.result(5)
+            reading.result(PATIENCE_S)
     # What was being written came whole, and nothing after it.
     assert [set(buffer) for buffer in into] == [{0}, {RUBBISH}, {RUBBISH}, {RUBBISH}]
     # The client is as good as before.
@@ -227,22 +227,22 @@ async def test_a_cancelled_put_commits_nothing_more(
         copied.extend(item.index for item in reserved)
         if len(copied) == 2:
             second.set()
-            assert go_on.wait(10)
+            assert go_on.wait(PATIENCE_S)
 
     monkeypatch.setattr(copies, "copy_in", part)
     monkeypatch.setattr(copies, "_PART_BYTES", 4096)
     monkeypatch.setattr(copies, "_EDGE_BYTES", 4096)
     client = await joined(scripted)
     putting = asyncio.create_task(client.put(NAMES, [bytes(4096)] * 8))
-    assert await asyncio.to_thread(second.wait, 5)
-    async with asyncio.timeout(5):
+    assert await asyncio.to_thread(second.wait, PATIENCE_S)
+    async with asyncio.timeout(PATIENCE_S):
         while scripted.count("Settle") < 1:  # noqa: ASYNC110 - the first part's commit
             await asyncio.sleep(0.002)
     putting.cancel()
     await asyncio.gather(putting, return_exceptions=True)
     assert scripted.count("Settle") == 1, "slots were given back under the writer's hands"
     go_on.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while scripted.count("Settle") < 2:  # noqa: ASYNC110 - when the thread has ended
             await asyncio.sleep(0.002)
     settles = [request for name, request in scripted.calls if name == "Settle"]

@@ -10,23 +10,25 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvstore.client import AsyncClient, ClientConfig, copies
+from kvstore.client import AsyncClient, ClientConfig, copies, link
 from kvstore.core.errors import BadInput, Refused, SessionLost, Unreachable
 from kvstore.core.names import BlockName, Namespace
 from kvstore.core.outcomes import SettleOutcome
 from kvstore.rpc.v1 import cache_pb2
 from kvstore.testing.node import new_run_dir
+from tests.patience import PATIENCE_MS, PATIENCE_S, Hurried, until
 from tests.scripted_node import ScriptedNode
 
 NAMESPACE = Namespace(weights_digest="w", kv_dtype="float32", layers=1, kv_heads=1, head_dim=8)
 NAMES = [BlockName(bytes([i]) * 32) for i in range(4)]
-FAST = ClientConfig(call_ms=200, sweep_ms=20, rejoin_first_ms=10, rejoin_most_ms=40)
+FAST = ClientConfig(call_ms=PATIENCE_MS, sweep_ms=20, rejoin_first_ms=10, rejoin_most_ms=40)
 
 
 @pytest.fixture
@@ -52,10 +54,22 @@ async def connect(node: ScriptedNode, config: ClientConfig = FAST) -> AsyncClien
     )
 
 
-async def until(condition: Callable[[], bool], *, deadline_s: float = 5.0) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not condition():  # noqa: ASYNC110 - what it waits for is outside this loop
-            await asyncio.sleep(0.002)
+@pytest.fixture
+def sweeps_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep lets the longest call end first, and ours are patient."""
+    monkeypatch.setattr(link, "asyncio", Hurried())
+
+
+@pytest.fixture
+def held_copy(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(copies, "copy_in", held)
+    return begun, go_on
 
 
 async def hang(request: Any) -> Any:
@@ -74,7 +88,7 @@ async def test_a_hanging_node_costs_one_deadline(node: ScriptedNode, client: Asy
     started = time.monotonic()
     with pytest.raises(Unreachable):
         await client.acquire(NAMES, deadline_ms=100)
-    assert 0.09 < time.monotonic() - started < 1
+    assert 0.09 < time.monotonic() - started < PATIENCE_S / 2
     assert (await client.acquire(NAMES, reserve=1)).reserved, "the next call is served"
 
 
@@ -120,7 +134,7 @@ async def test_a_node_back_within_the_deadline_goes_unnoticed(
     node: ScriptedNode, client: AsyncClient
 ) -> None:
     await node.stop_rpc()
-    call = asyncio.create_task(client.acquire(NAMES, reserve=1, deadline_ms=5_000))
+    call = asyncio.create_task(client.acquire(NAMES, reserve=1, deadline_ms=PATIENCE_MS))
     await asyncio.sleep(0)
     await node.start_rpc()
     assert len((await call).reserved) == 1
@@ -133,7 +147,7 @@ async def test_a_node_that_stays_away_costs_one_deadline(
     started = time.monotonic()
     with pytest.raises(Unreachable):
         await client.lookup(NAMES, deadline_ms=150)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < PATIENCE_S / 2
     assert client.connected, "the keeper still holds the session"
     await node.start_rpc()
 
@@ -144,13 +158,13 @@ async def test_a_node_that_dies_again_while_the_root_is_opened_goes_unnoticed(
     """A connection looks ready until it is used: the reopening itself meets a dead node."""
     node.script["Acquire"] = [raising(SessionLost("restarted"))]
     node.script["OpenSession"] = [raising(Unreachable("stream removed"))] * 3
-    assert len((await client.acquire(NAMES, reserve=1, deadline_ms=5_000)).reserved) == 1
+    assert len((await client.acquire(NAMES, reserve=1, deadline_ms=PATIENCE_MS)).reserved) == 1
     node.script["Acquire"] = [raising(SessionLost("restarted"))]
     node.script["OpenSession"] = [raising(Unreachable("for good"))] * 1_000
     started = time.monotonic()
     with pytest.raises(Unreachable):
         await client.acquire(NAMES, deadline_ms=100)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < PATIENCE_S / 2
     node.script.clear()
 
 
@@ -177,8 +191,7 @@ async def test_a_malformed_answer_is_as_good_as_none(
 async def test_a_dead_keeper_ends_calls_in_flight_and_later_ones_at_once(
     node: ScriptedNode,
 ) -> None:
-    patient = ClientConfig(call_ms=60_000, rejoin_first_ms=10, rejoin_most_ms=20)
-    client = await connect(node, patient)
+    client = await connect(node)
     node.script["Acquire"] = [hang]
     call = asyncio.create_task(client.acquire(NAMES))
     await until(lambda: node.count("Acquire") == 1)
@@ -190,7 +203,7 @@ async def test_a_dead_keeper_ends_calls_in_flight_and_later_ones_at_once(
     assert not client.connected
     with pytest.raises(Unreachable):
         await client.acquire(NAMES)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < PATIENCE_S / 2
     await client.close()
 
 
@@ -250,6 +263,7 @@ async def test_mappings_and_descriptors_do_not_pile_up(
     await until(lambda: settled() == first)
 
 
+@pytest.mark.usefixtures("sweeps_soon")
 @pytest.mark.parametrize("how", ["deadline", "cancelled", "repeated"])
 async def test_slots_of_a_lost_answer_are_given_back(
     node: ScriptedNode, client: AsyncClient, how: str
@@ -262,7 +276,8 @@ async def test_slots_of_a_lost_answer_are_given_back(
 
     node.script["Acquire"] = [reserve_and_lose]
     kept: list[int] = []
-    call = asyncio.create_task(client.acquire(NAMES, reserve=3, deadline_ms=100))
+    limit = 100 if how == "deadline" else PATIENCE_MS
+    call = asyncio.create_task(client.acquire(NAMES, reserve=3, deadline_ms=limit))
     if how == "cancelled":
         await until(lambda: len(node.reserved()) == 3)
         call.cancel()
@@ -280,6 +295,7 @@ async def test_slots_of_a_lost_answer_are_given_back(
     assert sorted(node.reserved()) == sorted([*kept, held]), "what a caller holds is never taken"
 
 
+@pytest.mark.usefixtures("sweeps_soon")
 async def test_a_settle_that_failed_does_not_keep_its_slots(
     node: ScriptedNode, client: AsyncClient
 ) -> None:
@@ -290,6 +306,7 @@ async def test_a_settle_that_failed_does_not_keep_its_slots(
     await until(lambda: not node.reserved())
 
 
+@pytest.mark.usefixtures("sweeps_soon")
 async def test_a_cancelled_put_aborts_after_its_copy_ended(
     node: ScriptedNode, client: AsyncClient
 ) -> None:
@@ -320,25 +337,19 @@ async def test_a_keeper_without_a_node_is_unreachable_within_the_deadline(
     await node.stop_rpc()
     started = time.monotonic()
     with pytest.raises(Unreachable):
-        await connect(node, ClientConfig(connect_ms=150))
-    assert time.monotonic() - started < 2
+        await connect(node, replace(FAST, connect_ms=150))
+    assert time.monotonic() - started < PATIENCE_S / 2
     await node.start_rpc()
 
 
 async def test_closing_waits_for_a_put_that_still_writes(
-    node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+    node: ScriptedNode, held_copy: tuple[threading.Event, threading.Event]
 ) -> None:
     """Slots given back under the writer's hands would be written under their next owner."""
-    begun, go_on = threading.Event(), threading.Event()
-
-    def slow(*arguments: Any) -> None:
-        begun.set()
-        assert go_on.wait(10)
-
-    monkeypatch.setattr(copies, "copy_in", slow)
+    begun, go_on = held_copy
     client = await connect(node)
     putting = asyncio.create_task(client.put(NAMES, [bytes(4096)] * 4))
-    await asyncio.to_thread(begun.wait, 5)
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
     putting.cancel()
     await asyncio.gather(putting, return_exceptions=True)
     closing = asyncio.create_task(client.close())
@@ -350,18 +361,12 @@ async def test_closing_waits_for_a_put_that_still_writes(
 
 
 async def test_closing_gives_nothing_back_that_is_written_for_too_long(
-    node: ScriptedNode, monkeypatch: pytest.MonkeyPatch
+    node: ScriptedNode, held_copy: tuple[threading.Event, threading.Event]
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    def stuck(*arguments: Any) -> None:
-        begun.set()
-        assert go_on.wait(10)
-
-    monkeypatch.setattr(copies, "copy_in", stuck)
-    client = await connect(node, ClientConfig(transfer_ms=50))
+    begun, go_on = held_copy
+    client = await connect(node, replace(FAST, transfer_ms=50))
     putting = asyncio.create_task(client.put(NAMES, [bytes(4096)] * 4))
-    await asyncio.to_thread(begun.wait, 5)
+    await asyncio.to_thread(begun.wait, PATIENCE_S)
     await client.close()
     assert node.count("CloseSession") == 0
     go_on.set()
@@ -381,20 +386,15 @@ async def test_impossible_sizes_are_refused_before_anything_is_sent(
 
 async def test_absurd_arguments_are_bad_input(node: ScriptedNode, client: AsyncClient) -> None:
     absurd: list[dict[str, Any]] = [
-        {"reserve": -1},
-        {"reserve": 1 << 20},
-        {"first_block": -1},
-        {"first_block": 1 << 32},
-        {"deadline_ms": 0},
-        {"deadline_ms": 1 << 40},
-    ]
+        {"reserve": -1}, {"reserve": 1 << 20}, {"first_block": -1}, {"first_block": 1 << 32},
+        {"deadline_ms": 0}, {"deadline_ms": 1 << 40},
+    ]  # fmt: skip
     for arguments in absurd:
         with pytest.raises(BadInput):
             await client.acquire(NAMES, **arguments)
     with pytest.raises(BadInput):
         await client.settle(release=[-1])
-    with pytest.raises(BadInput):
-        await client.put(NAMES, [b"short"] * 4)
-    with pytest.raises(BadInput):
-        await client.put(NAMES, [bytes(4096)])
+    for payloads in ([b"short"] * 4, [bytes(4096)]):
+        with pytest.raises(BadInput):
+            await client.put(NAMES, payloads)
     assert node.count("Acquire") + node.count("Settle") == 0

@@ -9,7 +9,6 @@ import pytest
 from kvstore.testing.node import RunningNode, start_node
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(60)
 
 
 def examples(page: str) -> list[str]:

@@ -17,8 +17,7 @@ from kvworkers.cluster.state import started_ticks
 
 from kvstore.cli.values import Address
 from tests.byte_tokenizer import make_byte_tokenizer
-
-pytestmark = pytest.mark.timeout(60)
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def config(run_dir: Path, **changed: object) -> ClusterConfig:
 
 
 async def until(shell: Shell, *phases: Phase, other_than: int = 0) -> Report:
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(PATIENCE_S):
         while True:
             report = await shell.report()
             if report.phase in phases and report.incarnation != other_than:
@@ -162,6 +161,6 @@ async def test_a_keeper_that_cannot_be_started_is_tried_again(
     shell = NodeShell("node-0", config(run_dir))
     shell._keeper = await asyncio.create_subprocess_exec("true")
     keeping = asyncio.create_task(shell._keep())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await again.wait()
     keeping.cancel()

@@ -25,12 +25,11 @@ from tests.frontend_fixture import http as http
 from tests.frontend_fixture import model as model
 from tests.frontend_fixture import shared as shared
 from tests.frontend_fixture import worker as worker
+from tests.patience import PATIENCE_S
 from tests.scripted_worker import ScriptedWorker
 
 SAID = len(TEXT.encode())
 PROMPT = "Lyon lies where two rivers meet: the Rhone and the"
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -233,7 +232,7 @@ async def test_several_replies_are_let_in_together_or_not_at_all(
         await server.set_members([Member("worker", "w", worker.address)])
         await eventually(server.ready, "the worker is ready")
         url = f"http://{server.http_address}"
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
 
             async def ask(**fields: Any) -> httpx.Response:
                 return await http.post("/v1/completions", json=several | fields)

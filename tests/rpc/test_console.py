@@ -12,10 +12,8 @@ from kvworkers.frontends.server import FrontendConfig, FrontendServer, serving
 
 from kvstore.router.members import Member
 from tests.byte_tokenizer import make_byte_tokenizer
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 from tests.scripted_worker import ScriptedWorker
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ async def frontend(tmp_path: Path) -> AsyncIterator[FrontendServer]:
 @pytest.fixture
 async def http(frontend: FrontendServer) -> AsyncIterator[httpx.AsyncClient]:
     url = f"http://{frontend.http_address}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
         yield http
 
 
@@ -102,7 +100,7 @@ async def test_history_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr("kvworkers.frontends.console.STEP_S", 0.02)
     async with serving(FrontendConfig(model=make_byte_tokenizer(tmp_path))) as server:
         url = f"http://{server.http_address}"
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
 
             async def two_steps() -> bool:
                 return len((await state(http))["history"]["steps"]) >= 2

@@ -17,6 +17,7 @@ from kvstore.core.limits import MAX_MESSAGE_BYTES
 from kvstore.rpc.channel import listen, make_server, open_channel
 from kvstore.rpc.errors import RETRY_AFTER_KEY, STATUS, error_from
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, watch_pb2
+from tests.patience import PATIENCE_S
 
 
 class Raising(cache_pb2_grpc.CacheNodeServicer):  # type: ignore[misc]
@@ -70,7 +71,7 @@ async def test_a_unary_call_raises_the_very_class(
 ) -> None:
     servicer, stub = served
     servicer.error = Refused("später: ¼", 1500) if cls is Refused else cls("später: ¼")
-    failed = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=5))
+    failed = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=PATIENCE_S))
     assert failed.code() is STATUS[cls]
     error = error_from(failed)
     assert type(error) is cls
@@ -87,7 +88,7 @@ async def test_a_refinement_of_a_room_arrives_as_the_class_of_the_tree(
 
     servicer, stub = served
     servicer.error = FieldAtFault("temperature is nan")
-    error = error_from(await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=5)))
+    error = error_from(await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=PATIENCE_S)))
     assert type(error) is errors.BadInput
     assert str(error) == "temperature is nan"
 
@@ -99,7 +100,7 @@ async def test_a_stream_raises_it_too(
 ) -> None:
     servicer, stub = served
     servicer.error, servicer.first = cls("no"), first
-    stream = stub.Watch(watch_pb2.WatchRequest(), timeout=5)
+    stream = stub.Watch(watch_pb2.WatchRequest(), timeout=PATIENCE_S)
     for _ in range(first):
         assert isinstance(await stream.read(), watch_pb2.WatchReply)
     assert type(error_from(await failure(stream.read()))) is cls
@@ -110,12 +111,12 @@ async def test_a_bug_shows_nothing_of_itself(
 ) -> None:
     servicer, stub = served
     servicer.error = RuntimeError("tenant A's secret")
-    failed = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=5))
+    failed = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=PATIENCE_S))
     assert failed.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in f"{failed.details()}{failed.trailing_metadata()}"
     assert "secret" in caplog.text, "the server's own log has it"
     servicer.error = errors.NotFound("still serving")
-    again = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=5))
+    again = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=PATIENCE_S))
     assert type(error_from(again)) is errors.NotFound
 
 
@@ -124,7 +125,7 @@ async def test_an_oversized_message_is_too_large_on_either_side(
 ) -> None:
     _, stub = served
     names = bytes(MAX_MESSAGE_BYTES + 32)
-    failed = await failure(stub.Lookup(cache_pb2.LookupRequest(names=names), timeout=5))
+    failed = await failure(stub.Lookup(cache_pb2.LookupRequest(names=names), timeout=PATIENCE_S))
     assert type(error_from(failed)) is errors.TooLarge
 
 
@@ -132,11 +133,11 @@ async def test_a_call_that_nobody_serves_is_unsupported(
     served: tuple[Raising, cache_pb2_grpc.CacheNodeStub],
 ) -> None:
     _, stub = served
-    failed = await failure(stub.Pin(cache_pb2.PinRequest(), timeout=5))
+    failed = await failure(stub.Pin(cache_pb2.PinRequest(), timeout=PATIENCE_S))
     assert type(error_from(failed)) is errors.Unsupported
-    failed = await failure(stub.Get(cache_pb2.GetRequest(), timeout=5).read())
+    failed = await failure(stub.Get(cache_pb2.GetRequest(), timeout=PATIENCE_S).read())
     assert type(error_from(failed)) is errors.Unsupported
-    failed = await failure(stub.Put(iter([cache_pb2.PutRequest()]), timeout=5))
+    failed = await failure(stub.Put(iter([cache_pb2.PutRequest()]), timeout=PATIENCE_S))
     assert type(error_from(failed)) is errors.Unsupported
 
 
@@ -146,7 +147,7 @@ async def test_an_oversized_message_from_a_careless_peer_is_refused_by_the_serve
     async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as careless:
         stub = cache_pb2_grpc.CacheNodeStub(careless)
         request = cache_pb2.LookupRequest(names=bytes(MAX_MESSAGE_BYTES + 32))
-        failed = await failure(stub.Lookup(request, timeout=5))
+        failed = await failure(stub.Lookup(request, timeout=PATIENCE_S))
         assert type(error_from(failed)) is errors.TooLarge
 
 
@@ -157,9 +158,9 @@ async def test_health_is_served_both_ways(tmp_path: Path) -> None:
     await server.start()
     channel = open_channel(address)
     stub = health_pb2_grpc.HealthStub(channel)
-    reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
-    watching = stub.Watch(health_pb2.HealthCheckRequest(), timeout=5)
+    watching = stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
     reply = await watching.read()
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
     watching.cancel()
@@ -170,7 +171,7 @@ async def test_health_is_served_both_ways(tmp_path: Path) -> None:
 async def test_nobody_there_is_unreachable(tmp_path: Path) -> None:
     channel = open_channel(f"unix:{tmp_path}/nobody")
     stub = cache_pb2_grpc.CacheNodeStub(channel)
-    failed = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=5))
+    failed = await failure(stub.Stats(cache_pb2.StatsRequest(), timeout=PATIENCE_S))
     assert type(error_from(failed)) is errors.Unreachable
     await channel.close(None)
 

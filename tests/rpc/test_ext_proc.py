@@ -27,7 +27,7 @@ from kvstore.rpc.envoy import ext_proc_pb2 as wire
 from kvstore.rpc.envoy import ext_proc_pb2_grpc
 from kvstore.rpc.errors import error_from
 from tests.byte_tokenizer import make_byte_tokenizer
-from tests.patience import until
+from tests.patience import PATIENCE_MS, PATIENCE_S, until
 from tests.processes import scripted, started
 from tests.scripted_worker import ROOT, ScriptedWorker
 
@@ -68,7 +68,7 @@ class Picked:
 async def picked() -> AsyncIterator[Picked]:
     a, b = ScriptedWorker("a"), ScriptedWorker("b", host="host-b")
     members = Members.of([Member("worker", one.name, await one.start()) for one in (a, b)])
-    beside = RouterServer(members, config=RouterConfig(wait_ms=5_000))
+    beside = RouterServer(members, config=RouterConfig(wait_ms=PATIENCE_MS))
     config = PickerConfig(root=ROOT, max_body_bytes=200_000, base_models=frozenset({"m"}))
     server = ExtProcServer(beside, config, ByteTokens())
     await beside.start("127.0.0.1:0")
@@ -352,7 +352,6 @@ async def test_members_that_a_proxy_cannot_reach_are_refused() -> None:
     await beside.stop()
 
 
-@pytest.mark.timeout(60)
 async def test_the_command_picks_by_the_models_own_tokens(tmp_path: Path) -> None:
     model = make_byte_tokenizer(tmp_path)
     with scripted("a", "--hold", "4") as a, scripted("b") as b:
@@ -381,7 +380,7 @@ async def test_the_command_picks_by_the_models_own_tokens(tmp_path: Path) -> Non
             async with httpx.AsyncClient(trust_env=False) as http:
                 assert 'kvstore_picks_total{outcome="picked"}' in (await http.get(url)).text
             router.signal(signal.SIGTERM)
-            assert await asyncio.to_thread(router.process.wait, 10) == 0
+            assert await asyncio.to_thread(router.process.wait, PATIENCE_S) == 0
 
 
 async def _same(found: Any, wanted: list[str]) -> bool:

@@ -14,9 +14,9 @@ from kvstore.client import Client
 from kvstore.core.outcomes import SettleOutcome
 from kvstore.directory.events import TierKind
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.session_process import PAYLOAD, connect, names_of
 
-pytestmark = pytest.mark.timeout(120)
 DONE, FILES = SettleOutcome.DONE, TierKind.FILES
 
 
@@ -41,7 +41,7 @@ def payloads(prompt: int, count: int) -> list[bytes]:
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < ends, what
         time.sleep(0.01)
@@ -71,7 +71,7 @@ def test_blocks_outlive_every_process_and_host(
     until(lambda: blocks(other) == 16, "not found")
     found = other.lookup(names)
     assert (found.prefix, set(found.tiers)) == (16, {frozenset({FILES})})
-    assert other.get(names, deadline_ms=10_000) == payloads(1, 16)
+    assert other.get(names, deadline_ms=PATIENCE_MS) == payloads(1, 16)
     spoilt = next((tmp_path / "shared").rglob("*.block"))
     assert other.stats().tiers[FILES].hits == 16
     assert other.clear() == 32, "in memory and in the files"
@@ -92,7 +92,7 @@ def test_a_spoilt_file_is_a_miss_and_never_a_block(
         path.write_bytes(content)
     _, other = cluster()
     until(lambda: blocks(other) == 4, "not found")
-    assert other.get(names_of(other, 1, 4), deadline_ms=10_000) == []
+    assert other.get(names_of(other, 1, 4), deadline_ms=PATIENCE_MS) == []
     assert other.stats().tiers[FILES].corrupt == 4
 
 
@@ -112,7 +112,7 @@ def test_a_block_goes_on_to_the_next_tier_when_one_does_not_give_it(
         path.write_bytes(content)
     _, other = cluster("--nvme", str(disk), "--nvme-bytes", "64MiB")
     until(lambda: blocks(other) == other.stats().tiers[TierKind.NVME].blocks == 8, "not found")
-    assert other.get(names_of(other, 1, 8), deadline_ms=10_000) == payloads(1, 8)
+    assert other.get(names_of(other, 1, 8), deadline_ms=PATIENCE_MS) == payloads(1, 8)
     stats = other.stats().tiers
     assert (stats[TierKind.NVME].corrupt, stats[FILES].hits) == (8, 8)
 

@@ -11,6 +11,7 @@ from kvstore.core.errors import NotFound, Refused, Unreachable
 from kvstore.core.names import pack_tokens
 from kvstore.router.members import Member, Members
 from kvstore.rpc.v1 import worker_pb2
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.scripted_worker import ROOT, ScriptedWorker
 
 RUN = worker_pb2.RunRequest(tokens=pack_tokens([1]), sampling=worker_pb2.Sampling(max_tokens=4))
@@ -32,7 +33,7 @@ async def worker() -> AsyncIterator[ScriptedWorker]:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - another task changes it
             await asyncio.sleep(0.01)
 
@@ -84,8 +85,9 @@ async def test_a_worker_that_is_not_up_yet_is_asked_until_it_answers(fleet: Flee
 
 async def run(fleet: Fleet, silence_ms: float = 0.0) -> list[worker_pb2.RunReply]:
     replies = attempt(
-        fleet.stub("w"), RUN, timeout_s=5, silence_ms=lambda: silence_ms, lost_after_ms=1_000
-    )
+        fleet.stub("w"), RUN,
+        timeout_s=PATIENCE_S, silence_ms=lambda: silence_ms, lost_after_ms=1_000,
+    )  # fmt: skip
     return [reply async for reply in replies]
 
 
@@ -121,7 +123,8 @@ async def test_a_request_that_comes_before_the_first_worker_waits_for_it(
 ) -> None:
     with pytest.raises(Unreachable, match="no worker is ready yet"):
         await fleet.offered("scripted", wait_ms=10)
-    waiting = [asyncio.create_task(fleet.offered("scripted", wait_ms=10_000)) for _ in range(3)]
+    offered = [fleet.offered("scripted", wait_ms=PATIENCE_MS) for _ in range(3)]
+    waiting = [asyncio.create_task(one) for one in offered]
     await asyncio.sleep(0)
     fleet.set_members(members(worker))
     for offer in await asyncio.gather(*waiting):

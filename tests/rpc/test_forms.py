@@ -20,10 +20,11 @@ from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tests.byte_tokenizer import END
+from tests.patience import PATIENCE_S
 from tests.served_fixture import Served
 from tests.served_fixture import served as served
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -160,7 +161,9 @@ async def test_grpc_takes_a_schema_or_a_grammar(served: Served) -> None:
         async def said(**fields: Any) -> str:
             sampling = worker_pb2.Sampling(max_tokens=300, grammar=fields.pop("grammar", ""))
             request = inference_pb2.GenerateRequest(text="Say", sampling=sampling, **fields)
-            return "".join([reply.text async for reply in stub.Generate(request, timeout=30)])
+            return "".join(
+                [reply.text async for reply in stub.Generate(request, timeout=PATIENCE_S)]
+            )
 
         jsonschema.validate(json.loads(await said(json_schema=json.dumps(SCHEMA))), SCHEMA)
         assert await said(grammar='start: "yes" | "no"') in ("yes", "no")
@@ -186,7 +189,7 @@ async def run(served: Served, tokens: bytes, **fields: Any) -> list[int]:
         reply_tokens=reply_tokens,
     )  # fmt: skip
     async with open_channel(served.worker.address) as channel:
-        replies = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=30)
+        replies = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=PATIENCE_S)
         return [token async for reply in replies for token in array("I", reply.tokens)]
 
 

@@ -21,6 +21,7 @@ from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from tests.byte_tokenizer import make_byte_tokenizer
+from tests.patience import PATIENCE_S
 from tests.processes import Started, started
 from tests.scripted_worker import Faults, ScriptedWorker
 
@@ -29,8 +30,6 @@ BODY = {
     "model": "scripted", "messages": [{"role": "user", "content": "hi"}], "stream": True,
     "max_tokens": 100,
 }  # fmt: skip
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +49,7 @@ async def worker() -> AsyncIterator[ScriptedWorker]:
 async def frontend(model: Path, worker: ScriptedWorker) -> AsyncIterator[FrontendServer]:
     async with serving(FrontendConfig(model=model, drain_ms=0)) as server:
         await server.set_members([Member("worker", "w", worker.address)])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not server.ready():  # noqa: ASYNC110 - the view tells nobody
                 await asyncio.sleep(0.01)
         yield server
@@ -67,7 +66,7 @@ async def stream(http: httpx.AsyncClient) -> AsyncIterator[AsyncIterator[str]]:
 
 
 def client(address: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=20)
+    return httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=PATIENCE_S)
 
 
 async def draining(frontend: FrontendServer, http: httpx.AsyncClient) -> "asyncio.Task[bool]":
@@ -78,7 +77,7 @@ async def draining(frontend: FrontendServer, http: httpx.AsyncClient) -> "asynci
 
 
 async def unhealthy(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while (await http.get("/health")).status_code == 200:
             pass
 
@@ -134,12 +133,12 @@ async def test_the_deadline_bounds_it(frontend: FrontendServer, worker: Scripted
         stopping = asyncio.create_task(frontend.stop(drain_ms=0))
         with pytest.raises(httpx.TransportError):
             _ = [line async for line in lines]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await stopping
 
 
 async def test_an_idle_one_drains_at_once(frontend: FrontendServer) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         assert await frontend.drain(drain_ms=60_000)
 
 
@@ -149,7 +148,7 @@ def process(model: Path, worker: ScriptedWorker, *options: str) -> list[str]:
 
 
 async def ended(one: Started) -> int:
-    return await asyncio.to_thread(one.process.wait, 20)
+    return await asyncio.to_thread(one.process.wait, PATIENCE_S)
 
 
 async def test_sigterm_drains_the_process(model: Path, worker: ScriptedWorker) -> None:

@@ -19,13 +19,12 @@ from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from tests.byte_tokenizer import END, make_byte_tokenizer
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.processes import Started, scripted, started
 from tests.scripted_worker import ScriptedWorker
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 QUICK = PipelineConfig(lost_after_ms=1_500, wait_ms=2_000, other_wait_ms=300)
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +52,7 @@ async def follow(frontend: FrontendServer, *workers: Started | ScriptedWorker) -
     """Make the frontend serve with these, and wait until it knows all of them."""
     members = [Member("worker", f"w{at}", address(one)) for at, one in enumerate(workers)]
     await frontend.set_members(members)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not all(  # noqa: ASYNC110 - the view tells nobody
             frontend.worker_ready(member.name) for member in members
         ):
@@ -149,7 +148,7 @@ async def test_a_reply_goes_on_elsewhere_when_its_worker_leaves_the_list(
     try:
         await follow(frontend, leaving)
         asking = asyncio.create_task(generate(frontend))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not leaving.running:  # noqa: ASYNC110 - it runs behind a socket
                 await asyncio.sleep(0.01)
         await frontend.set_members([Member("worker", "w1", staying.address)])
@@ -175,14 +174,16 @@ async def test_a_hung_call_at_a_living_worker_ends_at_the_deadline(
 
 
 async def test_the_same_worker_is_asked_again_when_it_is_the_only_one(
-    frontend: FrontendServer, processes: Callable[..., Started]
+    model: Path, processes: Callable[..., Started]
 ) -> None:
     first = processes("w0", "--die-after", "5")
-    await follow(frontend, first)
-    asking = asyncio.create_task(generate(frontend))
-    await asyncio.to_thread(first.process.wait, 10)
-    processes("w0", "--incarnation", "2", "--listen", address(first))
-    replies = await asking
+    patient = FrontendConfig(model=model, pipeline=replace(QUICK, wait_ms=PATIENCE_MS))
+    async with serving(patient) as frontend:
+        await follow(frontend, first)
+        asking = asyncio.create_task(generate(frontend))
+        await asyncio.to_thread(first.process.wait, PATIENCE_S)
+        processes("w0", "--incarnation", "2", "--listen", address(first))
+        replies = await asking
     assert text(replies) == LETTERS
     assert replies[-1].retries >= 1
 
@@ -245,7 +246,7 @@ async def test_too_many_at_once_are_refused(model: Path) -> None:
         async with serving(config) as frontend:
             await follow(frontend, worker)
             asking = asyncio.create_task(generate(frontend))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while not worker.running:  # noqa: ASYNC110 - it runs behind a socket
                     await asyncio.sleep(0.01)
             with pytest.raises(Refused, match="1 requests are running"):
@@ -268,13 +269,13 @@ async def test_the_command_serves_and_ends_on_sigterm(
             request = inference_pb2.GenerateRequest(
                 text="hi", sampling=worker_pb2.Sampling(max_tokens=100)
             )
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 nothing = inference_pb2.ListModelsRequest()
                 while not (await stub.ListModels(nothing)).models:  # noqa: ASYNC110 - a process
                     await asyncio.sleep(0.05)
             assert text([reply async for reply in stub.Generate(request)]) == LETTERS
         frontend.signal(signal.SIGTERM)
-        assert await asyncio.to_thread(frontend.process.wait, 15) == 0
+        assert await asyncio.to_thread(frontend.process.wait, PATIENCE_S) == 0
 
 
 def test_bounds_are_checked() -> None:

@@ -37,8 +37,6 @@ from tests.scripted_worker import ScriptedWorker
 ASK = "What is the capital of France, and which rivers meet in Lyon?"
 GREEDY = worker_pb2.Sampling(max_tokens=64)
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 async def stub(frontend: FrontendServer) -> AsyncIterator[inference_pb2_grpc.InferenceStub]:

@@ -19,14 +19,13 @@ from kvstore.router.members import Kind, Member
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import inference_pb2, inference_pb2_grpc, worker_pb2
 from tests.byte_tokenizer import make_byte_tokenizer
+from tests.patience import PATIENCE_S
 from tests.processes import Started, scripted
 from tests.scripted_worker import ScriptedWorker
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 PROMPT = "word " * 200
 QUICK = PipelineConfig(lost_after_ms=1_500, wait_ms=2_000, other_wait_ms=300)
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +65,7 @@ class Pools:
         await self.frontend.set_members(self._members)
         router = self.frontend._router
         workers = [member.name for member in self._members if member.kind == "worker"]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while not (  # noqa: ASYNC110 - the view tells nobody
                 all(map(self.frontend.worker_ready, workers))
                 and all(one.load is not None for one in router.survey() if one.kind == "worker")
@@ -207,7 +206,7 @@ async def test_several_replies_are_handed_over_each(pools: Pools) -> None:
     then = await pools.worker("d", "decode")
     await pools.begin()
     url = f"http://{pools.frontend.http_address}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
         fields = {"model": "scripted", "prompt": PROMPT, "n": 3, "max_tokens": 26}
         reply = (await http.post("/v1/completions", json=fields)).json()
         shown = (await http.get("/console/state")).json()

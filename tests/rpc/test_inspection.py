@@ -16,6 +16,7 @@ from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import inspect_pb2, inspect_pb2_grpc
 from kvstore.service.inspection import MAX_SLOTS, MIN_PREFIX_BYTES
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_S
 from tests.session_process import PAYLOAD, connect, names_of
 
 
@@ -29,7 +30,7 @@ def ask(node: RunningNode, request: inspect_pb2.InspectRequest) -> inspect_pb2.I
     async def call() -> inspect_pb2.InspectReply:
         async with open_channel(node.listen) as channel:
             stub = inspect_pb2_grpc.InspectorStub(channel)
-            reply: inspect_pb2.InspectReply = await stub.Inspect(request, timeout=5)
+            reply: inspect_pb2.InspectReply = await stub.Inspect(request, timeout=PATIENCE_S)
             return reply
 
     return asyncio.run(call())

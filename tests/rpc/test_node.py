@@ -32,10 +32,10 @@ from kvstore.rpc.v1 import cache_pb2_grpc, watch_pb2
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
 from kvstore.transport.arena import ArenaMapping
 from kvstore.transport.session_socket import Hello, connect_session
+from tests.patience import PATIENCE_MS, PATIENCE_S, until_so
 from tests.processes import REPOSITORY, started
 from tests.session_process import PAYLOAD, connect, names_of
 
-pytestmark = pytest.mark.timeout(90)
 ARENA = 16 << 20
 
 
@@ -66,7 +66,7 @@ def blocks(count: int) -> list[bytes]:
 
 def until_sealed(client: Client, count: int) -> None:
     """Wait until the node has hashed `count` blocks."""
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + PATIENCE_S
     while client.stats().slots["sealed"] < count:
         assert time.monotonic() < ends, client.stats()
         time.sleep(0.01)
@@ -75,7 +75,7 @@ def until_sealed(client: Client, count: int) -> None:
 def arena_of(node: RunningNode) -> ArenaMapping:
     """Map the arena for writing, as only a test does, through a session of its own."""
     path = str(node.run_dir / "keeper.sock")
-    _, fd, sock = connect_session(path, Hello("test", (os.getpid(),)), deadline_ms=5_000)
+    _, fd, sock = connect_session(path, Hello("test", (os.getpid(),)), deadline_ms=PATIENCE_MS)
     try:
         return ArenaMapping(fd, owner=True)
     finally:
@@ -106,7 +106,7 @@ def test_a_corrupted_block_is_a_counted_miss_after_a_restart(node: RunningNode) 
         arena.block(arena.record(slot).offset, PAYLOAD)[PAYLOAD // 2] ^= 0x10
         arena.close()
         node.wait_restarted(node.kill_node())
-        acquired = client.acquire(names, deadline_ms=5_000)
+        acquired = client.acquire(names, deadline_ms=PATIENCE_MS)
         assert len(acquired.ready) == 3
         assert acquired.reason in (MissReason.CORRUPT, MissReason.ABSENT)
         assert client.get(names) == payloads[:3]
@@ -123,13 +123,13 @@ def test_a_reservation_of_a_living_session_outlives_the_node(node: RunningNode) 
         client.view(first)[:] = b"a" * PAYLOAD
         node.wait_restarted(node.kill_node())
         client.view(second)[:] = b"b" * PAYLOAD
-        settled = client.settle(commit=[first, second], deadline_ms=5_000)
+        settled = client.settle(commit=[first, second], deadline_ms=PATIENCE_MS)
         assert settled.commit == [SettleOutcome.DONE] * 2
         assert client.get(names) == [b"a" * PAYLOAD, b"b" * PAYLOAD]
 
 
 def until_sessions(client: Client, count: int) -> None:
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + PATIENCE_S
     while (sessions := client.stats().sessions) != count:
         assert time.monotonic() < ends, f"{sessions} sessions, not {count}"
         time.sleep(0.01)
@@ -149,7 +149,7 @@ def test_a_writer_that_lost_its_socket_keeps_its_slots_until_it_exits(node: Runn
             node.wait_restarted(node.kill_node())
             watcher.lookup([])
         writer.kill()
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + PATIENCE_S
         while watcher.stats().reserved_bytes:
             assert time.monotonic() < ends, "a dead writer's slot was not given back"
             time.sleep(0.01)
@@ -183,7 +183,7 @@ async def _watch(
     """Follow the node until a mark agrees with everything seen, after more was put."""
     held: set[tuple[bytes, BlockName]] = set()
     kinds: list[type] = []
-    async with asyncio.timeout(20), open_channel(node.listen) as channel:
+    async with asyncio.timeout(PATIENCE_S), open_channel(node.listen) as channel:
         stub = cache_pb2_grpc.CacheNodeStub(channel)
         async for reply in stub.Watch(watch_pb2.WatchRequest(subscriber="test")):
             event = event_from_reply(reply)
@@ -212,7 +212,7 @@ def test_wait_and_lookup_see_what_another_session_makes(shared: RunningNode) -> 
         assert reader.wait(names, deadline_ms=20) == [Outcome.LATE, Outcome.MISS]
         assert reader.acquire(names).reason is MissReason.COMPUTING
         writer.settle(commit=[item.slot for item in acquired.reserved])
-        assert reader.wait(names[:1], deadline_ms=5_000) == [Outcome.HIT]
+        assert reader.wait(names[:1], deadline_ms=PATIENCE_MS) == [Outcome.HIT]
         assert reader.lookup(names).prefix == 1
 
 
@@ -225,15 +225,14 @@ def test_the_node_is_healthy_and_shows_its_metrics(shared: RunningNode) -> None:
         async def check() -> int:
             async with open_channel(shared.listen) as channel:
                 stub = health_pb2_grpc.HealthStub(channel)
-                reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+                reply = await stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
                 return int(reply.status)
 
         assert asyncio.run(check()) == health_pb2.HealthCheckResponse.SERVING
-        with urllib.request.urlopen(f"http://{shared.metrics}/metrics", timeout=5) as page:
-            text = page.read().decode()
-        samples = dict(
-            line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")
-        )
+        slots = 'kvstore_node_free_bytes{where="slots"}'
+        # What is free is counted from time to time.
+        until_so(lambda: float(_samples(shared)[slots]) < ARENA)
+        samples = _samples(shared)
         hits = 'kvstore_node_hit_blocks_total{domain="default",tier="dram"}'
         assert float(samples[hits]) >= 3
         missed = 'kvstore_node_missed_blocks_total{domain="default",reason="absent"}'
@@ -245,6 +244,12 @@ def test_the_node_is_healthy_and_shows_its_metrics(shared: RunningNode) -> None:
         assert 0 <= float(samples["kvstore_node_fragmentation_ratio"]) < 1
         assert float(samples['kvstore_tier_capacity_bytes{tier="dram"}']) == ARENA
         assert float(samples['kvstore_node_rpc_seconds_count{method="Acquire"}']) >= 2
+
+
+def _samples(node: RunningNode) -> dict[str, str]:
+    with urllib.request.urlopen(f"http://{node.metrics}/metrics", timeout=PATIENCE_S) as page:
+        lines = page.read().decode().splitlines()
+    return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
 
 
 def test_two_keepers_cannot_share_a_directory(shared: RunningNode) -> None:
@@ -259,7 +264,7 @@ def _run_node(run_dir: Path, *options: str) -> "subprocess.CompletedProcess[byte
     command = [sys.executable, "-m", "kvstore.cli.main", "node", "--run-dir", str(run_dir)]
     return subprocess.run(
         [*command, "--arena-bytes", "1MiB", *options],
-        capture_output=True, timeout=60, check=False,
+        capture_output=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
 
 
@@ -285,7 +290,7 @@ def test_nobody_else_gets_in(shared: RunningNode) -> None:
     assert ((shared.run_dir / "cluster.key").stat().st_mode & 0o777) == 0o600
     path = str(shared.run_dir / "keeper.sock")
     with pytest.raises(Refused, match="a process of the session"):
-        connect_session(path, Hello("x", (1 << 22,)), deadline_ms=5_000)
+        connect_session(path, Hello("x", (1 << 22,)), deadline_ms=PATIENCE_MS)
 
 
 def test_another_user_is_refused(shared: RunningNode) -> None:
@@ -308,7 +313,7 @@ def test_another_user_is_refused(shared: RunningNode) -> None:
     (shared.run_dir / "keeper.sock").chmod(0o666)
     try:
         ended = subprocess.run(
-            [sys.executable, "-c", script, str(shared.run_dir)], timeout=30, check=False
+            [sys.executable, "-c", script, str(shared.run_dir)], timeout=PATIENCE_S, check=False
         )
     finally:
         (shared.run_dir / "keeper.sock").chmod(0o600)
@@ -320,9 +325,9 @@ def test_sessions_are_bounded() -> None:
     with start_node(arena_bytes=ARENA, options=["--max-sessions", "2"]) as node:
         path = str(node.run_dir / "keeper.sock")
         hello = Hello("x", (os.getpid(),))
-        held = [connect_session(path, hello, deadline_ms=5_000) for _ in range(2)]
+        held = [connect_session(path, hello, deadline_ms=PATIENCE_MS) for _ in range(2)]
         with pytest.raises(Refused) as refused:
-            connect_session(path, hello, deadline_ms=5_000)
+            connect_session(path, hello, deadline_ms=PATIENCE_MS)
         assert refused.value.retry_after_ms > 0
         for _, fd, sock in held:
             os.close(fd)
@@ -334,7 +339,7 @@ def test_a_signal_ends_all_and_leaves_nothing(number: signal.Signals, run_dir: P
     with start_node(run_dir, arena_bytes=ARENA) as node:
         node_pid, keeper_pid = node.node_pid, node.keeper_pid
         os.kill(keeper_pid, number)
-        assert node._process.wait(20) == 0
+        assert node._process.wait(PATIENCE_S) == 0
         assert not Path(f"/proc/{node_pid}").exists()
         left = {path.name for path in run_dir.iterdir()}
         assert left == {"cluster.key", "keeper.lock", "keeper.log"}
@@ -346,8 +351,8 @@ def test_keeper_and_node_end_with_their_parent(run_dir: Path) -> None:
     with start_node(run_dir, arena_bytes=ARENA, options=options) as node:
         node_pid = node.node_pid
         parent.kill()
-        parent.communicate(timeout=10)
-        assert node._process.wait(20) == 0
+        parent.communicate(timeout=PATIENCE_S)
+        assert node._process.wait(PATIENCE_S) == 0
         assert not Path(f"/proc/{node_pid}").exists()
 
 

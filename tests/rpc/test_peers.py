@@ -14,9 +14,9 @@ from kvstore.client import Client
 from kvstore.core.outcomes import MissReason, SettleOutcome
 from kvstore.directory.events import TierKind
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.session_process import PAYLOAD, connect, names_of
 
-pytestmark = pytest.mark.timeout(120)
 DONE, PEER = SettleOutcome.DONE, TierKind.PEER
 
 
@@ -62,7 +62,7 @@ def payloads(prompt: int, count: int) -> list[bytes]:
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < ends, what
         time.sleep(0.01)
@@ -84,7 +84,7 @@ def test_a_neighbours_blocks_are_fetched_and_kept(hosts: Hosts) -> None:
     put(there, 1, 20)
     until(lambda: seen(here, 1, 20), "the neighbour's blocks were not seen")
     names = names_of(here, 1, 20)
-    acquired = here.acquire(names, pending_ms=10_000)
+    acquired = here.acquire(names, pending_ms=PATIENCE_MS)
     assert {ref.tier for ref in acquired.pending} == {PEER}
     assert (len(acquired.pending), acquired.reason) == (20, MissReason.NONE)
     assert here.wait_ready(acquired.pending) == 20
@@ -109,7 +109,7 @@ def test_what_lies_on_a_neighbours_disk_is_lent_too(hosts: Hosts, tmp_path: Path
     tiers = there.lookup(names_of(there, 1, 8)).tiers
     assert all(TierKind.DRAM not in held for held in tiers), "the test wants them evicted"
     until(lambda: seen(here, 1, 8), "the neighbour's disk was not seen")
-    assert here.get(names_of(here, 1, 8), deadline_ms=10_000) == payloads(1, 8)
+    assert here.get(names_of(here, 1, 8), deadline_ms=PATIENCE_MS) == payloads(1, 8)
 
 
 def test_a_dead_neighbour_is_forgotten_and_a_second_copy_read(hosts: Hosts) -> None:
@@ -117,13 +117,13 @@ def test_a_dead_neighbour_is_forgotten_and_a_second_copy_read(hosts: Hosts) -> N
     here, there, third = hosts.connect(one), hosts.connect(two), hosts.connect(three)
     put(there, 1, 16)
     until(lambda: seen(third, 1, 16), "not seen")
-    assert third.get(names_of(third, 1, 16), deadline_ms=10_000) == payloads(1, 16)
+    assert third.get(names_of(third, 1, 16), deadline_ms=PATIENCE_MS) == payloads(1, 16)
     put(third, 2, 1)  # somebody to ask first or second, for either of the two
     until(lambda: seen(here, 1, 16) and seen(here, 2, 1), "not seen")
     two.kill_keeper()
-    assert here.get(names_of(here, 1, 16), deadline_ms=10_000) == payloads(1, 16)
+    assert here.get(names_of(here, 1, 16), deadline_ms=PATIENCE_MS) == payloads(1, 16)
     until(lambda: len(here.lookup(names_of(here, 1, 16)).tiers[0]) > 0, "a copy lives")
-    assert here.get(names_of(here, 2, 1), deadline_ms=10_000) == payloads(2, 1)
+    assert here.get(names_of(here, 2, 1), deadline_ms=PATIENCE_MS) == payloads(2, 1)
 
 
 def test_a_dead_neighbours_blocks_are_not_claimed_after_a_second(hosts: Hosts) -> None:
@@ -134,7 +134,7 @@ def test_a_dead_neighbours_blocks_are_not_claimed_after_a_second(hosts: Hosts) -
     two.signal_node(signal.SIGSTOP)
     try:
         # At once: one stall deadline, and the request goes on without it.
-        assert here.get(names_of(here, 1, 4), deadline_ms=5_000) == []
+        assert here.get(names_of(here, 1, 4), deadline_ms=PATIENCE_MS) == []
         until(lambda: here.lookup(names_of(here, 1, 4)).prefix == 0, "still claimed")
     finally:
         two.signal_node(signal.SIGCONT)
@@ -151,7 +151,7 @@ def test_a_neighbour_whose_memory_is_spoilt_is_never_believed(hosts: Hosts) -> N
     acquired = there.acquire(names_of(there, 1, 4))
     there.view(acquired.ready[2])[77] ^= 1
     there.settle(release=[acquired.lease])
-    assert here.get(names_of(here, 1, 4), deadline_ms=5_000) == payloads(1, 4)[:2]
+    assert here.get(names_of(here, 1, 4), deadline_ms=PATIENCE_MS) == payloads(1, 4)[:2]
     assert here.stats().slots["committed"] == 0
 
 

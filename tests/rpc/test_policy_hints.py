@@ -8,9 +8,9 @@ import pytest
 from kvstore.client import Client
 from kvstore.core.names import BlockName
 from kvstore.testing.node import start_node
+from tests.patience import PATIENCE_S
 from tests.session_process import PAYLOAD, connect, names_of
 
-pytestmark = pytest.mark.timeout(60)
 _ARENA = 8 << 20
 _SLOTS = _ARENA // PAYLOAD
 _DEEP, _SHALLOW, _NEW = 64, 16, 32
@@ -33,7 +33,7 @@ def _store(
     for item in acquired.reserved:
         client.view(item.slot)[:] = bytes(PAYLOAD)
     client.settle(commit=[item.slot for item in acquired.reserved], release=[acquired.lease])
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while client.stats().slots.get("committed"):
         assert time.monotonic() < deadline, client.stats()
         time.sleep(0.001)

@@ -12,9 +12,9 @@ from kvstore.core.errors import BadInput
 from kvstore.core.outcomes import MissReason, SettleOutcome
 from kvstore.rpc.v1 import cache_pb2
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_MS
 from tests.session_process import PAYLOAD, SHARES, namespace
 
-pytestmark = pytest.mark.timeout(60)
 SIZE = 3 << 12
 ARENA = 16 << 20
 
@@ -32,7 +32,7 @@ async def client(node: RunningNode) -> AsyncIterator[AsyncClient]:
         namespace=namespace("private"),
         payload_bytes=PAYLOAD,
         shares=SHARES,
-        config=ClientConfig(call_ms=10_000, connect_ms=10_000),
+        config=ClientConfig(call_ms=PATIENCE_MS, connect_ms=PATIENCE_MS),
     )
     yield connected
     await connected.close()

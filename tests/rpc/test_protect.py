@@ -44,14 +44,13 @@ from kvstore.rpc.v1 import (
 )
 from kvstore.testing.node import RunningNode, start_node
 from tests.byte_tokenizer import make_byte_tokenizer
+from tests.patience import PATIENCE_S, PATIENT
 from tests.scripted_worker import ScriptedWorker
 from tests.security_fixture import CERTIFIED, STRANGER, TOKENS, Secured, secured
-from tests.session_process import PATIENT, PAYLOAD, SHARES, namespace
+from tests.session_process import PAYLOAD, SHARES, namespace
 
 ASK = "What is the capital of France, and which rivers meet in Lyon?"
 WRONG = "wrong-token-0123456789abcdef"
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ async def stats(address: str, credentials: Credentials) -> cache_pb2.StatsReply 
     async with open_channel(address, credentials) as channel:
         try:
             reply: cache_pb2.StatsReply = await cache_pb2_grpc.CacheNodeStub(channel).Stats(
-                cache_pb2.StatsRequest(), timeout=10
+                cache_pb2.StatsRequest(), timeout=PATIENCE_S
             )
         except grpc.aio.AioRpcError as failure:
             return error_from(failure)
@@ -113,7 +112,7 @@ async def test_watching_and_clearing_are_separate_roles(node: RunningNode, rules
             stub = cache_pb2_grpc.CacheNodeStub(channel)
             try:
                 reply: cache_pb2.ClearReply = await stub.Clear(
-                    cache_pb2.ClearRequest(root=bytes(32)), timeout=10
+                    cache_pb2.ClearRequest(root=bytes(32)), timeout=PATIENCE_S
                 )
             except grpc.aio.AioRpcError as failure:
                 raise error_from(failure) from failure
@@ -125,7 +124,7 @@ async def test_watching_and_clearing_are_separate_roles(node: RunningNode, rules
         await clear("monitor")
     async with open_channel(node.listen, rules.credentials("operator")) as channel:
         watching = cache_pb2_grpc.CacheNodeStub(channel).Watch(
-            watch_pb2.WatchRequest(subscriber="x"), timeout=10
+            watch_pb2.WatchRequest(subscriber="x"), timeout=PATIENCE_S
         )
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await watching.read()
@@ -174,7 +173,7 @@ async def test_a_sessions_token_is_worth_nothing_to_another_tenant(
         async with open_channel(node.listen, rules.credentials("team-b")) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await cache_pb2_grpc.CacheNodeStub(channel).Lookup(
-                    request, timeout=10, metadata=stolen
+                    request, timeout=PATIENCE_S, metadata=stolen
                 )
             assert isinstance(error_from(refused.value), WrongRoot)
     finally:
@@ -190,13 +189,13 @@ def test_metrics_come_over_tls_to_who_shows_a_certificate(
             trusting = ssl.create_default_context(cafile=str(rules.ca))
             with pytest.raises(OSError, match=r"(?i)certificate|reset|closed|timed|EOF"):
                 urllib.request.urlopen(
-                    f"https://{address}/metrics", timeout=5, context=trusting
+                    f"https://{address}/metrics", timeout=PATIENCE_S, context=trusting
                 ).read()
             trusting.load_cert_chain(
                 rules.directory / f"{CERTIFIED}.pem", rules.directory / f"{CERTIFIED}.key"
             )
             with urllib.request.urlopen(
-                f"https://{address}/metrics", timeout=5, context=trusting
+                f"https://{address}/metrics", timeout=PATIENCE_S, context=trusting
             ) as page:
                 assert page.status == 200
     finally:
@@ -221,7 +220,7 @@ async def frontend(
     try:
         async with serving(config) as server:
             await server.set_members([Member("worker", "w", worker.address)])
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 while not server.ready():  # noqa: ASYNC110 - set by another task
                     await asyncio.sleep(0.01)
             yield server, worker
@@ -238,7 +237,7 @@ def plain_tls(tmp_path: Path) -> Secured:
 
 def https(server: FrontendServer, rules: Secured, token: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(
-        base_url=f"https://{server.http_address}", trust_env=False, timeout=20,
+        base_url=f"https://{server.http_address}", trust_env=False, timeout=PATIENCE_S,
         verify=ssl.create_default_context(cafile=str(rules.ca)),
         headers={"authorization": f"Bearer {token}"} if token else {},
     )  # fmt: skip
@@ -271,7 +270,7 @@ async def test_two_tenants_with_one_prompt_share_no_hit(tmp_path: Path, plain_tl
             stub = inference_pb2_grpc.InferenceStub(channel)
             request = inference_pb2.GenerateRequest(model="scripted", text=ASK)
             request.sampling.max_tokens = 8
-            assert [reply async for reply in stub.Generate(request, timeout=20)]
+            assert [reply async for reply in stub.Generate(request, timeout=PATIENCE_S)]
     salts = [request.cache_salt for request in worker.requests]
     assert salts[0] == salts[4] == domain_salt("team-a", b"")
     assert salts[1] == salts[2] == domain_salt("team-b", b"")
@@ -336,11 +335,11 @@ async def test_a_router_follows_its_members_over_tls_and_lets_frontends_in(
     try:
         request = router_pb2.RouteRequest(root=bytes(range(32)), prompt_tokens=64)
         async with open_channel(router.address, rules.credentials("cluster")) as channel:
-            reply = await router_pb2_grpc.RouterStub(channel).Route(request, timeout=10)
+            reply = await router_pb2_grpc.RouterStub(channel).Route(request, timeout=PATIENCE_S)
             assert reply.worker == "w"
         async with open_channel(router.address, rules.credentials("team-a")) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await router_pb2_grpc.RouterStub(channel).Route(request, timeout=10)
+                await router_pb2_grpc.RouterStub(channel).Route(request, timeout=PATIENCE_S)
             assert isinstance(error_from(refused.value), Forbidden)
     finally:
         await router.stop()

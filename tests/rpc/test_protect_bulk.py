@@ -21,10 +21,10 @@ from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc
 from kvstore.testing.node import RunningNode, start_node
 from kvstore.transport.base import Ticket
 from kvstore.transport.bulk import BulkTransport
+from tests.patience import PATIENCE_MS, PATIENCE_S, PATIENT
 from tests.security_fixture import Secured, secured
-from tests.session_process import PATIENT, PAYLOAD, SHARES, namespace
+from tests.session_process import PAYLOAD, SHARES, namespace
 
-pytestmark = pytest.mark.timeout(120)
 DONE = SettleOutcome.DONE
 
 
@@ -78,14 +78,14 @@ async def test_the_bulk_port_speaks_tls_only(nodes: list[RunningNode], rules: Se
     ticket = Ticket(bytes(32), nodes[0].bulk, 1_000)
     into = [memoryview(bytearray(4_096))]
     plain = BulkTransport()
-    assert await plain.fetch(ticket, into, stall_deadline_ms=3_000) == [Outcome.LATE]
+    assert await plain.fetch(ticket, into, stall_deadline_ms=PATIENCE_MS) == [Outcome.LATE]
     await plain.close()
     shown = rules.credentials("team-a")
     wrapped = BulkTransport(tls=shown.ssl())
-    assert await wrapped.fetch(ticket, into, stall_deadline_ms=3_000) == [Outcome.REFUSED]
+    assert await wrapped.fetch(ticket, into, stall_deadline_ms=PATIENCE_MS) == [Outcome.REFUSED]
     await wrapped.close()
     elsewhere = BulkTransport(tls=shown.ssl(), server_name="elsewhere.example")
-    assert await elsewhere.fetch(ticket, into, stall_deadline_ms=3_000) == [Outcome.LATE]
+    assert await elsewhere.fetch(ticket, into, stall_deadline_ms=PATIENCE_MS) == [Outcome.LATE]
     await elsewhere.close()
 
 
@@ -100,11 +100,11 @@ def test_neighbours_lend_over_tls(nodes: list[RunningNode], rules: Secured) -> N
         names = list(chain(there.root, pack_tokens(range(64))))
         blocks = [bytes([n]) * PAYLOAD for n in range(4)]
         assert there.put(names, blocks) == [DONE] * 4
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + PATIENCE_S
         while here.lookup(names).prefix < 4:
             assert time.monotonic() < ends, "the neighbour's blocks were not seen"
             time.sleep(0.02)
-        assert here.get(names, deadline_ms=10_000) == blocks
+        assert here.get(names, deadline_ms=PATIENCE_MS) == blocks
 
 
 async def test_lending_needs_the_peer_role(nodes: list[RunningNode], rules: Secured) -> None:
@@ -114,7 +114,7 @@ async def test_lending_needs_the_peer_role(nodes: list[RunningNode], rules: Secu
     for name, error in (("team-a", Forbidden), ("monitor", Forbidden)):
         async with open_channel(nodes[0].listen, rules.credentials(name)) as channel:
             with pytest.raises(Exception, match="lacks the role peer") as caught:
-                await cache_pb2_grpc.CacheNodeStub(channel).Lend(request, timeout=10)
+                await cache_pb2_grpc.CacheNodeStub(channel).Lend(request, timeout=PATIENCE_S)
             assert isinstance(error_from(caught.value), error)  # type: ignore[arg-type]
 
 

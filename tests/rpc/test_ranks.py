@@ -19,10 +19,9 @@ from kvworkers.worker_config import WorkerConfig
 
 from kvstore.rpc.errors import error_from
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.tiny_model import reference_reply, tiny_model
 from tests.worker_process import Answer, ask
-
-pytestmark = pytest.mark.timeout(120)
 
 REPLY = 12
 
@@ -37,8 +36,8 @@ def node() -> Iterator[RunningNode]:
 async def worker(node: RunningNode, name: str, *, ranks: int) -> AsyncIterator[WorkerServer]:
     config = WorkerConfig(
         model=str(tiny_model()), node=str(node.run_dir), name=name, device="cpu", threads=1,
-        pool_bytes=1 << 20, drain_ms=0, store_call_ms=5_000, tensor_parallel=ranks,
-        rank_deadline_ms=20_000,
+        pool_bytes=1 << 20, drain_ms=0, store_call_ms=PATIENCE_MS, tensor_parallel=ranks,
+        rank_deadline_ms=PATIENCE_MS,
     )  # fmt: skip
     server = WorkerServer(config)
     await server.start()
@@ -55,7 +54,7 @@ def prompt(salt: int) -> list[int]:
 async def hear(server: WorkerServer, salt: int) -> Answer:
     answer = await ask(server.address, prompt(salt), max_tokens=REPLY)
     assert answer.tokens == reference_reply(prompt(salt), REPLY)
-    assert await server.settled(deadline_ms=10_000)
+    assert await server.settled(deadline_ms=PATIENCE_MS)
     return answer
 
 
@@ -88,7 +87,7 @@ async def test_ranks_share_blocks_with_a_whole_worker_and_end_together(
         lost = two._metrics.rank_failures._value
         assert lost.get() == 0
         os.kill(the_other(two), signal.SIGKILL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await two.broken.wait()
         assert lost.get() == 1
         with pytest.raises(grpc.RpcError) as refused:

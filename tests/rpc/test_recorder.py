@@ -16,6 +16,7 @@ from kvstore.rpc.errors import error_from
 from kvstore.rpc.identity import Identity, LocalIdentity, Principal, Role
 from kvstore.rpc.v1 import record_pb2, record_pb2_grpc
 from kvstore.service.recorder import MAX_RECORDINGS, Recorders, RecorderService
+from tests.patience import PATIENCE_S
 
 
 class WatcherIdentity:
@@ -72,7 +73,7 @@ async def test_recordings_at_once_are_bounded_and_end_with_their_callers() -> No
             (access,) = (await call.read()).accesses
             assert (access.first_block, len(access.blocks)) == (2, 2)
             call.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             while len(recorders):  # noqa: ASYNC110 (the node tells nobody when one ends)
                 await asyncio.sleep(0.01)
 

@@ -19,11 +19,10 @@ from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc
 from kvstore.service.bulk_calls import PIECE_BYTES
 from kvstore.service.calls import SESSION_KEY
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_MS, PATIENCE_S, PATIENT
 from tests.session_process import PAYLOAD, SHARES, connect, names_of, namespace
 
-pytestmark = pytest.mark.timeout(120)
 DONE = SettleOutcome.DONE
-PATIENT = ClientConfig(call_ms=5_000, connect_ms=10_000, transfer_ms=10_000)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,7 @@ async def test_a_session_outlives_its_node(node: RunningNode) -> None:
         assert [bytes(block) for block in await client.get(names)] == payloads(1, 8)
         incarnation = await asyncio.to_thread(node.kill_node)
         await asyncio.to_thread(node.wait_restarted, incarnation)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 try:
                     found = await client.get(names)
@@ -164,7 +163,7 @@ def test_get_and_put_through_grpc_alone(node: RunningNode) -> None:
             payload_bytes=PAYLOAD,
             shares=SHARES,
         )
-        opened = stub.OpenSession(request, timeout=5)
+        opened = stub.OpenSession(request, timeout=PATIENCE_S)
         metadata = ((SESSION_KEY, opened.session_token),)
         names, blocks = names_of(local, 1, 3), payloads(1, 3)
         pieces = [
@@ -172,14 +171,14 @@ def test_get_and_put_through_grpc_alone(node: RunningNode) -> None:
             for at, (name, block) in enumerate(zip(names, blocks, strict=True))
             for part in (block[:1_000], block[1_000:])
         ]
-        put = stub.Put(iter(pieces), timeout=5, metadata=metadata)
+        put = stub.Put(iter(pieces), timeout=PATIENCE_S, metadata=metadata)
         assert [int(outcome) for outcome in put.outcomes] == [1, 1, 1]
         assert local.get(names) == blocks
         wanted = cache_pb2.GetRequest(
             root=opened.root, names=b"".join([*names, bytes(32)]), deadline_ms=1_000
         )
         assert PAYLOAD <= PIECE_BYTES, "one reply for each block here"
-        got = list(stub.Get(wanted, timeout=5, metadata=metadata))
+        got = list(stub.Get(wanted, timeout=PATIENCE_S, metadata=metadata))
         found = [b"".join(reply.data for reply in got if reply.index == at) for at in range(3)]
         assert found == blocks
         assert (got[-1].index, got[-1].outcome, got[-1].data) == (3, 2, b"")
@@ -190,7 +189,7 @@ def test_get_and_put_through_grpc_alone(node: RunningNode) -> None:
              "more than"),
         ):  # fmt: skip
             with pytest.raises(grpc.RpcError, match=says):
-                stub.Put(iter(bad), timeout=5, metadata=metadata)
+                stub.Put(iter(bad), timeout=PATIENCE_S, metadata=metadata)
         assert local.stats().leases == 0
 
 
@@ -204,13 +203,15 @@ async def test_a_silent_session_ends(node: RunningNode) -> None:
             payload_bytes=PAYLOAD,
             shares=SHARES,
         )
-        reply = await stub.OpenSession(request, timeout=5)
+        reply = await stub.OpenSession(request, timeout=PATIENCE_S)
         assert reply.session_ms > 1_000
         metadata = ((SESSION_KEY, reply.session_token),)
-        await stub.CloseSession(cache_pb2.CloseSessionRequest(), timeout=5, metadata=metadata)
+        await stub.CloseSession(
+            cache_pb2.CloseSessionRequest(), timeout=PATIENCE_S, metadata=metadata
+        )
         with pytest.raises(grpc.aio.AioRpcError, match="no such session"):
             await stub.Settle(
-                cache_pb2.SettleRequest(root=reply.root), timeout=5, metadata=metadata
+                cache_pb2.SettleRequest(root=reply.root), timeout=PATIENCE_S, metadata=metadata
             )
 
 
@@ -223,5 +224,7 @@ def test_local_sessions_get_no_tickets_to_write(node: RunningNode) -> None:
         refs = cache_pb2.SlotRefs(slots=[slot.slot], generations=[slot.generation])
         request = cache_pb2.TicketRequest(root=local.root, write=refs)
         with pytest.raises(BadInput, match="writes in place"):
-            local._thread.run(link.call(link.session, "Ticket", request, 5_000), deadline_ms=5_000)
+            local._thread.run(
+                link.call(link.session, "Ticket", request, 5_000), deadline_ms=PATIENCE_MS
+            )
         local.settle(abort=[slot])

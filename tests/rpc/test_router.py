@@ -18,6 +18,7 @@ from kvstore.router.learning import Actual
 from kvstore.router.members import Member, Members
 from kvstore.router.placement import Prompt, Step
 from kvstore.router.router import Router, RouterConfig
+from tests.patience import PATIENCE_MS, until
 from tests.processes import scripted
 from tests.scripted_worker import ROOT, ScriptedWorker
 
@@ -25,7 +26,7 @@ TOKENS = 20 * BLOCK_TOKENS + 5
 NAMES = list(chain(ROOT, pack_tokens(range(TOKENS))))
 PROMPT = Prompt(ROOT, NAMES, TOKENS)
 Start = Callable[..., Awaitable[ScriptedWorker]]
-CONFIG = RouterConfig(wait_ms=5_000, resync_pause_ms=20)
+CONFIG = RouterConfig(wait_ms=PATIENCE_MS, resync_pause_ms=20)
 CONFIG_HOLD_TOKENS = 6_000
 """Six seconds of work at 1,000 tokens a second: more than `hold_ms`."""
 
@@ -64,9 +65,7 @@ def member(publisher: ScriptedWorker) -> Member:
 async def eventually(condition: Callable[[], bool], what: str) -> None:
     """Wait until the router's view, which others change, satisfies `condition`."""
     try:
-        async with asyncio.timeout(8):
-            while not condition():  # noqa: ASYNC110 - the view tells nobody
-                await asyncio.sleep(0.01)
+        await until(condition)
     except TimeoutError:
         pytest.fail(f"never: {what}")
 
@@ -141,7 +140,8 @@ async def test_nothing_goes_to_the_dead_the_draining_the_excluded_or_the_failed(
     workers = [await cluster(name) for name in "abcd"]
     workers[1].publisher.load = Loaded(draining=True)
     router.set_members(Members.of(member(worker) for worker in workers))
-    await eventually(lambda: set(hits(router)) == {"a", "c", "d"}, "b drains")
+    await eventually(lambda: set(hits(router)) == {"a", "c", "d"}, "the others are live")
+    await eventually(lambda: router.explain(PROMPT).excluded.get("b") == "draining", "b drains")
     decision = await router.route(Prompt(ROOT, [], 10, exclude={"a"}, among={"a", "b", "c"}))
     assert decision.worker == "c"
     assert decision.excluded == {
@@ -165,7 +165,7 @@ async def test_a_stopped_worker_is_suspect_and_comes_back(router: Router) -> Non
         with pytest.raises(Refused) as refused:
             await router.route(PROMPT, wait_ms=10)
         assert refused.value.retry_after_ms > 0
-        waiting = asyncio.create_task(router.route(PROMPT, wait_ms=8_000))
+        waiting = asyncio.create_task(router.route(PROMPT, wait_ms=PATIENCE_MS))
         process.signal(signal.SIGCONT)
         assert (await waiting).worker == "w"
 

@@ -31,7 +31,7 @@ USERS = 6
 HUNG_S = 10.0
 DETECTED_S = 2.0
 
-pytestmark = [pytest.mark.slow, needs_redis, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, needs_redis]
 
 
 @dataclass

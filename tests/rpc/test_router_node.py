@@ -3,7 +3,6 @@
 import asyncio
 import os
 
-import pytest
 from prometheus_client import CollectorRegistry
 
 from kvstore.client import Client
@@ -14,10 +13,10 @@ from kvstore.router.members import Member, Members
 from kvstore.router.placement import Prompt
 from kvstore.router.router import Router, RouterConfig
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_S
 from tests.scripted_worker import ScriptedWorker
 from tests.session_process import PAYLOAD, connect, names_of
 
-pytestmark = pytest.mark.timeout(90)
 BLOCKS = 20
 
 
@@ -32,7 +31,7 @@ def members(node: RunningNode, worker: ScriptedWorker) -> Members:
 
 async def until_hit(router: Router, prompt: Prompt, tokens: int) -> None:
     """Wait until a decision expects so many cached tokens."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_S):
         await router.route(prompt)  # waits until the worker is known
         while router.explain(prompt).hit_tokens != tokens:  # noqa: ASYNC110 - nobody tells
             await asyncio.sleep(0.01)
@@ -49,7 +48,8 @@ async def follow(node: RunningNode, client: Client, names: list[BlockName]) -> N
             await until_hit(router, prompt, BLOCKS * BLOCK_TOKENS)
             assert await asyncio.to_thread(node.wait_restarted, node.kill_node()) == 2
             await asyncio.to_thread(client.put, names_of(client, 2, 1), [os.urandom(PAYLOAD)])
-            async with asyncio.timeout(30):  # the new incarnation is heard, the old one swept out
+            # The new incarnation is heard, the old one swept out.
+            async with asyncio.timeout(PATIENCE_S):
                 while router.view_blocks != BLOCKS + 1:  # noqa: ASYNC110 - nobody tells
                     await asyncio.sleep(0.01)
             await until_hit(router, prompt, BLOCKS * BLOCK_TOKENS)

@@ -17,12 +17,13 @@ from kvstore.router.server import RouterServer
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import router_pb2, router_pb2_grpc, types_pb2
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.processes import scripted, started
 from tests.scripted_worker import ROOT, ScriptedWorker
 
 TOKENS = pack_tokens(range(4 * BLOCK_TOKENS + 1))
 NAMES = list(chain(ROOT, TOKENS))
-WAIT_MS = 5_000
+WAIT_MS = PATIENCE_MS
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ async def test_one_answer_repairs_a_promise_across_a_hole_and_blames_nobody(
 
 async def until_hit(stub: router_pb2_grpc.RouterStub, tokens: bytes, wanted: int) -> None:
     """Wait until the worker's events made the router expect so many cached tokens."""
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(PATIENCE_S):
         while (await stub.Explain(request(tokens=tokens))).chosen.hit_tokens != wanted:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -184,7 +185,6 @@ async def test_bad_requests_are_refused(
     assert isinstance(error_from(failure.value), BadInput)
 
 
-@pytest.mark.timeout(60)
 async def test_the_command_serves_until_told_to_end() -> None:
     with scripted("w", "--hold", "4") as worker:
         arguments = ["-m", "kvstore.cli.main", "router", "--json", "--metrics", "127.0.0.1:0"]
@@ -192,10 +192,12 @@ async def test_the_command_serves_until_told_to_end() -> None:
         with started([*arguments, "--worker", f"w={worker.ready['address']}"]) as router:
             async with open_channel(router.ready["router"]) as channel:
                 stub = router_pb2_grpc.RouterStub(channel)
-                reply = await stub.Route(request(tokens=TOKENS), wait_for_ready=True, timeout=10)
+                reply = await stub.Route(
+                    request(tokens=TOKENS), wait_for_ready=True, timeout=PATIENCE_S
+                )
                 assert (reply.worker, reply.hit_tokens) == ("w", 64)
             url = f"http://{router.ready['metrics']}/metrics"
             async with httpx.AsyncClient(trust_env=False) as http:
                 assert "kvstore_route_seconds_count 1.0" in (await http.get(url)).text
             router.signal(signal.SIGTERM)
-            assert router.process.wait(10) == 0
+            assert router.process.wait(PATIENCE_S) == 0

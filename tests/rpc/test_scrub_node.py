@@ -2,14 +2,12 @@
 
 import time
 
-import pytest
-
 from kvstore.core.outcomes import MissReason, SettleOutcome
 from kvstore.testing.node import start_node
+from tests.patience import PATIENCE_S
 from tests.session_process import PAYLOAD, connect, names_of
 
 
-@pytest.mark.timeout(60)
 def test_bytes_that_somebody_spoilt_are_found_without_a_reader() -> None:
     options = ("--scrub-bytes-per-s", "256MiB")
     with (
@@ -22,7 +20,7 @@ def test_bytes_that_somebody_spoilt_are_found_without_a_reader() -> None:
         acquired = client.acquire(names)
         client.view(acquired.ready[3])[100] ^= 1
         client.settle(release=[acquired.lease])
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + PATIENCE_S
         while client.lookup(names).prefix != 3:
             assert time.monotonic() < ends, "not found"
             time.sleep(0.02)

@@ -4,24 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvstore.core.errors import Unreachable
 from kvstore.testing.node import new_run_dir, start_node
+from tests.patience import until_so
 from tests.processes import REPOSITORY
-
-pytestmark = pytest.mark.timeout(60)
-
-
-def until(condition: Callable[[], bool], *, deadline_s: float = 15.0) -> None:
-    ends = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < ends, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def lives(pid: int) -> bool:
@@ -87,6 +77,6 @@ def test_nothing_outlives_a_test_process_that_was_killed() -> None:
         assert lives(int(keeper))
         assert lives(int(node))
         os.kill(test.pid, signal.SIGKILL)
-        until(lambda: not lives(int(keeper)) and not lives(int(node)))
+        until_so(lambda: not lives(int(keeper)) and not lives(int(node)))
     assert not Path(run_dir, "keeper.sock").exists()
     subprocess.run(["rm", "-r", run_dir], check=True)

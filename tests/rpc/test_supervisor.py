@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from kvworkers.cluster.state import started_ticks
 
+from tests.patience import PATIENCE_S
+
 SUPERVISE = """
     import json, sys
     from kvworkers.cluster.supervisor import supervise
@@ -56,7 +58,7 @@ def started(
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=15)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     return output.strip()
 
 
@@ -117,7 +119,7 @@ def test_a_killed_supervisor_takes_its_session_along() -> None:
         parent.wait()
         import select
 
-        assert select.select([handle], [], [], 10)[0], "the session outlived its supervisor"
+        assert select.select([handle], [], [], PATIENCE_S)[0], "the session outlived its supervisor"
     finally:
         os.close(handle)
         parent.stdout.close()
@@ -144,7 +146,7 @@ def test_a_busy_port_names_its_flag(flag: str) -> None:
                 ],
                 capture_output=True,
                 text=True,
-                timeout=20,
+                timeout=PATIENCE_S,
                 check=False,
             )
             assert done.returncode == 2

@@ -24,7 +24,7 @@ SYSTEM, USER, ASSISTANT = 257, 258, 259
 LONG = {"type": "function", "function": {"name": "f", "description": "x" * 4_000}}
 CALL = {"function": {"name": "f", "arguments": json.dumps({"a": "x" * 4_000})}}
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def test_a_text_becomes_tokens_and_text_again(shared: Shared) -> None:

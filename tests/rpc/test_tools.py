@@ -14,7 +14,7 @@ from tests.frontend_fixture import Shared
 from tests.frontend_fixture import model as model
 from tests.frontend_fixture import shared as shared
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CLOCK: dict[str, Any] = {"name": "clock", "description": "Tells the time.", "parameters": {}}
 TOOLS = [{"type": "function", "function": CLOCK}]

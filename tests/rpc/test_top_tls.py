@@ -20,8 +20,6 @@ from tests.prometheus_process import ask, prometheus_process
 from tests.security_fixture import TOKENS, Secured, secured
 from tests.watching import PROMETHEUS
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def rules(tmp_path: Path) -> Secured:
@@ -121,5 +119,5 @@ def test_prometheus_scrapes_them_with_our_file(
     for kind in ("pem", "key"):
         shutil.copy(directory / f"server.{kind}", directory / f"monitor.{kind}")
     with prometheus_process(directory) as address:
-        eventually(lambda: ask(address, "up == 1"), seconds=20, what="the part is scraped")
+        eventually(lambda: ask(address, "up == 1"), what="the part is scraped")
         assert ask(address, "kvstore_tier_capacity_bytes")[0]["metric"]["tier"] == "dram"

@@ -7,7 +7,6 @@ import asyncio
 from pathlib import Path
 
 import httpx
-import pytest
 from kvworkers.frontends.server import FrontendConfig, serving
 
 from kvstore.client import AsyncClient
@@ -17,11 +16,9 @@ from kvstore.router.members import Member
 from kvstore.testing.node import start_node
 from tests.byte_tokenizer import make_byte_tokenizer
 from tests.collector import collector
-from tests.patience import until
+from tests.patience import PATIENCE_S, PATIENT, until
 from tests.scripted_worker import ScriptedWorker
-from tests.session_process import PATIENT, PAYLOAD, namespace
-
-pytestmark = pytest.mark.timeout(60)
+from tests.session_process import PAYLOAD, namespace
 
 TRACE = "ab" * 16
 GIVEN = f"00-{TRACE}-{'cd' * 8}-01"
@@ -53,12 +50,12 @@ async def test_a_frontend_s_request_has_its_parts_beneath(tmp_path: Path) -> Non
             await until(server.ready)
             url = f"http://{server.http_address}"
             body = {"messages": [{"role": "user", "content": "Hi"}], "model": ""}
-            async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=20) as http:
+            async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as http:
                 headers = {"traceparent": GIVEN}
                 reply = await http.post("/v1/chat/completions", json=body, headers=headers)
                 assert reply.status_code == 200
                 await http.post("/v1/chat/completions", json=body, headers={"traceparent": "junk"})
-    await asyncio.wait_for(worker.stop(), 10)
+    await asyncio.wait_for(worker.stop(), PATIENCE_S)
     request, other = kept.named("request")
     assert (request.trace, request.parent) == (TRACE, "cd" * 8)
     assert other.trace != TRACE and other.parent == ""

@@ -1,16 +1,18 @@
 """The adapter's two halves against a real node, driven as vLLM's scheduler and worker do."""
 
+import secrets
 import signal
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kvstore import Namespace
-from kvstore.adapters.vllm import scheduler_side
+from kvstore.adapters.vllm import link, scheduler_side
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.pages import EnginePages
 from kvstore.adapters.vllm.scheduler_side import SchedulerSide, StepPlan
@@ -18,9 +20,7 @@ from kvstore.adapters.vllm.settings import Settings
 from kvstore.adapters.vllm.worker_side import WorkerSide
 from kvstore.core.layout import BlockLayout, Codec
 from kvstore.testing.node import RunningNode, start_node
-
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
+from tests.patience import PATIENCE_MS, PATIENCE_S, until_so
 
 LAYOUT = BlockLayout(layers=2, kv_heads=3, head_dim=8, codec=Codec.RAW32)
 MODEL = Namespace(weights_digest="w", kv_dtype="float32", layers=2, kv_heads=3, head_dim=8)
@@ -46,10 +46,14 @@ class Request:
 class Engine:
     """One engine's two halves over pages of its own."""
 
-    def __init__(self, run_dir: str, seed: int, *, stores: bool = True) -> None:
+    def __init__(
+        self, run_dir: str, seed: int, *, stores: bool = True, patience_ms: int = PATIENCE_MS
+    ) -> None:
         dice = np.random.default_rng(seed)
         self.layers = [dice.integers(0, 1 << 30, (8, 3, 32, 16), np.int32) for _ in range(2)]
-        settings = Settings(run_dir=run_dir, call_ms=200, load_ms=500, circuit_ms=200)
+        settings = Settings(
+            run_dir=run_dir, call_ms=patience_ms, load_ms=patience_ms, circuit_ms=200
+        )
         self.link = NodeLink(settings, MODEL, LAYOUT, name="test")
         self.scheduler = SchedulerSide(self.link, block_tokens=32, stores=stores)
         self.worker = WorkerSide(self.link, EnginePages(self.layers, LAYOUT, tile=32))
@@ -72,7 +76,7 @@ class Engine:
             answers.append(self.scheduler.matched(request, 0)[0])
             return answers[-1] is not None
 
-        until(answered)
+        until_so(answered)
         assert answers[-1] is not None
         return answers[-1]
 
@@ -80,14 +84,14 @@ class Engine:
         self.matched(Request(name))
         self.step([(name, 100)], blocks)
         if self.scheduler.finished(name):
-            until(lambda: name in self.worker.ended({name})[0])
+            until_so(lambda: name in self.worker.ended({name})[0])
 
     def load(self, request: Request, blocks: list[int]) -> set[int]:
         """Load what was found; return the engine's blocks that could not be loaded."""
         tokens = self.matched(request)
         self.scheduler.allocated(request, blocks, tokens)
         self.step([], blocks)
-        until(lambda: request.request_id in self.worker.ended(set())[1])
+        until_so(lambda: request.request_id in self.worker.ended(set())[1])
         bad = self.worker.bad_blocks()
         self.scheduler.loads_ended([request.request_id], bad)
         return bad
@@ -97,11 +101,9 @@ class Engine:
         self.worker.close()
 
 
-def until(true: Callable[[], bool], seconds: float = 8.0) -> None:
-    ends = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < ends, "it did not come about in time"
-        time.sleep(0.005)
+async def held_up(go_on: threading.Event) -> None:
+    """Hold up the loop itself, as a busy processor does."""
+    assert go_on.wait(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def node() -> Iterator[RunningNode]:
 @pytest.fixture
 def engines(node: RunningNode) -> Iterator[tuple[Engine, Engine]]:
     both = Engine(str(node.run_dir), 1), Engine(str(node.run_dir), 2)
-    until(lambda: all(engine.link.usable for engine in both))
+    until_so(lambda: all(engine.link.usable for engine in both))
     yield both
     for engine in both:
         engine.close()
@@ -146,17 +148,17 @@ def test_requests_that_arrive_together_start_in_one_step(
 
     monkeypatch.setattr(scheduler_side, "patience_ns", patience_ns)
     one.step([], [])
-    one.link.submit(_hold(0.02))
     together = [Request(name, prompt_token_ids=list(range(9_000, 9_100))) for name in "de"]
     for request in together:
         one.scheduler.arrived(request)
     assert [one.scheduler.matched(request, 0)[0] for request in together] == [0, 0]
-    counts = one.scheduler.take_counts()
-    assert counts["waited_ns"] > 0
+    assert one.scheduler.take_counts()["waited_ns"] > 0
     one.step([("d", 100), ("e", 100)], [0, 1, 2, 3])
-    one.link.submit(_hold(0.5))
+    go_on = threading.Event()
+    one.link.submit(held_up(go_on))
     late = Request("f", prompt_token_ids=list(range(9_500, 9_600)))
     assert one.scheduler.matched(late, 0) == (None, False), "two others would be kept waiting"
+    go_on.set()
     one.scheduler.finished("d")
     one.step([("e", 101)], [0, 1, 2, 3])
     one.scheduler.finished("e")
@@ -187,7 +189,7 @@ def test_an_engine_that_only_consumes_loads_and_stores_nothing(
 ) -> None:
     one, _ = engines
     consumer = Engine(str(node.run_dir), 3, stores=False)
-    until(lambda: consumer.link.usable)
+    until_so(lambda: consumer.link.usable)
     new = list(range(7_000, 7_100))
     assert consumer.matched(Request("n", prompt_token_ids=new)) == 0
     assert consumer.step([("n", 100)], [0, 1, 2, 3]).stores == []
@@ -209,35 +211,39 @@ def test_a_request_that_its_tokens_do_not_name_is_left_alone(
 
 def test_a_cut_off_store_is_not_committed(engines: tuple[Engine, Engine]) -> None:
     one, two = engines
-    tokens = list(range(500, 600))
+    tokens, go_on = list(range(500, 600)), threading.Event()
 
-    def planned(name: str) -> StepPlan:
-        """Return the step of a request whose store waits behind a held-up loop."""
-        one.matched(Request(name, prompt_token_ids=tokens))
-        one.link.submit(_hold(0.2)).done()
-        return one.scheduler.step(
-            [(name, 100)], blocks_of=lambda _: [0, 1, 2, 3], preempted=(), scheduled_tokens=1
-        )
-
-    # On a busy machine a lookup may pass its deadline; the adapter then leaves a request alone.
-    name, plan = next((name, plan) for name in "pqrs" if (plan := planned(name)).stores)
+    assert one.matched(Request("p", prompt_token_ids=tokens)) == 0
+    holding = one.link.submit(held_up(go_on))
+    plan = one.scheduler.step(
+        [("p", 100)], blocks_of=lambda _: [0, 1, 2, 3], preempted=(), scheduled_tokens=1
+    )
     one.worker.store(plan.stores[0])
-    one.worker.preempted([name])
-    until(lambda: name in one.worker.ended({name})[0])
+    one.worker.preempted(["p"])
+    go_on.set()
+    holding.result(PATIENCE_S)
+    until_so(lambda: "p" in one.worker.ended({"p"})[0])
     assert two.matched(Request("t", prompt_token_ids=tokens)) == 0
 
 
-async def _hold(seconds: float) -> None:
-    time.sleep(seconds)  # noqa: ASYNC251 — the loop itself is held up, as by a busy processor
-
-
 def test_a_node_that_hangs_between_the_answer_and_the_load_costs_a_recompute(
-    node: RunningNode, engines: tuple[Engine, Engine]
+    node: RunningNode, engines: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = engines
+    now_s = 1_000.0
+    monkeypatch.setattr(link, "time", SimpleNamespace(monotonic=lambda: now_s))
+    one, two = engines[0], Engine(str(node.run_dir), 4, patience_ms=200)
     one.compute_and_store("a", [5, 2, 7, 1])
-    request = Request("k")
-    assert two.matched(request) == 96
+
+    known: list[Request] = []
+
+    def found() -> bool:
+        nonlocal now_s
+        now_s += 1  # whatever a slow machine made it miss is forgotten
+        known.append(Request(secrets.token_hex(4)))
+        return two.matched(known[-1]) == 96
+
+    until_so(found)
+    request = known[-1]
     node.signal_node(signal.SIGSTOP)
     try:
         bad = two.load(request, [0, 3, 6, 4])
@@ -246,8 +252,11 @@ def test_a_node_that_hangs_between_the_answer_and_the_load_costs_a_recompute(
         assert two.scheduler.matched(Request("later"), 0) == (0, False), "nobody waits"
     finally:
         node.signal_node(signal.SIGCONT)
-    until(lambda: two.link.usable)
-    assert two.load(Request("again"), [0, 3, 6, 4]) == set()
+    usable = [two.link.usable]
+    now_s += 0.2
+    assert [*usable, two.link.usable] == [False, True]
+    until_so(lambda: found() and two.load(known[-1], [0, 3, 6, 4]) == set())
+    two.close()
 
 
 def test_an_engine_without_a_node_goes_on_and_uses_it_when_it_comes(tmp_path: Any) -> None:
@@ -256,6 +265,6 @@ def test_an_engine_without_a_node_goes_on_and_uses_it_when_it_comes(tmp_path: An
         assert lonely.scheduler.matched(Request("a"), 0) == (0, False)
         assert lonely.step([("a", 100)], [0, 1, 2, 3]).stores == []
         assert lonely.scheduler.finished("a") is False
-        until(lambda: sum(lonely.link.failures.values()) > 0)
+        until_so(lambda: sum(lonely.link.failures.values()) > 0)
     finally:
         lonely.close()

@@ -18,6 +18,7 @@ from kvstore.router.placement import Prompt
 from kvstore.router.router import Router, RouterConfig
 from kvstore.router.vllm_events import VllmIndex
 from kvstore.router.vllm_source import VllmConfig, VllmSource
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.scripted_vllm import ScriptedVllm, batch, hashes, removed, stored
 
 ROOT = Root(bytes(range(32)))
@@ -36,7 +37,7 @@ async def engine() -> AsyncIterator[ScriptedVllm]:
 def source(engine: ScriptedVllm, *, replay: bool = True) -> VllmSource:
     config = VllmConfig(
         endpoint=engine.endpoint, root=ROOT, replay=engine.replay if replay else "",
-        mark_period_ms=50, silent_ms=500, replay_ms=2_000,
+        mark_period_ms=50, silent_ms=20_000, replay_ms=PATIENCE_MS,
     )  # fmt: skip
     return VllmSource("v", config, RouterMetrics(CollectorRegistry()))
 
@@ -65,7 +66,7 @@ class Followed:
                 assert self.view.apply("v", event, 0.0) is None, event
 
     async def until(self, blocks: int) -> None:
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(PATIENCE_S):
             while self.blocks() != blocks or self.view.health("v", 0.0) is not Health.LIVE:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
@@ -88,7 +89,7 @@ async def test_a_snapshot_by_replay_then_numbered_changes_and_marks(engine: Scri
         assert isinstance(mark, Marked) and mark.digests[0].count == 4
         await engine.publish(stored(TOKENS[:96], first=4), removed(hashes(TOKENS)[:1]))
         changes: list[Changed] = []
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while len(changes) < 2:
                 event = await anext(stream)
                 changes += [event] if isinstance(event, Changed) else []
@@ -128,7 +129,7 @@ async def test_an_engine_that_goes_is_lost_and_one_that_comes_back_is_empty() ->
         await engine.publish(stored(TOKENS[:64]))
         await one.until(4)
         await engine.stop()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not isinstance(one.seen[-1], Lost):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         again = ScriptedVllm()
@@ -144,7 +145,7 @@ async def test_a_router_routes_to_an_engine_that_holds_the_prompt(engine: Script
     config = RouterConfig(events_vllm={"v": events})
     async with Router(metrics=RouterMetrics(CollectorRegistry()), config=config) as router:
         router.set_members(Members.of([member]))
-        decision = await router.route(Prompt(ROOT, NAMES, len(TOKENS)), wait_ms=5_000)
+        decision = await router.route(Prompt(ROOT, NAMES, len(TOKENS)), wait_ms=PATIENCE_MS)
         assert (decision.address, decision.hit_tokens) == ("127.0.0.1:8000", 64)
 
 

@@ -12,6 +12,7 @@ from kvstore.directory.events import Changed, TierKind
 from kvstore.directory.publisher import Publisher
 from kvstore.rpc.v1 import watch_pb2
 from kvstore.rpc.watch_server import serve_watch
+from tests.patience import PATIENCE_S
 
 ROOT = Root(bytes(32))
 
@@ -31,7 +32,7 @@ def name(number: int) -> BlockName:
 
 async def take(stream: AsyncIterator[watch_pb2.WatchReply], kind: str) -> watch_pb2.WatchReply:
     """Return the next message of a kind, within a deadline."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         async for reply in stream:
             if reply.WhichOneof("what") == kind:
                 return reply

@@ -21,10 +21,11 @@ from kvstore.core.names import Root, chain, pack_tokens
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.errors import error_from
 from kvstore.rpc.v1 import types_pb2, watch_pb2, worker_pb2, worker_pb2_grpc
+from tests.patience import PATIENCE_S
 from tests.tiny_model import MAX_TOKENS, VOCAB, reference_reply, tiny_model
 from tests.worker_process import ask, cached_tokens
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 POOL_BYTES = 1 << 20
 
@@ -48,7 +49,7 @@ def prompt_of(seed: int, tokens: int) -> list[int]:
 async def failure(address: str, request: worker_pb2.RunRequest) -> KvStoreError:
     async with open_channel(address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
-            async for _ in worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=20):
+            async for _ in worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=PATIENCE_S):
                 pass
     return error_from(raised.value)
 
@@ -120,10 +121,10 @@ async def test_a_reply_comes_with_its_account(worker: WorkerServer) -> None:
 async def test_a_caller_that_cancels_frees_its_pages(worker: WorkerServer) -> None:
     request = request_with(sampling={"max_tokens": 400, "ignore_eos": True})
     async with open_channel(worker.address) as channel:
-        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=20)
+        call = worker_pb2_grpc.WorkerStub(channel).Run(request, timeout=PATIENCE_S)
         await call.read()
         call.cancel()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while worker.registry.get_sample_value("kvstore_worker_running") != 0:
             await ask(worker.address, [5], max_tokens=1)
 
@@ -134,7 +135,7 @@ async def test_a_full_queue_says_when_to_come_back(worker: WorkerServer) -> None
     )
     async with open_channel(worker.address) as channel:
         stub = worker_pb2_grpc.WorkerStub(channel)
-        calls = [stub.Run(request, timeout=30) for _ in range(40)]
+        calls = [stub.Run(request, timeout=PATIENCE_S) for _ in range(40)]
         refused = [call for call in calls if await _refused(call)]
         for call in calls:
             call.cancel()
@@ -159,7 +160,7 @@ async def test_watch_lists_pages_and_load(worker: WorkerServer) -> None:
         told = await stub.Describe(worker_pb2.DescribeRequest())
         names = b"".join(chain(Root(told.root), pack_tokens(prompt)))
         listed, kinds, reply = b"", [], watch_pb2.WatchReply()
-        async for reply in stub.Watch(watch_pb2.WatchRequest(), timeout=20):
+        async for reply in stub.Watch(watch_pb2.WatchRequest(), timeout=PATIENCE_S):
             kinds.append(reply.WhichOneof("what"))
             if kinds[-1] == "slice":
                 assert reply.slice.tier == types_pb2.TIER_HBM
@@ -177,11 +178,15 @@ async def test_health_and_metrics_are_served(worker: WorkerServer) -> None:
     async with open_channel(worker.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         for service in ("", SERVICE_NAME):
-            reply = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            reply = await stub.Check(
+                health_pb2.HealthCheckRequest(service=service), timeout=PATIENCE_S
+            )
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
     def fetch() -> str:
-        with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=5) as page:
+        with urllib.request.urlopen(
+            f"http://{worker.metrics_address}/metrics", timeout=PATIENCE_S
+        ) as page:
             return str(page.read().decode())
 
     text = await asyncio.to_thread(fetch)

@@ -10,11 +10,10 @@ from kvworkers.stream.mover import Mover
 from kvworkers.worker import WorkerServer
 
 from kvstore.testing.node import RunningNode, start_node
-from tests.rpc.test_worker_store import prompt_of, reserved_bytes, until, worker
+from tests.patience import PATIENCE_MS, until
+from tests.rpc.test_worker_store import prompt_of, reserved_bytes, worker
 from tests.tiny_model import reference_reply
 from tests.worker_process import ask
-
-pytestmark = pytest.mark.timeout(120)
 
 OUT = 60
 PROMPTS = [prompt_of(400 + n, 40 + 17 * n) for n in range(6)]
@@ -85,7 +84,7 @@ async def test_a_storm_over_few_pages_is_exact_bit_for_bit(
         assert metric(server, "moved_bytes_total", direction="swap_out") > 0
         assert spy.same > 0
         assert metric(server, "kv_waste_ratio") < 1
-        assert await server.settled(deadline_ms=5_000)
+        assert await server.settled(deadline_ms=PATIENCE_MS)
         assert await reserved_bytes(node) == 0, "all slots are given back"
 
 

@@ -19,6 +19,7 @@ from kvstore.core.errors import BadInput
 from kvstore.simulate.formats import read_trace
 from kvstore.simulate.recording import TraceWriter
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_S
 from tests.processes import REPOSITORY
 from tests.session_process import PAYLOAD, connect, names_of
 
@@ -100,13 +101,12 @@ def _recording(arguments: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
         yield process
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(PATIENCE_S)
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
 
 
-@pytest.mark.timeout(90)
 def test_a_running_nodes_accesses_become_a_trace_that_replays(
     node: RunningNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +122,7 @@ def test_a_running_nodes_accesses_become_a_trace_that_replays(
         client.acquire(chat[4:], first_block=4)
         client.lookup(chat)  # not an access: nothing is leased
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=20)
+        printed, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0
     assert json.loads(printed) == {"out": str(out), "requests": 4, "dropped": 0}
     trace = read_trace(out)
@@ -140,17 +140,15 @@ def test_a_running_nodes_accesses_become_a_trace_that_replays(
     assert row["block_hit"] == pytest.approx((4 + 2) / 15)
 
 
-@pytest.mark.timeout(90)
 def test_a_recording_ends_after_its_seconds(node: RunningNode, tmp_path: Path) -> None:
     out = tmp_path / "live.jsonl.gz"
     arguments = ["--node", node.listen, "--out", str(out), "--seconds", "0.2"]
     with _recording(arguments) as process:
-        _, told = process.communicate(timeout=20)
+        _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0 and told == f"{out}: 0 requests, 0 dropped\n"
     assert not out.exists()
 
 
-@pytest.mark.timeout(90)
 def test_what_was_recorded_is_kept_when_the_node_dies(tmp_path: Path) -> None:
     out = tmp_path / "live.jsonl.gz"
     with (
@@ -161,12 +159,12 @@ def test_what_was_recorded_is_kept_when_the_node_dies(tmp_path: Path) -> None:
         client.acquire(names_of(client, 1, 3))
         _wait_for_text(out)
         node.kill_node()
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1 and told.startswith("kvstore: ")
     assert read_trace(out, block_tokens=16).block_refs == 3
 
 
-def _wait_for_text(path: Path, deadline_s: float = 20.0) -> None:
+def _wait_for_text(path: Path, deadline_s: float = PATIENCE_S) -> None:
     ends = time.monotonic() + deadline_s
     while b"hash_ids" not in zlib.decompressobj(wbits=31).decompress(path.read_bytes()):
         assert time.monotonic() < ends, "nothing was written"

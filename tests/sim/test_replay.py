@@ -199,7 +199,6 @@ def test_hit_rates_equal_the_published_ones() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_hit_rates_of_full_traces_equal_the_published_ones(name: str) -> None:
     path = shared(name)

@@ -213,7 +213,6 @@ EARLIER = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("name", "pool"), list(EARLIER))
 def test_agents_agree_with_an_earlier_simulator(name: str, pool: float) -> None:
     path = shared("weka_cc_a")

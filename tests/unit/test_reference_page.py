@@ -21,7 +21,6 @@ def made() -> ModuleType:
     return module
 
 
-@pytest.mark.timeout(60)
 def test_the_page_is_current(made: ModuleType) -> None:
     assert PAGE.read_text(encoding="utf-8") == made.page(), "run `make reference`"
 

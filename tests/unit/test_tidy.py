@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Every source is parsed: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kvstore", "workers/kvworkers", "kernels/kvkernels")
@@ -39,7 +38,7 @@ TODO_WITHOUT_ISSUE = re.compile(r"\b(" + "TO" + "DO|FIX" + r"ME)\b(?!\(#\d+\))")
 def _tracked() -> list[Path]:
     listing = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, check=False, timeout=10,
+        cwd=ROOT, capture_output=True, check=False, timeout=PATIENCE_S,
     )  # fmt: skip
     if listing.returncode:  # an unpacked archive: everything but environments and caches
         found = (p for p in ROOT.rglob("*") if not any(s.startswith(".") for s in p.parts))

@@ -20,10 +20,7 @@ from kvstore.core.names import BlockName
 from kvstore.directory.events import TierKind
 from kvstore.testing.conformance import ByteStore, StoreConformance
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
-from tests.patience import until_so
-
-# Processes start, die and hang here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
+from tests.patience import PATIENCE_S, until_so
 
 PAYLOAD = 40_000
 TIMES = {"call_ms": 250, "pause_ms": 50}
@@ -109,7 +106,7 @@ def _objects(memory: Sequence[Any]) -> list[Any]:
 
 def _ended(tasks: Tasks, task: int) -> list[bool]:
     while (result := tasks.pop(task)) is None:
-        assert select.select([tasks.event_fd], [], [], 20)[0], "nothing was signalled"
+        assert select.select([tasks.event_fd], [], [], PATIENCE_S)[0], "nothing was signalled"
     return result.done
 
 
@@ -147,7 +144,7 @@ class _OverNode(StoreConformance):
         self.node.signal_node(signal.SIGCONT)
 
     def damage(self) -> None:
-        until_so(lambda: self._on_disk() >= self._before + 4, seconds=20)
+        until_so(lambda: self._on_disk() >= self._before + 4)
         self.node.stop()  # its memory is gone: what is loaded next comes from the disk
         assert sum(map(_flipped, self.nvme.rglob("*.data"))) > 4
         type(self)._start()

@@ -20,9 +20,6 @@ from kvstore.testing.conformance import (
 )
 from kvstore.testing.node import RunningNode, start_node
 
-# Processes start, die and hang here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
-
 PIECES = (30_000, 9_000, 1_000)
 """Runs of memory of one block: no layout of an engine is one run."""
 

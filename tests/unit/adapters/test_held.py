@@ -17,9 +17,6 @@ from kvstore.testing.node import RunningNode, start_node
 from tests.patience import until_so
 from tests.sglang_devices import leases
 
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
-
 SIZE = 10_000
 
 

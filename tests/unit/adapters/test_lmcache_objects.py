@@ -16,9 +16,7 @@ from kvstore.adapters.lmcache.identity import name_of, settings_of
 from kvstore.adapters.lmcache.objects import Objects, Result, Tasks
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import RunningNode, start_node
-
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def memories(label: str, count: int, size: int = 9_000) -> list[Memory]:
 def ended(tasks: Tasks, task: int) -> Result:
     """Wait on the descriptor as LMCache does, and return the result."""
     while (result := tasks.pop(task)) is None:
-        ready, _, _ = select.select([tasks.event_fd], [], [], 10)
+        ready, _, _ = select.select([tasks.event_fd], [], [], PATIENCE_S)
         assert ready, "nothing was signalled"
         os.eventfd_read(tasks.event_fd)
     assert tasks.pop(task) is None, "a result is given once"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 MODULE = "kvstore.adapters.ray_serve.request_router"
 
@@ -80,7 +80,7 @@ async def test_a_router_that_ray_dropped_exports_and_follows_no_more(module: Any
     del router
     gc.collect()
     assert gone() is None, "the exports do not keep it"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await exports
     assert placer._router._closed
 
@@ -99,5 +99,5 @@ async def test_an_export_that_fails_is_counted_and_tried_again(
     exports = router._kv_exports
     del router
     gc.collect()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await exports

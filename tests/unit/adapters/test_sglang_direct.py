@@ -21,7 +21,7 @@ from kvstore.adapters.sglang.identity import (
 )
 from kvstore.core.errors import Unreachable, Unsupported
 from kvstore.testing.node import RunningNode, start_node
-from tests.patience import until_so
+from tests.patience import PATIENCE_S, until_so
 from tests.sglang_devices import (
     LAYERS,
     PAGE,
@@ -34,9 +34,6 @@ from tests.sglang_devices import (
     pool_of,
     rows,
 )
-
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def test_offloads_end_in_their_order_and_wait_for_the_forward(node: RunningNode)
     first, second = names("first", 1), names("second", 1)
 
     def forward() -> None:
-        assert written.wait(20)
+        assert written.wait(PATIENCE_S)
 
     assert store.offload([Part("kv", first, rows(0))], forward)
     assert store.offload([Part("kv", second, rows(1))], now)
@@ -127,7 +124,7 @@ def test_too_many_offloads_fail_in_their_turn(
 
 
 def assert_set(event: threading.Event) -> None:
-    assert event.wait(20)
+    assert event.wait(PATIENCE_S)
 
 
 def test_a_window_pool_makes_the_lengths_sparse(node: RunningNode) -> None:
@@ -246,9 +243,9 @@ def test_whatever_happens_to_the_node_every_call_comes_back() -> None:
         entry, chain = Entry(), names("node", 4)
         entry.fill(5)
         part = Part("kv", chain, rows(4, 5, 6, 7))
-        store = opened(node, entry)
-        assert offloaded(store, Part("kv", chain, rows(0, 1, 2, 3)))
-        assert store.lookup("hang", [Part("kv", chain)]) == [1, 2, 3, 4]
+        store = opened(node, entry, call_ms=250)
+        until_so(lambda: offloaded(store, Part("kv", chain, rows(0, 1, 2, 3))))
+        until_so(lambda: store.lookup("hang", [Part("kv", chain)]) == [1, 2, 3, 4])
         node.signal_node(signal.SIGSTOP)
         assert loaded(store, "hang", part), "what is leased lies in shared memory"
         assert store.lookup("late", [Part("kv", chain)]) == []

@@ -10,11 +10,8 @@ from kvstore.adapters.sglang import direct
 from kvstore.adapters.sglang.direct import Part
 from kvstore.client.blocking import Client
 from kvstore.testing.node import RunningNode, start_node
-from tests.patience import until_so
+from tests.patience import PATIENCE_S, until_so
 from tests.sglang_devices import Entry, leases, loaded, names, offloaded, opened, rows
-
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +47,7 @@ def test_a_load_ends_before_its_leases_are_given_back(
 
     def slow(held: Held) -> None:
         if threading.current_thread().name.startswith("kvstore-load"):
-            waited.append(told.wait(20))
+            waited.append(told.wait(PATIENCE_S))
         release(held)
 
     monkeypatch.setattr(Held, "release", slow)

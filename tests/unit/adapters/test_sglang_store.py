@@ -19,9 +19,7 @@ from kvstore.adapters.sglang.pools import SidePool, hit_of
 from kvstore.adapters.sglang.store import SglangStore
 from kvstore.core.errors import BadInput
 from kvstore.testing.node import RunningNode, start_node
-
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
+from tests.patience import PATIENCE_S
 
 PAGE = 16
 ROW_BYTES = 256
@@ -201,7 +199,7 @@ def test_threads_share_one_session(node: RunningNode) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(15)
+        thread.join(PATIENCE_S)
     assert not wrong
     assert _sessions(node) == before
     store.close()

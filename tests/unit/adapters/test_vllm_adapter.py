@@ -15,9 +15,6 @@ from kvstore.adapters.vllm.versions import check_engine
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
-
 LAYOUT = BlockLayout(layers=2, kv_heads=3, head_dim=8, codec=Codec.RAW32)
 
 

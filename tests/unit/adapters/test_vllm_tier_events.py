@@ -19,9 +19,8 @@ from kvstore.adapters.vllm.tier_settings import tier_name
 from kvstore.core.names import Namespace, NamespaceKind, Root
 from kvstore.directory.events import Began, Changed, Ended, Loaded, Lost, TierKind
 from kvstore.testing.node import RunningNode, start_node
+from tests.patience import PATIENCE_S
 
-# Nodes start as processes here: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(90)
 ROOT = Root(b"r" * 32)
 DRAM, NVME = TierKind.DRAM, TierKind.NVME
 A, B, C = b"key a", b"key b", b"key c"
@@ -159,7 +158,7 @@ class Engine:
         return list(done.keys)
 
     def until(self, true: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not true():
             assert time.monotonic() < deadline
             for told in self._jobs.told():
@@ -194,7 +193,7 @@ def test_a_node_that_comes_back_is_followed_again(node: RunningNode) -> None:
     node.kill_node()
     node.wait_restarted(before)
     assert engine.held == set(kept), "the arena outlives the node"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not all(blocks.held([tier_name(key) for key in kept])):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -219,7 +218,7 @@ def test_another_root_is_followed_after_a_new_session(node: RunningNode) -> None
     events.stored(kept)
     where.reverse()
     told: list[Told] = []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not told:
         assert time.monotonic() < deadline
         told += events.take()
@@ -274,6 +273,6 @@ def test_a_bug_in_the_thread_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
     events = TierEvents(lambda: ("unix:/nowhere", ROOT))
     events.stored([A])
     assert events._thread is not None
-    events._thread.join(10)
+    events._thread.join(PATIENCE_S)
     assert failures() == before + 1
     events.close()

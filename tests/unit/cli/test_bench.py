@@ -79,7 +79,6 @@ def test_benchmarks_are_listed() -> None:
     assert "store" in out
 
 
-@pytest.mark.timeout(120)
 def test_a_real_node_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["bench", "store", "--quick", "--json", "--case", "acquire 1"]) == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())

@@ -9,7 +9,6 @@ from kvstore.cli import bench_store_peer, bench_store_tls
 from kvstore.cli.bench_rows import Bench
 
 
-@pytest.mark.timeout(60)
 def test_reads_from_other_nodes_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -24,7 +23,6 @@ def test_reads_from_other_nodes_are_measured(
     assert all(row["value"] > 0 and row["ratio_to_limit"] > 0 for row in one.rows)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
 def test_tls_is_measured_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_store_peer, "BATCH_BYTES", 4 << 20)

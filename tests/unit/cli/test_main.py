@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.cli import main
 from kvstore.core.errors import BadInput, Unreachable
+from tests.patience import PATIENCE_S
 
 
 def add_command(monkeypatch: pytest.MonkeyPatch, callback: object) -> None:
@@ -81,7 +82,11 @@ def test_help_lists_every_command_and_imports_no_engine() -> None:
         "assert not heavy, heavy"
     )
     done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", probe],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for name in ("chat", "demo", "down", "node", "router", "up"):

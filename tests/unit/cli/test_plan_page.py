@@ -41,7 +41,6 @@ def examples() -> list[Example]:
     ],
     ids=lambda one: " ".join(one.words[2:5]),
 )
-@pytest.mark.timeout(120)
 def test_a_command_of_the_page_prints_what_stands_there(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -12,7 +12,7 @@ from kvstore.cli.main import run
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
 SHOWN = re.findall(r"^    \$ kvstore (.*tests/data.*)\n((?:    .*\n)+)", PAGE, re.MULTILINE)
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("command", "shown"), SHOWN, ids=[command[:60] for command, _ in SHOWN])

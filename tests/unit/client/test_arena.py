@@ -13,6 +13,7 @@ from kvstore.core.errors import SessionLost
 from kvstore.core.slots import SlotState, SlotWord
 from kvstore.directory.events import TierKind
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
+from tests.patience import PATIENCE_S
 
 BLOCK = 4096
 
@@ -80,7 +81,7 @@ def test_slots_of_an_earlier_arena_mean_nothing_here(
 async def test_waiting_ends_when_all_are_readable(owner: ArenaMapping, shared: SharedArena) -> None:
     for slot in range(3):
         owner.set_word(slot, SlotWord(1, SlotState.RESERVED, 3))
-    wait = asyncio.create_task(shared.wait_ready([ref(0), ref(1), ref(2)], deadline_s=5))
+    wait = asyncio.create_task(shared.wait_ready([ref(0), ref(1), ref(2)], deadline_s=PATIENCE_S))
     for slot in range(3):
         await asyncio.sleep(0)
         owner.set_word(slot, SlotWord(1, SlotState.COMMITTED, 0))
@@ -100,8 +101,8 @@ async def test_waiting_counts_from_the_first_and_keeps_its_deadline(
 async def test_nobody_waits_for_what_cannot_come(owner: ArenaMapping, shared: SharedArena) -> None:
     owner.set_word(0, SlotWord(1, SlotState.COMMITTED, 0))
     owner.set_word(1, SlotWord(1, SlotState.FREE, 0))
-    async with asyncio.timeout(2):
-        assert await shared.wait_ready([ref(0), ref(1)], deadline_s=600) == 1
+    async with asyncio.timeout(PATIENCE_S):
+        assert await shared.wait_ready([ref(0), ref(1)], deadline_s=2 * PATIENCE_S) == 1
 
 
 def test_reservations_are_found_by_session(owner: ArenaMapping, shared: SharedArena) -> None:

@@ -10,6 +10,8 @@ from kvworkers.cluster.config import ClusterConfig
 from kvworkers.cluster.controller import Controller
 from kvworkers.cluster.stage import Stage
 
+from tests.patience import PATIENCE_S
+
 
 async def test_a_round_that_fails_is_not_the_last(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -34,6 +36,6 @@ async def test_a_round_that_fails_is_not_the_last(
     monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
     controller = Controller(ClusterConfig(model=tmp_path, run_dir=tmp_path))
     await controller.status()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await second.wait()
     await controller.stop()

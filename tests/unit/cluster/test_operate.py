@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import BadInput, NotFound, Refused
 from kvstore.observe.metrics import ClusterMetrics
+from tests.patience import PATIENCE_S
 
 
 class Actor:
@@ -120,7 +121,7 @@ async def theatre(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Theatre]:
     made = Theatre()
     playing = asyncio.create_task(made.rounds())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             yield made
     finally:
         playing.cancel()

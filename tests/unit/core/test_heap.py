@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+from tests.patience import PATIENCE_S
+
 PROGRAM = """
 import gc
 from kvstore.core.heap import settle_heap
@@ -21,4 +23,4 @@ assert gc.collect() == 0, "garbage was kept alive"
 
 def test_later_passes_leave_out_what_was_there() -> None:
     # In a process of its own: what is frozen stays so.
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=PATIENCE_S)

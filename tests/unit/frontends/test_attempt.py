@@ -7,6 +7,7 @@ from kvworkers.frontends.attempt import attempt
 
 from kvstore.core.errors import Unreachable
 from kvstore.rpc.v1 import worker_pb2, worker_pb2_grpc
+from tests.patience import PATIENCE_S
 
 
 class _Call:
@@ -33,7 +34,9 @@ class _Stub:
 async def _reasons(*replies: worker_pb2.RunReply) -> list[str]:
     stub = cast("worker_pb2_grpc.WorkerStub", _Stub(*replies))
     request = worker_pb2.RunRequest()
-    messages = attempt(stub, request, timeout_s=5.0, silence_ms=lambda: 0.0, lost_after_ms=1_000.0)
+    messages = attempt(
+        stub, request, timeout_s=PATIENCE_S, silence_ms=lambda: 0.0, lost_after_ms=1_000.0
+    )
     return [reply.finish_reason async for reply in messages]
 
 

@@ -13,6 +13,7 @@ from kvworkers.frontends.toolcalls import calls_shape
 
 from kvstore.core.errors import Refused
 from kvstore.core.limits import MAX_GRAMMAR_BYTES
+from tests.patience import PATIENCE_S
 
 PLACE = "response_format.json_schema.schema"
 AT = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "strin"}}}}
@@ -65,7 +66,7 @@ async def test_what_was_good_is_not_checked_again_and_memory_is_bounded(
 
 async def test_a_check_holds_up_nobody_but_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     goes_on = threading.Event()
-    monkeypatch.setattr(grammars, "_check", lambda shape: goes_on.wait(10))
+    monkeypatch.setattr(grammars, "_check", lambda shape: goes_on.wait(PATIENCE_S))
     monkeypatch.setattr(grammars, "CHECK_SECONDS", 0.05)
     checks = ShapeChecks()
     first = asyncio.create_task(checks.check(Shape("a")))

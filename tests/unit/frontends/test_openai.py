@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from kvstore.observe.metrics import RouterMetrics
 from kvstore.rpc.gate import gate_of
 from kvstore.rpc.security import SecurityConfig
+from tests.patience import PATIENCE_S
 
 
 async def test_a_client_that_leaves_in_its_own_body_is_no_failure() -> None:
@@ -97,7 +98,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
         "query_string": b"", "headers": [], "client": ("127.0.0.1", 1), "server": None,
         "state": {},
     }  # fmt: skip
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await app(scope, receive, send)
     assert sent[0]["status"] == 400
     assert b"did not arrive" in sent[1]["body"]

@@ -15,9 +15,6 @@ from kvkernels.triton.decode import MERGE_SPLITS
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
-
 
 @dataclass(frozen=True)
 class Step:

@@ -17,9 +17,6 @@ from kvkernels.triton.replayed import ReplayedDecode
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import Codec, LatentLayout
 
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
-
 CPU = torch.device("cpu")
 
 

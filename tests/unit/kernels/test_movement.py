@@ -16,9 +16,6 @@ from kvkernels.triton import moving as launching
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
-
 QUANTISED = [Codec.FP8, Codec.INT8, Codec.INT4]
 CODECS = [Codec.RAW32, Codec.RAW16, *QUANTISED]
 

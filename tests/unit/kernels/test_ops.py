@@ -11,9 +11,7 @@ from kvkernels.plans import AttentionPlan, Implementation
 
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
-
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
+from tests.patience import PATIENCE_S
 
 LAYOUT = BlockLayout(layers=3, kv_heads=2, head_dim=8, codec=Codec.RAW32)
 
@@ -227,9 +225,9 @@ def test_copies_let_other_threads_run() -> None:
     sys.setswitchinterval(10.0)
     try:
         mover.start()
-        assert started.wait(5)
+        assert started.wait(PATIENCE_S)
         ran_beside = not done.is_set()
     finally:
         sys.setswitchinterval(turn)
-        mover.join(5)
+        mover.join(PATIENCE_S)
     assert ran_beside and pool.eq(1).all()

@@ -14,9 +14,6 @@ from kvkernels.triton import device
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
-
 QUANTISED = [Codec.FP8, Codec.INT8, Codec.INT4]
 
 

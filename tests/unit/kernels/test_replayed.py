@@ -14,9 +14,6 @@ from torch import Tensor
 
 from kvstore.core.layout import BlockLayout, Codec
 
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
-
 LAYOUT = BlockLayout(layers=1, kv_heads=2, head_dim=32, codec=Codec.RAW32)
 GROUP, PAGES, WIDTH = 2, 40, 10
 CPU = torch.device("cpu")

@@ -19,9 +19,6 @@ from kvkernels.triton.sharing import MOST_LEVELS, find_groups
 
 from kvstore.core.layout import BlockLayout, Codec
 
-# Kernels run in an interpreter: seconds on a busy machine.
-pytestmark = pytest.mark.timeout(120)
-
 Tables = list[list[int]]
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import pytest
 import yaml
 
+from tests.patience import PATIENCE_S
 from tests.watching import PROMETHEUS, rules
 
 pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
@@ -119,6 +120,6 @@ def test_alerts_fire_on_what_they_are_for_and_on_nothing_less(tmp_path: Path) ->
     (tmp_path / "tests.yml").write_text(yaml.safe_dump(described))
     done = subprocess.run(
         ["promtool", "test", "rules", str(tmp_path / "tests.yml")],
-        capture_output=True, text=True, timeout=110, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[:6_000]

@@ -21,6 +21,7 @@ from kvstore.observe.metrics import (
     TierMetrics,
     WorkerMetrics,
 )
+from tests.patience import PATIENCE_S
 from tests.watching import DASHBOARDS, OPERATING, PROMETHEUS, queries, rules, without_verdict
 
 BUNDLES = (ClientMetrics, ClusterMetrics, NodeMetrics, RouterMetrics, TierMetrics, WorkerMetrics)
@@ -118,7 +119,7 @@ def test_prometheus_can_parse_every_query(tmp_path: Path) -> None:
     files = [every, PROMETHEUS / "rules.yml", PROMETHEUS / "alerts.yml"]
     checked = subprocess.run(
         ["promtool", "check", "rules", *map(str, files)],
-        capture_output=True, text=True, timeout=15, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr
     assert f"{len(parsed)} rules found" in checked.stdout

@@ -12,6 +12,7 @@ from kvstore.service import child as module
 from kvstore.service.child import NodeChild
 from kvstore.service.config import KeeperConfig
 from kvstore.transport.arena import ArenaSize, create_arena
+from tests.patience import PATIENCE_S
 
 
 def child(run_dir: Path, arena_fd: int, *, start_ms: int = 15_000) -> NodeChild:
@@ -67,7 +68,7 @@ async def test_a_process_that_cannot_be_made_is_tried_again(
     started = child(tmp_path, arena_fd)
     started.incarnation = 1  # an earlier node was ready
     running = asyncio.create_task(started.run())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         for _ in range(3):
             await tries.acquire()
     running.cancel()

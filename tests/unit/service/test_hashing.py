@@ -12,6 +12,7 @@ from kvstore.service.adopt import adopt
 from kvstore.service.hashing import Hasher
 from kvstore.tiers.sums import block_sum
 from tests.arena_fixture import SmallStore, names, small_store
+from tests.patience import PATIENCE_S
 
 
 @asynccontextmanager
@@ -26,7 +27,7 @@ async def hashing(small: SmallStore) -> AsyncIterator[Hasher]:
 
 
 async def sealed(small: SmallStore, hasher: Hasher, count: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while small.table.counts[SlotState.SEALED] < count:
             await hasher.progress()
 
@@ -60,14 +61,14 @@ async def test_a_wrong_sum_is_a_counted_miss_and_never_served() -> None:
         adopt(later.store, 1.0)
         async with hashing(later) as hasher:
             hasher.unverified = 4
-            await hasher.verify([slots[0], broken, broken], deadline_s=5)
+            await hasher.verify([slots[0], broken, broken], deadline_s=PATIENCE_S)
             assert later.table.servable[slots[0]]
             assert not later.table.servable[broken]
             assert later.table.state[broken] == SlotState.FREE
             assert hasher.corrupt_blocks == 1
             assert len(hasher.corrupt) == 1
             hasher.adopt(slots)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while sum(later.table.servable) < 3:
                     await hasher.progress()
         assert sum(later.table.servable) == 3
@@ -77,7 +78,7 @@ async def test_a_verification_leaves_at_its_deadline() -> None:
     with small_store() as small:
         hasher = Hasher(small.store, small.metrics)  # nobody runs it
         await hasher.verify([1, 2], deadline_s=0.01)
-        await hasher.verify([], deadline_s=5)
+        await hasher.verify([], deadline_s=PATIENCE_S)
         assert hasher.corrupt_blocks == 0
 
 

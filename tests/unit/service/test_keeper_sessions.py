@@ -18,6 +18,7 @@ from kvstore.service.keeper_sessions import KeptSessions
 from kvstore.service.sessions import FIRST_REMOTE_SESSION
 from kvstore.testing.node import new_run_dir
 from kvstore.transport.session_socket import Grant, Hello, connect_session
+from tests.patience import PATIENCE_MS, PATIENCE_S
 
 Told = list[tuple[str, int]]
 
@@ -41,13 +42,13 @@ class Keeping:
     async def connect(self, *pids: int) -> tuple[Grant, socket.socket]:
         hello = Hello("test", pids or (os.getpid(),))
         grant, fd, sock = await asyncio.to_thread(
-            connect_session, self.path, hello, deadline_ms=5_000
+            connect_session, self.path, hello, deadline_ms=PATIENCE_MS
         )
         os.close(fd)
         return grant, sock
 
     async def until(self, *told: tuple[str, int]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not set(told) <= set(self.told):
                 self.heard.clear()
                 await self.heard.wait()
@@ -101,7 +102,7 @@ async def test_the_end_of_one_process_closes_and_of_all_frees() -> None:
             assert ("exited", 1) not in kept.told
             sock.close()
     finally:
-        await asyncio.wait_for(sleeper.communicate(), 10)
+        await asyncio.wait_for(sleeper.communicate(), PATIENCE_S)
 
 
 async def test_a_closed_session_without_writers_is_forgotten() -> None:
@@ -147,7 +148,7 @@ async def test_a_silent_connection_is_refused_in_time(monkeypatch: pytest.Monkey
     async with keeping() as kept:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.connect(kept.path)
-        sock.settimeout(5)
+        sock.settimeout(PATIENCE_S)
         assert b"no hello in time" in await asyncio.to_thread(sock.recv, 4096)
         sock.close()
 

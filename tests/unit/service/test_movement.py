@@ -4,6 +4,7 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,16 +26,18 @@ from kvstore.tiers.nvme import NvmeTier
 from kvstore.transfer.lanes import Lane
 from tests.arena_fixture import SmallStore, names, small_store
 from tests.nvme_fixture import start
-from tests.patience import until
+from tests.patience import PATIENCE_MS, until
 
 BLOCKS = 16
-LIMITS = MovementLimits(load_stall_ms=400, write_stall_ms=2_000)
+LIMITS = MovementLimits(load_stall_ms=PATIENCE_MS, write_stall_ms=PATIENCE_MS)
 
 
 class Rig:
     """An arena of 16 blocks over an NVMe tier of 256, and a disk with switches."""
 
-    def __init__(self, small: SmallStore, tier: NvmeTier, disk: FaultyDisk) -> None:
+    def __init__(
+        self, small: SmallStore, tier: NvmeTier, disk: FaultyDisk, limits: MovementLimits
+    ) -> None:
         self.small = small
         self.tier = tier
         self.disk = disk
@@ -42,7 +45,7 @@ class Rig:
         metrics = NodeMetrics(self.registry)
         self.hasher = Hasher(small.store, metrics)
         lowers = [Lower(TierKind.NVME, tier)]
-        self.movement = Movement(small.store, self.hasher, lowers, metrics, LIMITS)
+        self.movement = Movement(small.store, self.hasher, lowers, metrics, limits)
         self.session, self.info = small.session(1)
 
     async def put(self, seed: int, count: int) -> list[bytes]:
@@ -99,12 +102,12 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(directory: Path) -> AsyncIterator[Rig]:
+async def rig(directory: Path, limits: MovementLimits = LIMITS) -> AsyncIterator[Rig]:
     disk = FaultyDisk()
     with small_store(BLOCKS) as small:
         # Slots of 8 KiB here: header and one granule.
         tier = await start(directory, slots=171, device=disk)
-        made = Rig(small, tier, disk)
+        made = Rig(small, tier, disk, limits)
         hashing = asyncio.create_task(made.hasher.run())
         try:
             yield made
@@ -203,11 +206,12 @@ async def test_a_disk_that_fails_ends_the_wait_and_frees_the_slots(tmp_path: Pat
 
 
 async def test_a_hung_disk_keeps_its_slots_until_it_lets_go(tmp_path: Path) -> None:
-    async with rig(tmp_path) as made:
+    async with rig(tmp_path, replace(LIMITS, load_stall_ms=400)) as made:
         prompt = await made.put(1, 2)
         await made.evict(prompt)
         made.disk.hang()
         answer = made.acquire(prompt)
+        await until(lambda: made.tier.in_device == 2)
         assert set(await made.settled(answer)) == {SlotState.DRAINING}
         made.release(answer)
         table = made.small.table

@@ -13,7 +13,7 @@ from kvstore.observe.metrics import NodeMetrics
 from kvstore.service.hashing import Hasher
 from kvstore.service.scrubbing import LEAST_BYTES, Scrubber
 from tests.arena_fixture import SHAPE, SmallStore, names, small_store
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 
 @asynccontextmanager
@@ -98,12 +98,12 @@ async def test_blocks_that_went_before_their_turn_hold_nobody_up() -> None:
         async with sealed(small, 2) as (hasher, _):
             slots = list(small.table.index.values())
             small.table.evict(slots, reason="test")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_S):
                 await hasher.scrub(slots)
 
 
 async def test_a_rate_of_zero_scrubs_nothing() -> None:
     with small_store() as small:
         hasher = Hasher(small.store, NodeMetrics(CollectorRegistry()))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await Scrubber(small.table, hasher, bytes_per_s=0).run()

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from kvstore.tiers.device_threads import DeviceThreads, until_stalled
-from tests.patience import until
+from tests.patience import PATIENCE_S, until
 
 
 class Gate:
@@ -20,7 +20,7 @@ class Gate:
 
     def call(self, label: str) -> str:
         self.begun.append(label)
-        assert self.go.wait(10)
+        assert self.go.wait(PATIENCE_S)
         return label
 
 

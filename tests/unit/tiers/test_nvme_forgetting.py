@@ -12,7 +12,7 @@ from kvstore.testing.contracts import OTHER_ROOT, ROOT, block, wanted
 from kvstore.testing.devices import FaultyDisk
 from kvstore.tiers.nvme import NvmeTier
 from tests.nvme_fixture import SLOT_BYTES, read, start, write
-from tests.patience import until
+from tests.patience import PATIENCE_MS, until
 
 HIT, MISS, LATE, CORRUPT, REFUSED = Outcome
 
@@ -51,7 +51,7 @@ async def test_a_cleared_root_stays_gone_with_all_rows_that_were_left_behind(
     tier = await start(tmp_path, slots=16)
     assert await read(tier, range(16)) == [MISS] * 16
     kept = wanted([block(50, root=OTHER_ROOT)])
-    assert await tier.read(kept, deadline_ms=5_000) == [HIT]
+    assert await tier.read(kept, deadline_ms=PATIENCE_MS) == [HIT]
     assert await tier.clear(None) == 1
     assert set(await write(tier, [block(n) for n in range(16)])) == {HIT}, "all slots are free"
     await tier.close()

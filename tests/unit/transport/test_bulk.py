@@ -18,6 +18,7 @@ from kvstore.transport.base import Ticket
 from kvstore.transport.bulk import BulkTransport, Verify
 from kvstore.transport.bulk_server import BulkServer
 from kvstore.transport.bulk_wire import REQUEST_BYTES, Operation, Request
+from tests.patience import PATIENCE_S
 
 STALL_MS = 200
 BLOCK = 8_192
@@ -111,7 +112,7 @@ async def fetch(
 ) -> tuple[list[Outcome], list[bytearray]]:
     into = [bytearray(BLOCK) for _ in range(count)]
     views = [memoryview(view) for view in into]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         fetched = await transport.fetch(ticket, views, stall_deadline_ms=stall_ms, verify=verify)
     return fetched, into
 
@@ -181,7 +182,7 @@ async def test_strangers_are_dropped_and_the_port_goes_on(
     host, port = holder.address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(frame)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         with pytest.raises((asyncio.IncompleteReadError, ConnectionResetError)):
             await reader.readexactly(1)  # closed, by the stall deadline where the frame is short
     writer.close()
@@ -197,7 +198,7 @@ async def test_bytes_that_fail_their_sum_are_not_accepted(holder: Holder) -> Non
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(Request(Operation.SEND, ticket.token, 1).encode() + struct.pack("<I", BLOCK))
     writer.write(b"\1" * BLOCK + bytes(16))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         answer = await reader.read(-1)
     writer.close()
     assert answer[-1] == Outcome.CORRUPT
@@ -210,7 +211,7 @@ async def test_a_reader_that_hangs_lets_the_blocks_go_after_one_deadline(holder:
     host, port = holder.address.split(":")
     with socket.create_connection((host, int(port))) as sock:
         sock.sendall(Request(Operation.FETCH, ticket.token, 1).encode())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while not holder.server.ended:  # noqa: ASYNC110 - the server has no event
                 await asyncio.sleep(0.01)
     assert holder.server.ended["stalled"] == 1
@@ -227,7 +228,7 @@ async def test_stopping_ends_what_is_in_flight(transport: BulkTransport) -> None
         sock.sendall(Request(Operation.FETCH, ticket.token, 1).encode())
         while len(holder.book):  # noqa: ASYNC110 - the book has no event
             await asyncio.sleep(0.01)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await holder.server.stop()
     assert movement.ended == 1
 
@@ -301,7 +302,7 @@ async def test_a_cancelled_fetch_leaves_the_buffers_alone(transport: BulkTranspo
         accepted, _ = await asyncio.to_thread(listener.accept)
         with accepted:
             fetching.cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 with pytest.raises(asyncio.CancelledError):
                     await fetching
 

@@ -19,6 +19,7 @@ from kvstore.core.names import BlockName
 from kvstore.core.outcomes import MissReason
 from kvstore.directory.events import TierKind
 from kvstore.observe.metrics import WorkerMetrics
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.scripted_client import ScriptedClient
 
 LAYOUT = BlockLayout(layers=4, kv_heads=1, head_dim=16, codec=Codec.RAW16)
@@ -128,7 +129,7 @@ async def test_a_failed_call_opens_the_circuit_for_a_while() -> None:
         result = await load(it)
         assert result.blocks == 0 and result.reason is MissReason.UNREACHABLE
         assert it.failures("acquire", "Unreachable") == 1
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 if it.link.usable:
                     break
@@ -146,7 +147,7 @@ async def test_a_job_is_written_and_settled_in_one_call() -> None:
     async with rig() as it:
         it.pool[3] = 9
         it.link.submit(it.job(writes=[(3, slot(6))], aborts=[slot(7)], leases=[5], kept=[slot(1)]))
-        assert await it.link.drained(deadline_ms=5_000)
+        assert await it.link.drained(deadline_ms=PATIENCE_MS)
         assert it.client.calls == ["settle"] and it.done == 1
         (told,) = it.client.settled
         assert told == {
@@ -162,7 +163,7 @@ async def test_blocks_without_slots_get_them_first() -> None:
     async with rig() as it:
         it.client.ready, it.client.reserved = 1, [1, 2]
         it.link.submit(it.job(names=NAMES[:3], pages=[5, 4, 3], first_block=2))
-        assert await it.link.drained(deadline_ms=5_000)
+        assert await it.link.drained(deadline_ms=PATIENCE_MS)
         assert it.client.calls == ["acquire", "settle"]
         assert it.client.settled[0]["commit"] == [slot(1), slot(2)]
         assert it.client.settled[0]["release"] == [5]
@@ -173,10 +174,10 @@ async def test_jobs_that_find_the_circuit_open_give_their_slots_back_later() -> 
         it.client.error = Unreachable("gone")
         await load(it)
         it.link.submit(it.job(writes=[(0, slot(3))], aborts=[slot(4)]))
-        assert await it.link.drained(deadline_ms=5_000)
+        assert await it.link.drained(deadline_ms=PATIENCE_MS)
         assert it.done == 1 and it.client.settled == []
         it.client.error = None
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 if it.client.settled:
                     break
@@ -193,7 +194,7 @@ async def test_too_many_jobs_are_dropped_and_counted() -> None:
             await asyncio.sleep(0)
         assert it.failures("store", "queue_full") == 2
         it.client.block.set()
-        assert await it.link.drained(deadline_ms=5_000)
+        assert await it.link.drained(deadline_ms=PATIENCE_MS)
         assert it.done == 5
 
 

@@ -3,7 +3,6 @@
 import asyncio
 from typing import Any
 
-import pytest
 import torch
 from kvworkers.models.loading import LoadedModel
 
@@ -11,8 +10,6 @@ from tests.tiny_model import reference_reply
 from tests.unit.workers.test_engine import ahead as ahead
 from tests.unit.workers.test_engine import ask, prompt_of, rig, run
 from tests.unit.workers.test_engine import loaded as loaded
-
-pytestmark = pytest.mark.timeout(60)
 
 
 class Even:

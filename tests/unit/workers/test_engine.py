@@ -31,8 +31,6 @@ from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
 from tests.tiny_model import EOS, MAX_TOKENS, VOCAB, reference_reply, tiny_model
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @dataclass
 class Rig:
@@ -220,8 +218,8 @@ async def test_a_caller_that_leaves_frees_its_pages(loaded: LoadedModel) -> None
 
 async def test_a_deadline_ends_a_request_running_or_waiting(loaded: LoadedModel) -> None:
     async with rig(loaded, max_running=1, step_tokens=16) as it:
-        long = ask(prompt_of(6, 60), max_tokens=400, ignore_eos=True, deadline_ms=150)
-        waiting = ask(prompt_of(7, 10), max_tokens=400, deadline_ms=50)
+        long = ask(prompt_of(6, 60), max_tokens=400, ignore_eos=True, deadline_ms=40)
+        waiting = ask(prompt_of(7, 10), max_tokens=400, deadline_ms=20)
         ends = await asyncio.gather(
             run(it.engine, long), run(it.engine, waiting), return_exceptions=True
         )

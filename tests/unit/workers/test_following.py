@@ -20,11 +20,10 @@ from kvstore.core.errors import Unreachable
 from kvstore.core.names import Root, chain, pack_tokens
 from kvstore.core.outcomes import MissReason
 from kvstore.observe.metrics import WorkerMetrics
+from tests.patience import PATIENCE_S
 from tests.scripted_client import ScriptedClient
 from tests.tiny_model import reference_reply, tiny_model
 from tests.unit.workers.test_engine import Reply, Rig, ask, prompt_of, rig, run
-
-pytestmark = pytest.mark.timeout(60)
 
 PROMPT = prompt_of(21, 100)
 BLOCKS = 6
@@ -68,7 +67,7 @@ class Following:
         return asyncio.create_task(run(self.rig.engine, ask(PROMPT, **options)))
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not holds():  # noqa: ASYNC110 - the thing watched is a model in a thread
                 await asyncio.sleep(0.001)
 
@@ -244,7 +243,7 @@ async def test_a_prompt_is_settled_while_its_reply_goes_on(
         for _ in range(2):
             it.mover.allowed.release()
         outputs = it.rig.engine.generate(ask(PROMPT, max_tokens=300, ignore_eos=True))
-        async with asyncio.timeout(20), aclosing(outputs):
+        async with asyncio.timeout(PATIENCE_S), aclosing(outputs):
             async for _ in outputs:
                 if it.client.settled:
                     break

@@ -6,6 +6,7 @@ import pytest
 from kvworkers.stream.gate import Gate, layer_groups
 
 from kvstore.core.errors import Unreachable
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize("layers", range(1, 130))
@@ -37,7 +38,7 @@ def test_a_step_passes_what_has_come_and_waits_for_what_has_not() -> None:
         assert len(passed) <= sum(len(group) for group in gate.groups[: count - 1])
         gate.come()
     gate.end()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert passed == list(range(8))
     assert moved == [1, 2, 3, 4, 5, 5]
 
@@ -54,7 +55,7 @@ def test_a_load_that_ends_early_lets_the_step_go_on() -> None:
     thread.start()
     assert thread.is_alive(), "it waits for the second group"
     gate.end()
-    thread.join(10)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive() and gate.come_groups == 1
 
 

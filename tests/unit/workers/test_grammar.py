@@ -20,6 +20,7 @@ from kvworkers.frontends.toolcalls import calls_shape
 
 from kvstore.core.errors import BadInput, Refused, TooLarge, Unsupported
 from tests.byte_tokenizer import END, make_byte_tokenizer
+from tests.patience import PATIENCE_S
 
 VOCAB = 272
 CITY = {
@@ -183,14 +184,14 @@ async def test_compiling_is_done_once_off_the_loop_and_for_few_at_a_time(
 
     def held(text: str) -> Any:
         compiled.append(text)
-        assert goes_on.wait(10)
+        assert goes_on.wait(PATIENCE_S)
         return plain(text)
 
     monkeypatch.setattr(grammars, "_compile", held)
     monkeypatch.setattr(module, "COMPILE_SECONDS", 0.05)
     texts = [f'start: "{letter}"' for letter in "abc"]
     waiting = [asyncio.create_task(grammars.follow(text, [])) for text in texts]
-    done, _ = await asyncio.wait(waiting, timeout=5)  # the loop goes on
+    done, _ = await asyncio.wait(waiting, timeout=PATIENCE_S)  # the loop goes on
     assert len(done) == 3 and len(compiled) == module.COMPILERS
     assert all(isinstance(task.exception(), Refused) for task in done)
     goes_on.set()

@@ -17,6 +17,7 @@ from kvstore.core.layout import BlockLayout, Codec
 from kvstore.core.names import BlockName
 from kvstore.core.outcomes import MissReason
 from kvstore.observe.metrics import WorkerMetrics
+from tests.patience import PATIENCE_S
 from tests.scripted_client import ScriptedClient
 
 LAYOUT = BlockLayout(layers=4, kv_heads=1, head_dim=16, codec=Codec.RAW16)
@@ -111,7 +112,7 @@ class HeldMover(Mover):
 
     async def load(self, arena: Any, offsets: Any, pages: Any, **how: Any) -> None:
         how["queued"]()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             await self.let.wait()
         if self.fails:
             raise Unreachable("the arena is gone")
@@ -126,7 +127,7 @@ async def test_the_rest_comes_behind_a_head_that_is_still_copied(
     monkeypatch.setattr(it.loader, "_mover", mover)
     it.client.ready, mover.fails = 9, fails
     load = asyncio.create_task(it.load())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while sum(it.loaded) < 7:  # noqa: ASYNC110 - pages that a thread writes
             await asyncio.sleep(0.001)
     assert it.loaded[:2] == [False, False] and not load.done()
@@ -145,14 +146,14 @@ async def test_a_load_that_is_called_off_ends_with_its_copies(
     monkeypatch.setattr(it.loader, "_mover", mover)
     it.client.ready = 9
     load = asyncio.create_task(it.load())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while sum(it.loaded) < 7:  # noqa: ASYNC110 - pages that a thread writes
             await asyncio.sleep(0.001)
     load.cancel()
     await asyncio.wait([load], timeout=0.05)
     assert not load.done(), "a copy writes pages that others would get"
     mover.let.set()
-    await asyncio.wait([load], timeout=10)
+    await asyncio.wait([load], timeout=PATIENCE_S)
     assert load.cancelled() and it.loaded == [True] * 9 + [False] * 3
     mover.close()
 

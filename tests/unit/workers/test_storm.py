@@ -17,11 +17,10 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import Corrupt, Unreachable
 from kvstore.observe.metrics import WorkerMetrics
+from tests.patience import PATIENCE_MS, PATIENCE_S
 from tests.scripted_client import ScriptedClient
 from tests.tiny_model import reference_reply, tiny_model
 from tests.unit.workers.test_engine import Reply, Rig, ask, prompt_of, rig, run
-
-pytestmark = pytest.mark.timeout(60)
 
 PAGES = 28
 OUT = 60
@@ -126,7 +125,7 @@ async def storm(loaded: LoadedModel, *, slots: int = 200, **store: Any) -> Async
         try:
             yield made
             await it.engine.stop(drain_ms=0)
-            await link.drained(deadline_ms=5_000)
+            await link.drained(deadline_ms=PATIENCE_MS)
             assert not client.private.taken, "slots leaked"
             assert link.swap.used_bytes == 0
         finally:
@@ -135,7 +134,7 @@ async def storm(loaded: LoadedModel, *, slots: int = 200, **store: Any) -> Async
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110 - the thing watched is a model in a thread
             await asyncio.sleep(0.001)  # Without a rest the interpreter is never let go.
 

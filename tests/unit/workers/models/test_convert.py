@@ -12,6 +12,7 @@ from kvworkers.models.convert import converted_directory
 from kvworkers.models.spec import DESCRIPTION_FILE
 
 from kvstore.core.errors import BadInput, Unreachable
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -62,14 +63,14 @@ def test_two_at_once_share_one_conversion(
     found: list[Path] = []
 
     def work() -> None:
-        barrier.wait(5)
+        barrier.wait(PATIENCE_S)
         found.append(converted_directory(gguf, cache=tmp_path))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert len(found) == 4 and len(set(found)) == 1 and len(conversions) == 1
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kvstore.core.errors import BadInput, Unsupported
 from tests.model_fixture import TINY, make_step, plain_model, poisoned_pages, write_tiny_model
+from tests.patience import PATIENCE_S
 
 PROMPT = torch.randint(0, 199, (150,), generator=torch.Generator().manual_seed(5)).tolist()
 OTHER = torch.randint(0, 199, (40,), generator=torch.Generator().manual_seed(6)).tolist()
@@ -99,7 +100,7 @@ def test_two_models_in_two_threads_keep_their_steps_apart(tmp_path: Path) -> Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(15)
+        thread.join(PATIENCE_S)
     assert not any(thread.is_alive() for thread in threads)
     assert max(worst) < 1e-4 and worst[0] > 0
 

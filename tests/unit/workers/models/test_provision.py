@@ -12,6 +12,7 @@ from kvworkers.models import provision
 from kvworkers.models.provision import DEFAULT_GGUF, ensure_model, installed_gguf
 
 from kvstore.core.errors import BadInput, Corrupt, NotFound
+from tests.patience import PATIENCE_S
 
 CONTENT = b"GGUF the published file"
 
@@ -65,7 +66,11 @@ def test_the_wheel_is_found_without_importing_it(
         "print(installed_gguf())"
     )
     found = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=15, check=True
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
     )
     assert found.stdout.strip() == str(package / DEFAULT_GGUF)
     monkeypatch.setattr(provision, "_PACKAGE", "no_such_package_of_ours")

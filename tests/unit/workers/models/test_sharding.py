@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
 from tests.model_fixture import make_step, plain_model, write_tiny_model
+from tests.patience import PATIENCE_S
 
 PROMPT = [(place * 31) % 190 + 3 for place in range(40)]
 
@@ -22,7 +23,7 @@ class Meeting:
 
     def __init__(self, ranks: int) -> None:
         self._parts: list[Tensor] = []
-        self._gathered = threading.Barrier(ranks, timeout=20)
+        self._gathered = threading.Barrier(ranks, timeout=PATIENCE_S)
         self._lock = threading.Lock()
 
     def total(self, tensor: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from kvworkers.ranks.channel import Channel
 from kvworkers.ranks.messages import LENGTHS, Frame, Kind
 
 from kvstore.core.errors import BadInput, Unreachable
+from tests.patience import PATIENCE_S
 
 
-def pair(deadline_s: float = 5.0) -> tuple[Channel, Channel]:
+def pair(deadline_s: float = PATIENCE_S) -> tuple[Channel, Channel]:
     one, other = socket.socketpair()
     return Channel(one, deadline_s=deadline_s), Channel(other, deadline_s=deadline_s)
 
@@ -26,7 +27,7 @@ def test_frames_arrive_whole_in_order_from_many_threads() -> None:
     threads = [threading.Thread(target=send, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
-    frames = [other.receive(deadline_s=5)[0] for _ in threads]
+    frames = [other.receive(deadline_s=PATIENCE_S)[0] for _ in threads]
     for thread in threads:
         thread.join()
     assert sorted(frame.number("job") for frame in frames) == [0, 1, 2, 3]

@@ -11,6 +11,7 @@ from kvworkers.ranks.follower import Follower
 from kvworkers.ranks.messages import Frame, Kind, move_frame
 
 from kvstore.transport.arena import ArenaSize, create_arena
+from tests.patience import PATIENCE_S
 
 
 class Copies:
@@ -34,10 +35,10 @@ class Copies:
 @pytest.fixture
 async def scene() -> AsyncIterator[tuple[Follower, Copies, Channel]]:
     mine, theirs = socket.socketpair()
-    own = Channel(mine, deadline_s=5)
+    own = Channel(mine, deadline_s=PATIENCE_S)
     follower, copies = Follower(own, 1), Copies()
     follower._mover = copies  # type: ignore[assignment]
-    lead = Channel(theirs, deadline_s=5)
+    lead = Channel(theirs, deadline_s=PATIENCE_S)
     yield follower, copies, lead
     lead.close()
     own.close()
@@ -59,7 +60,7 @@ async def test_a_copy_that_waited_for_a_step_is_for_the_arena_of_its_time(
         step.set_result(None)
     said: dict[int, object] = {}
     while len(said) < 2:
-        frame, _ = await asyncio.to_thread(lead.receive, deadline_s=5)
+        frame, _ = await asyncio.to_thread(lead.receive, deadline_s=PATIENCE_S)
         if frame.kind is Kind.MOVED:
             said[frame.number("job")] = frame.facts["error"]
     assert said[2] == "" and "not mapped" in str(said[1])

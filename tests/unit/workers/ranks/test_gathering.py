@@ -18,6 +18,7 @@ from kvworkers.ranks.messages import Frame, Kind, Orders
 from kvworkers.worker_config import WorkerConfig
 
 from kvstore.core.errors import BadInput, Unreachable, Unsupported
+from tests.patience import PATIENCE_S
 from tests.tiny_model import tiny_model
 from tests.unit.workers.ranks.test_messages import ORDERS
 
@@ -37,7 +38,7 @@ class Played:
             self.played.append(asyncio.ensure_future(asyncio.to_thread(self._run, path, rank)))
 
     def _run(self, path: str, rank: int) -> None:
-        channel = Channel.connect(path, deadline_s=5)
+        channel = Channel.connect(path, deadline_s=PATIENCE_S)
         try:
             channel.send(Frame(Kind.HELLO, {"rank": rank}))
             assert self._play is not None
@@ -61,7 +62,7 @@ def load(part: Part, collective: Collective) -> LoadedModel:
 
 def says(*frames: Frame, heard: list[Orders] | None = None) -> Play:
     def play(channel: Channel) -> None:
-        orders = Orders.of(channel.expect(Kind.ORDERS, deadline_s=5))
+        orders = Orders.of(channel.expect(Kind.ORDERS, deadline_s=PATIENCE_S))
         if heard is not None:
             heard.append(orders)
         for frame in frames:
@@ -126,12 +127,12 @@ async def test_a_follower_says_why_it_ends(tmp_path: Path) -> None:
         listener.listen()
         following = asyncio.ensure_future(follower.follow(str(path), 1))
         sock, _ = await asyncio.to_thread(listener.accept)
-    channel = Channel(sock, deadline_s=5)
-    hello = await asyncio.to_thread(channel.expect, Kind.HELLO, deadline_s=5)
+    channel = Channel(sock, deadline_s=PATIENCE_S)
+    hello = await asyncio.to_thread(channel.expect, Kind.HELLO, deadline_s=PATIENCE_S)
     assert hello.number("rank") == 1
     channel.send(replace(ORDERED, model=str(tmp_path / "no-model")).frame())
     with pytest.raises(Unreachable, match="no-model"):
-        await asyncio.to_thread(channel.expect, Kind.LOADED, deadline_s=10)
+        await asyncio.to_thread(channel.expect, Kind.LOADED, deadline_s=PATIENCE_S)
     with pytest.raises(BadInput, match="no-model"):
         await following
     channel.close()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvstore.core.errors import BadInput, Unreachable
 from tests.model_fixture import make_step
+from tests.patience import PATIENCE_S, until_so
 
 
 class Alone(Collective):
@@ -52,7 +53,7 @@ class Scene:
         self.told.set()
 
     def hear(self) -> Frame:
-        return self.rank.receive(deadline_s=5)[0]
+        return self.rank.receive(deadline_s=PATIENCE_S)[0]
 
 
 Make = Callable[[float], Scene]
@@ -65,11 +66,11 @@ def make() -> Iterator[Make]:
     def one(deadline_s: float) -> Scene:
         mine, theirs = socket.socketpair()
         process = subprocess.Popen(["sleep", "60"])
-        channel = Channel(mine, deadline_s=5)
+        channel = Channel(mine, deadline_s=PATIENCE_S)
         member = Member(channel, process.pid, os.pidfd_open(process.pid))
         collective = Alone()
         lead = Lead({1: member}, collective, torch.device("cpu"), deadline_s=deadline_s)
-        scene = Scene(lead, process, Channel(theirs, deadline_s=5), collective)
+        scene = Scene(lead, process, Channel(theirs, deadline_s=PATIENCE_S), collective)
         lead.start(scene.on_lost)
         scenes.append(scene)
         return scene
@@ -77,7 +78,7 @@ def make() -> Iterator[Make]:
     yield one
     for scene in scenes:
         scene.process.kill()
-        scene.process.wait(5)
+        scene.process.wait(PATIENCE_S)
         if not scene.over:
             scene.lead.close()
         scene.rank.close()
@@ -126,9 +127,10 @@ def test_a_step_behind_a_load_is_sent_when_every_rank_has_loaded(make: Make) -> 
     computing.start()
     with pytest.raises(Unreachable, match="said nothing"):
         scene.rank.receive(deadline_s=0.4)
+    scene.lead._deadline_s = PATIENCE_S  # for the step itself
     gate.come()
     assert scene.hear().number("number") == 1
-    computing.join(5)
+    computing.join(PATIENCE_S)
     assert scene.lost == [], "waiting for a load is no step of a rank"
     scene.rank.send(Frame(Kind.STEPPED, {"number": 1}))
 
@@ -141,11 +143,11 @@ def test_a_copy_ends_when_every_rank_has_copied(make: Make) -> None:
     assert [f.facts["store"] for f in frames] == [True, False]
     assert not first.done() and not second.done()
     scene.rank.send(Frame(Kind.MOVED, {"job": frames[1].number("job"), "error": ""}))
-    second.result(5)
+    second.result(PATIENCE_S)
     error = "pages reach from 3 to 3"
     scene.rank.send(Frame(Kind.MOVED, {"job": frames[0].number("job"), "error": error}))
     with pytest.raises(Unreachable, match=error):
-        first.result(5)
+        first.result(PATIENCE_S)
     assert not scene.lost and scene.process.poll() is None, "a copy may fail, and all go on"
 
 
@@ -163,28 +165,30 @@ def test_the_arena_is_reached_when_every_rank_has_mapped_the_newest(make: Make) 
     for number, said, reached in ((1, 1, 100), (2, 1, 0), (2, 2, 70)):
         if number > scene.lead._arena:
             scene.lead.map(read)
-            frame, descriptor = scene.rank.receive(deadline_s=5)
+            frame, descriptor = scene.rank.receive(deadline_s=PATIENCE_S)
             assert frame.number("arena") == number and descriptor is not None
             os.close(descriptor)
         heard.clear()
         scene.rank.send(Frame(Kind.REACHED, {"arena": said, "bytes": 100 if said == 1 else 70}))
-        assert heard.wait(5)
+        assert heard.wait(PATIENCE_S)
         assert scene.lead.reached_bytes == reached
     os.close(read)
     os.close(write)
 
 
 def test_a_rank_that_does_not_step_in_time_is_the_end(make: Make) -> None:
-    scene = make(0.1)
+    scene = make(PATIENCE_S)
     scene.lead.compute(make_step(([5], 0, [0])), logits)
     scene.rank.send(Frame(Kind.STEPPED, {"number": 1}))
+    until_so(lambda: not scene.lead._begun)
+    scene.lead._deadline_s = 0.1
     assert not scene.told.wait(0.3), "it was in time"
     scene.lead.compute(make_step(([6], 0, [0])), logits)
     copying = scene.lead.move(store=True, alone=False, raw=False, offsets=[0], pages=[0])
-    assert scene.told.wait(5)
+    assert scene.told.wait(PATIENCE_S)
     assert scene.lost == ["a rank has not done step 2 in 0.1 s"]
     with pytest.raises(Unreachable, match="step 2"):
-        copying.result(5)
+        copying.result(PATIENCE_S)
     with pytest.raises(Unreachable, match="step 2"):
         scene.lead.compute(make_step(([7], 0, [0])), logits)
     with pytest.raises(Unreachable, match="step 2"):
@@ -196,7 +200,7 @@ def test_a_copy_that_does_not_end_in_time_is_the_end(make: Make) -> None:
     scene = make(0.1)
     copying = scene.lead.move(store=True, alone=False, raw=False, offsets=[0], pages=[0])
     with pytest.raises(Unreachable, match="has not done a copy in"):
-        copying.result(5)
+        copying.result(PATIENCE_S)
     assert scene.lost and scene.process.poll() is not None
 
 
@@ -209,7 +213,7 @@ def test_a_rank_that_ends_is_the_end(make: Make, end: str) -> None:
         scene.rank.send(Frame(Kind.FAILED, {"why": "out of memory"}))
     else:
         scene.rank.send(Frame(Kind.GO))
-    assert scene.told.wait(5)
+    assert scene.told.wait(PATIENCE_S)
     said = {"hangs up": "has ended", "failed": "out of memory", "babbles": "a rank said go"}[end]
     assert scene.lost[0].startswith("rank 1: ") and said in scene.lost[0]
 
@@ -222,7 +226,7 @@ def test_a_step_that_fails_here_leaves_the_others_in_the_middle(make: Make) -> N
 
     with pytest.raises(RuntimeError):
         scene.lead.compute(make_step(([5], 0, [0])), fails)
-    assert scene.told.wait(5)
+    assert scene.told.wait(PATIENCE_S)
     assert "rank 0 failed in a step: RuntimeError: no memory" in scene.lost
 
 
@@ -232,6 +236,6 @@ def test_an_end_in_good_order_is_no_loss(make: Make) -> None:
     ended.start()
     assert scene.hear().kind is Kind.END
     scene.process.kill()  # as a rank ends that was told so
-    ended.join(5)
+    ended.join(PATIENCE_S)
     assert not ended.is_alive() and scene.lost == []
     scene.over = True

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvstore.core.errors import Unreachable
 from kvstore.core.names import Fidelity
 from tests.model_fixture import write_tiny_model
+from tests.patience import until
 
 BLOCKS = 5
 
@@ -113,13 +114,14 @@ async def test_a_copy_has_happened_when_all_have_copied(path: Path) -> None:
     assert not mover.sees_all and await mover.finite([1, 2])
     behind: list[int] = []
     copying = asyncio.create_task(mover.load(arena, [block], [2], queued=lambda: behind.append(1)))
+    await until(lambda: len(lead.jobs) == 1)
     await asyncio.sleep(0.05)
     assert not copying.done() and not behind, "the other rank has not answered"
     lead.jobs[0][2].set_result(None)
     await copying
     assert behind == [1]
     storing = asyncio.create_task(mover.store([2], arena, [0]))
-    await asyncio.sleep(0)
+    await until(lambda: len(lead.jobs) == 2)
     storing.cancel()
     await asyncio.sleep(0.05)
     assert not storing.done(), "its places would be given away under the other rank"
@@ -136,6 +138,7 @@ async def test_a_rank_that_cannot_copy_fails_the_copy_and_opens_the_gate(path: P
     for fails in (False, True):
         gate = Gate(2, changed=lambda: opened.append(1))
         copying = asyncio.create_task(mover.load_groups(arena, [0], [1], gate))
+        await until(lambda count=1 + fails: len(lead.jobs) == count)  # type: ignore[misc]
         await asyncio.sleep(0.05)
         assert gate.come_groups == 0, "no layer is there before every rank has it"
         if fails:
