@@ -77,10 +77,31 @@ class ReuseModel:
         """Hazards at the last refresh."""
         self._seen = (np.zeros((0, BINS)), np.zeros((0, BINS)))
         """Counts (entered, reused) at the last refresh."""
-        self.index: list[list[float]] = []
-        """By class and bin; classes numbered since the last refresh stand where the root does."""
+        self._index: list[list[float]] | None = None
+        """What was last asked for; None since the refresh."""
+        self._since: list[int] = []
+        """Of each class numbered since the last refresh, the known one that it stood nearest to."""
         self.number(())
         self.refresh()
+
+    def __len__(self) -> int:
+        """Return the number of classes."""
+        return len(self._numbers)
+
+    @property
+    def index(self) -> list[list[float]]:
+        """By class and bin; classes numbered since the last refresh stand where their parent does.
+
+        Worked out when it is asked for: while there is room for everything nobody asks, and a new
+        node learns after every few requests.
+        """
+        index = self._index
+        if index is None:
+            found: list[list[float]] = gittins(self._expected).tolist()
+            for parent in self._since:
+                found.append(found[parent])
+            index = self._index = found
+        return index
 
     def number(self, evidence: Evidence) -> int:
         """Return the number of a class, given where it is new."""
@@ -89,8 +110,11 @@ class ReuseModel:
             found = self._numbers[evidence] = len(self._numbers)
             self._entered.append([0.0] * BINS)
             self._reused.append([0.0] * BINS)
-            if self.index:
-                self.index.append(self.index[self._nearest(evidence)])
+            if found:
+                parent = self._nearest(evidence)
+                self._since.append(parent)
+                if self._index is not None:
+                    self._index.append(self._index[parent])
         return found
 
     def _nearest(self, evidence: Evidence) -> int:
@@ -115,7 +139,7 @@ class ReuseModel:
             entered, reused = entered / 2, reused / 2
             self._entered, self._reused = entered.tolist(), reused.tolist()
         hazards = self._hazards(entered, reused)
-        self.index = gittins(hazards).tolist()
+        self._index, self._since = None, []
         self._expected, self._seen = hazards, (entered, reused)
 
     def _is_surprised(self, entered: NDArray[np.float64], reused: NDArray[np.float64]) -> bool:

@@ -142,7 +142,7 @@ class ValueDensity:
             self._model.enter(evidence, age, weight)
 
     def _class(self, evidence: Evidence) -> int:
-        if len(self._model.index) >= _MAX_CLASSES:
+        if len(self._model) >= _MAX_CLASSES:
             evidence = (*evidence[:-2], "", "")
         return self._model.number(evidence)
 

@@ -8,7 +8,7 @@ A method that the table does not name is refused: a new one has to be thought ab
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -58,6 +58,7 @@ REQUIRED: Final[Mapping[str, Role]] = {
 
 _UNLIMITED: Final = frozenset({Role.FRONTEND, Role.WATCH, Role.PEER, Role.ARENA})
 """The cluster's own parts act for every domain: tenants are limited where they come in."""
+_NOTHING_HELD: Final = nullcontext()
 
 
 class Gate:
@@ -78,13 +79,25 @@ class Gate:
         self._metrics = metrics
         self._clock_s = clock_s
 
-    @contextmanager
-    def admitted(self, method: str, context: "Context", request_bytes: int) -> Iterator[None]:
-        """Hold a gRPC call; raises `Unauthenticated`, `Forbidden` or `Refused` at the door."""
-        if method.startswith(OPEN_PREFIX):
-            yield
-            return
+    def admitted(
+        self, method: str, context: "Context", request_bytes: int
+    ) -> AbstractContextManager[None]:
+        """Let a gRPC call in and hold it; raises `Unauthenticated`, `Forbidden` or `Refused`.
+
+        Nothing has to be held of a call that is not audited: most are, and they are short.
+        """
         role = REQUIRED.get(method)
+        if role is Role.ADMIN:
+            return self._admitted_audited(role, method, context, request_bytes)
+        if not method.startswith(OPEN_PREFIX):
+            caller = self.admit(role, lambda: identify(self.identity, context))
+            self.charge(caller, request_bytes)
+        return _NOTHING_HELD
+
+    @contextmanager
+    def _admitted_audited(
+        self, role: Role, method: str, context: "Context", request_bytes: int
+    ) -> Iterator[None]:
         with self.audited(role, method, context.peer()) as note:
             caller = self.admit(role, lambda: note(identify(self.identity, context)))
             self.charge(caller, request_bytes)
@@ -164,9 +177,20 @@ def gate_of(
 
 def identify(identity: Identity, context: "Context") -> Principal:
     """Return who makes a gRPC call."""
-    metadata = {
+    return identify_by(identity, context, metadata_of(context))
+
+
+def metadata_of(context: "Context") -> dict[str, str | bytes]:
+    """Return a call's metadata, keys of a sensible length only."""
+    return {
         key: value for key, value in context.invocation_metadata() or () if len(key) <= MAX_ID_BYTES
     }
+
+
+def identify_by(
+    identity: Identity, context: "Context", metadata: Mapping[str, str | bytes]
+) -> Principal:
+    """Return who makes a gRPC call whose metadata was read already."""
     peer = context.peer()
     # Local calls are on the serving path, and their transport knows no certificates.
     names = () if peer.startswith("unix:") else _certificate_names(context)

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import grpc.aio
 
 from kvstore.core.errors import BadInput, TooLarge
-from kvstore.core.limits import MAX_DEADLINE_MS, MAX_ID_BYTES, MAX_NAMES_PER_CALL, NAME_BYTES
+from kvstore.core.limits import MAX_DEADLINE_MS, MAX_NAMES_PER_CALL, NAME_BYTES
 from kvstore.rpc.v1 import cache_pb2
 
 if TYPE_CHECKING:  # generic in the type stubs only
@@ -19,13 +19,6 @@ else:
 def now_ms() -> float:
     """Return the node's monotonic clock."""
     return time.monotonic() * 1_000
-
-
-def metadata(context: Context) -> dict[str, str | bytes]:
-    """Return a call's metadata, keys of a sensible length only."""
-    return {
-        key: value for key, value in context.invocation_metadata() or () if len(key) <= MAX_ID_BYTES
-    }
 
 
 def patience_s(context: Context, deadline_ms: int) -> float:

@@ -23,6 +23,7 @@ from kvstore.core.names import BlockName, derive_root
 from kvstore.core.outcomes import MissReason, Outcome, SettleOutcome
 from kvstore.directory.events import TierKind
 from kvstore.rpc.convert import check_id, check_names, namespace_from_proto, root_from_wire
+from kvstore.rpc.gate import metadata_of
 from kvstore.rpc.identity import Principal, Role
 from kvstore.rpc.v1 import cache_pb2, cache_pb2_grpc, types_pb2, watch_pb2
 from kvstore.rpc.watch_server import serve_watch
@@ -32,7 +33,6 @@ from kvstore.service.clearing import clear
 from kvstore.service.requests import (
     Context,
     deadline,
-    metadata,
     now_ms,
     patience_s,
     refs,
@@ -47,6 +47,7 @@ from kvstore.service.store import Acquired
 from kvstore.transfer.lanes import Lane
 
 MAX_WAITERS: Final = 1_024
+_REASONS: Final = {reason: types_pb2.MissReason.Name(int(reason)) for reason in MissReason}
 _DRAM_BIT: Final = 1 << int(TierKind.DRAM)
 _SERVED_GROUP: Final = "full"
 _DEPTH_COST_MAX: Final = 16.0
@@ -110,7 +111,7 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
 
     def _opening_session(self, context: Context, principal: Principal) -> Session:
         """Return the caller's session: its own, or a new remote one where it has none."""
-        if metadata(context).get(SESSION_KEY):
+        if metadata_of(context).get(SESSION_KEY):
             return self._session(context)
         return self._parts.remote.open(principal.name, now_ms())
 
@@ -147,8 +148,9 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
                 pending_ms=deadline_ms,
                 hints=Hints(request.kind, request.depth_cost),
             )
-            self._below.movement.hurry(answer.slots[answer.ready :])
-            self._below.movement.load(answer.loads)
+            if answer.tiers:
+                self._below.movement.hurry(answer.slots[answer.ready :])
+                self._below.movement.load(answer.loads)
             self._explain_corruption(info, request.names, answer)
             asyncio.get_running_loop().call_soon(self._store.flush_requests)
             return self._acquire_reply(answer)
@@ -202,7 +204,7 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
                 slots=slots,
                 offsets=offsets,
                 generations=generations,
-                reason=types_pb2.MissReason.Name(int(reason)),
+                reason=_REASONS[reason],
             )
 
     async def Wait(self, request: cache_pb2.WaitRequest, context: Context) -> cache_pb2.WaitReply:
@@ -332,11 +334,10 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
             answer.reason = MissReason.CORRUPT
 
     def _acquire_reply(self, answer: Acquired) -> cache_pb2.AcquireReply:
-        table = self._store.table
-        slots, reserved = answer.slots, answer.reserved_slots
-        offsets, generations = table.places(slots)
-        reserved_offsets, reserved_generations = table.places(reserved)
-        return cache_pb2.AcquireReply(
+        """Fill the reply; what stands at its default already costs nothing."""
+        slots = answer.slots
+        offsets, generations = self._store.table.places(slots)
+        reply = cache_pb2.AcquireReply(
             incarnation=self._incarnation,
             lease=answer.lease,
             lease_ms=self._store.limits.lease_ms if answer.lease else 0,
@@ -345,14 +346,18 @@ class CacheNodeService(BulkCalls, cache_pb2_grpc.CacheNodeServicer):  # type: ig
             slots=slots,
             offsets=offsets,
             generations=generations,
-            tiers=list(map(int, answer.tiers)),  # type: ignore[arg-type]
-            reserved_names=answer.reserved_names,
-            reserved_slots=reserved,
-            reserved_offsets=reserved_offsets,
-            reserved_generations=reserved_generations,
-            reason=types_pb2.MissReason.Name(int(answer.reason)),
-            reserve_reason=types_pb2.MissReason.Name(int(answer.reserve_reason)),
+            reason=_REASONS[answer.reason],
+            reserve_reason=_REASONS[answer.reserve_reason],
         )
+        if answer.tiers:
+            reply.tiers.extend(map(int, answer.tiers))  # type: ignore[arg-type]
+        if answer.reserved_slots:
+            offsets, generations = self._store.table.places(answer.reserved_slots)
+            reply.reserved_names.extend(answer.reserved_names)
+            reply.reserved_slots.extend(answer.reserved_slots)
+            reply.reserved_offsets.extend(offsets)
+            reply.reserved_generations.extend(generations)
+        return reply
 
 
 def _extend(

@@ -32,6 +32,8 @@ from kvstore.transport.arena import ArenaMapping
 
 _BULK_LEAST: Final = 64
 """Slots from which on numpy is cheaper than a loop."""
+_FEW: Final = 16
+"""Slots below which reading the columns one by one is cheaper than numpy."""
 _ONE: Final = np.uint32(1)
 _PINS_MAX: Final = 1 << 31
 _FREE, _RESERVED, _COMMITTED, _SEALED, _DRAINING = map(int, SlotState)
@@ -254,6 +256,10 @@ class SlotTable:
 
     def places(self, slots: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the offsets, in granules, and the generations of slots."""
+        if len(slots) < _FEW:
+            return [self.granules[slot] for slot in slots], [
+                self.generation[slot] for slot in slots
+            ]
         at = np.asarray(slots, np.int64)
         return (
             np.frombuffer(self.granules, np.uint32)[at].tolist(),

@@ -387,8 +387,10 @@ class ArenaStore:
 
     def _count(self, info: RootInfo, answer: Acquired, asked: int) -> None:
         self.hit_blocks += len(answer.slots)
-        by_tier = Counter(answer.tiers)
-        by_tier[TierKind.DRAM] += answer.ready
+        by_tier = {TierKind.DRAM: answer.ready}
+        if answer.tiers:
+            by_tier = Counter(answer.tiers)
+            by_tier[TierKind.DRAM] += answer.ready
         self._counts.hit(info.domain, by_tier, info.shape.block_bytes)
         if answer.reason is not MissReason.NONE:
             self.misses += 1

@@ -1,5 +1,6 @@
 """Our policy: what it learns, whom it gives up, and what it costs in memory."""
 
+import random
 import sys
 from array import array
 from collections.abc import Sequence
@@ -72,6 +73,23 @@ def test_a_class_without_history_leans_on_its_parent() -> None:
     model.refresh()
     assert model.index[finer][0] == pytest.approx(model.index[known][0], rel=0.01)
     assert model.index[known][0] > 2 * model.index[other][0] * 0.5
+
+
+def test_an_index_that_is_asked_for_late_is_the_one_that_was_asked_for_all_along() -> None:
+    draw = random.Random(7)
+    always, late = ReuseModel(), ReuseModel()
+    for step in range(600):
+        evidence = tuple(draw.randrange(3) for _ in range(draw.randrange(5)))
+        reached, reused = draw.randrange(BINS), draw.random() < 0.5
+        for model in (always, late):
+            number = model.number(evidence)
+            model.enter(number, 0, 1.0)
+            if reused:
+                model.reuse(number, reached, 1.0)
+            if step % 50 == 0:
+                model.refresh()
+        assert len(always.index) == len(always)
+    assert late.index == always.index
 
 
 def test_surprise_halves_the_past_and_so_does_age() -> None:

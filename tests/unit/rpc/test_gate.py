@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.core.errors import Forbidden, Refused, Unauthenticated
 from kvstore.rpc.envoy import ext_proc_pb2
-from kvstore.rpc.gate import OPEN_PREFIX, REQUIRED, Gate, gate_of
+from kvstore.rpc.gate import OPEN_PREFIX, REQUIRED, Gate, gate_of, metadata_of
 from kvstore.rpc.identity import Principal, Role
 from kvstore.rpc.v1 import (
     cache_pb2,
@@ -134,3 +134,12 @@ def test_without_identities_everyone_is_the_local_user() -> None:
         enter(gate, method, Call())
     principal = gate.admit(Role.ADMIN, lambda: Principal("x", "d", frozenset({Role.ADMIN})))
     assert principal.share_domain == "d"
+
+
+def test_keys_of_absurd_length_are_not_looked_at() -> None:
+    class Keyed(Call):
+        def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+            return ("good", "1"), ("x" * 1_000, "2")
+
+    assert metadata_of(Keyed()) == {"good": "1"}  # type: ignore[arg-type]
+    assert metadata_of(Call()) == {}  # type: ignore[arg-type]

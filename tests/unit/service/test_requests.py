@@ -1,24 +1,18 @@
 """Fields of requests are checked before the store is asked."""
 
-from typing import Any
-
 import pytest
 
 from kvstore.core.errors import BadInput, TooLarge
 from kvstore.core.limits import MAX_DEADLINE_MS, MAX_NAMES_PER_CALL
 from kvstore.rpc.v1 import cache_pb2
-from kvstore.service.requests import deadline, metadata, patience_s, refs, split
+from kvstore.service.requests import deadline, patience_s, refs, split
 
 
 class Call:
     """As much of a gRPC context as is looked at."""
 
-    def __init__(self, *pairs: tuple[str, str], left_s: float | None = None) -> None:
-        self.pairs = pairs
+    def __init__(self, left_s: float | None = None) -> None:
         self.left_s = left_s
-
-    def invocation_metadata(self) -> Any:
-        return self.pairs or None
 
     def time_remaining(self) -> float | None:
         return self.left_s
@@ -43,12 +37,6 @@ def test_deadlines_have_a_bound() -> None:
 def test_a_look_at_blocks_leaves_time_for_the_answer() -> None:
     assert patience_s(Call(), 300) == 0.3  # type: ignore[arg-type]
     assert patience_s(Call(left_s=0.25), 300) == 0.125  # type: ignore[arg-type]
-
-
-def test_keys_of_absurd_length_are_not_looked_at() -> None:
-    call = Call(("good", "1"), ("x" * 1_000, "2"))
-    assert metadata(call) == {"good": "1"}  # type: ignore[arg-type]
-    assert metadata(Call()) == {}  # type: ignore[arg-type]
 
 
 def test_names_are_cut_by_their_length() -> None:
