@@ -83,6 +83,13 @@ class WorkerMetrics:
         )  # fmt: skip
         for kind in ("swap", "recompute"):
             self.preemptions.labels(kind)
+        self.fork_pages = Counter(
+            "kvstore_worker_fork_pages",
+            "Pages of a prompt that several replies to it have: shared by count, or copied",
+            ["kind"], registry=registry,
+        )  # fmt: skip
+        for kind in ("shared", "copied"):
+            self.fork_pages.labels(kind)
 
     def _add_moves(self, registry: CollectorRegistry) -> None:
         """Add what copies between arena and pages take, steps by batch, and lost ranks."""

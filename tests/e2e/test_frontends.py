@@ -50,16 +50,29 @@ async def create(client: openai.AsyncOpenAI, **fields: Any) -> Any:
     return await client.chat.completions.create(**fields)
 
 
-async def prompt_tokens(workers: list[Started]) -> tuple[float, float]:
-    """Return how many prompt tokens the workers computed and found in their pages, all together."""
-    found = dict.fromkeys(("computed", "hbm"), 0.0)
+async def counted(workers: list[Started], name: str, **labels: str) -> float:
+    """Return a counter of all workers together."""
+    said = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    sample, total = re.compile(rf"^{name}{{{said}}} (\S+)$", flags=re.M), 0.0
     async with httpx.AsyncClient(trust_env=False) as http:
         for worker in workers:
             page = (await http.get(f"http://{worker.ready['metrics']}/metrics")).text
-            for source in found:
-                counted = rf'^kvstore_worker_prompt_tokens_total{{source="{source}"}} (\S+)$'
-                found[source] += sum(map(float, re.findall(counted, page, flags=re.M)))
-    return found["computed"], found["hbm"]
+            total += sum(map(float, sample.findall(page)))
+    return total
+
+
+async def prompt_tokens(workers: list[Started]) -> tuple[float, float]:
+    """Return how many prompt tokens the workers computed and found in their pages."""
+    name = "kvstore_worker_prompt_tokens_total"
+    found = [await counted(workers, name, source=source) for source in ("computed", "hbm")]
+    return found[0], found[1]
+
+
+async def fork_pages(workers: list[Started]) -> tuple[float, float]:
+    """Return how many pages replies to one prompt share, and how many were copied for them."""
+    name = "kvstore_worker_fork_pages_total"
+    found = [await counted(workers, name, kind=kind) for kind in ("shared", "copied")]
+    return found[0], found[1]
 
 
 def start_worker(node: RunningNode, model: Path, name: str) -> AbstractContextManager[Started]:
@@ -122,28 +135,27 @@ async def test_a_repeated_prompt_hits_and_says_the_same(frontend: FrontendServer
         assert account["computed_tokens"] <= 32, account
 
 
+@pytest.mark.parametrize("options", [{}, {"no_store": True}], ids=["kept", "no_store"])
 async def test_several_replies_share_one_prompt(
-    frontend: FrontendServer, workers: list[Started]
+    frontend: FrontendServer, workers: list[Started], options: dict[str, bool]
 ) -> None:
-    before = await prompt_tokens(workers)
+    before, pages = await prompt_tokens(workers), await fork_pages(workers)
+    asked: dict[str, Any] = {"prompt": f"{sorted(options)} {OTHER}", "max_tokens": 6}
     async with connect(frontend) as client:
-        reply = await client.completions.create(
-            model=await only_model(client), prompt=OTHER, n=3, max_tokens=4, seed=3
-        )
-        single = await client.completions.create(
-            model=await only_model(client), prompt=OTHER, max_tokens=4, seed=4
-        )
-    assert reply.usage is not None and single.usage is not None
+        asked |= {"model": await only_model(client), "extra_body": {"kvstore": options}}
+        reply = await client.completions.create(**asked, n=3, seed=3)
+        computed, found = await prompt_tokens(workers)
+        singles = [await client.completions.create(**asked, seed=3 + at) for at in range(3)]
     texts = [choice.text for choice in reply.choices]
     assert len(set(texts)) > 1
-    assert single.choices[0].text == texts[1], "each reply is what its own seed gives"
-    length = single.usage.prompt_tokens
-    assert reply.usage.prompt_tokens == length
-    rest = length - (length - 1) // 16 * 16
-    computed, found = await prompt_tokens(workers)
-    # Four replies to one text; the engines say that all but its last tokens was computed once.
-    assert computed - before[0] == length + 3 * rest
-    assert found - before[1] == 3 * (length - rest)
+    assert texts == [one.choices[0].text for one in singles], "each is what its own seed gives"
+    assert reply.usage is not None
+    length = reply.usage.prompt_tokens
+    full, rest = divmod(length, 16)
+    assert rest, "its last page has room: else nothing would have to be copied"
+    assert (computed - before[0], found - before[1]) == (length, 2 * length)
+    shared, copied = await fork_pages(workers)
+    assert (shared - pages[0], copied - pages[1]) == (2 * full, 2), "partial pages, and no others"
 
 
 async def test_a_warm_prompt_is_found_by_the_other_worker(

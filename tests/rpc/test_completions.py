@@ -150,7 +150,7 @@ async def test_what_asks_for_no_form_is_accepted(shared: Shared) -> None:
         assert (await shared.http.post("/v1/completions", json=asked)).status_code == 200
 
 
-async def test_the_other_replies_begin_when_the_first_has_its_first_token(
+async def test_the_other_replies_go_where_the_first_is_placed_before_its_first_token(
     frontend: FrontendServer, worker: ScriptedWorker, client: openai.AsyncOpenAI
 ) -> None:
     second = ScriptedWorker("v", reply=list(TEXT.encode()))
@@ -164,13 +164,13 @@ async def test_the_other_replies_begin_when_the_first_has_its_first_token(
             model="scripted", messages=[{"role": "user", "content": PROMPT}], n=3, seed=2**64 - 2
         )
     )
-    await eventually(lambda: worker.running + second.running == 1, "the first one runs")
+    await eventually(lambda: worker.running + second.running == 3, "all of them run")
     busy, idle = (worker, second) if worker.running else (second, worker)
     busy.faults.hang_after = -1
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await eventually(lambda: busy.running == 0, "and is free again")
-    assert (len(busy.requests), len(idle.requests)) == (1, 0)
+    assert (len(busy.requests), len(idle.requests)) == (3, 0)
     idle.faults.hang_after = -1
     reply = await client.chat.completions.create(
         model="scripted", messages=[{"role": "user", "content": PROMPT}], n=3, seed=2**64 - 2
@@ -246,9 +246,10 @@ async def test_several_replies_are_let_in_together_or_not_at_all(
             await asyncio.gather(one, return_exceptions=True)
             await eventually(lambda: worker.running == 0, "the place is free again")
             worker.faults.hang_after = 0
-            # The first of three runs alone at first; whoever comes then finds no place.
+            asked = len(worker.requests)
             three = asyncio.create_task(ask())
-            await eventually(lambda: worker.running == 1, "the first reply runs")
+            await eventually(lambda: worker.running == 3, "all three run before any token is there")
+            assert len({one.siblings for one in worker.requests[asked:]} - {""}) == 1
             assert (await ask(n=1)).status_code == 429
             three.cancel()
             await asyncio.gather(three, return_exceptions=True)

@@ -9,6 +9,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import grpc
 import pytest
@@ -51,8 +52,8 @@ def prompt(salt: int) -> list[int]:
     return [(place * 37 + salt * 11) % 190 + 3 for place in range(70)]
 
 
-async def hear(server: WorkerServer, salt: int) -> Answer:
-    answer = await ask(server.address, prompt(salt), max_tokens=REPLY)
+async def hear(server: WorkerServer, salt: int, **options: Any) -> Answer:
+    answer = await ask(server.address, prompt(salt), max_tokens=REPLY, **options)
     assert answer.tokens == reference_reply(prompt(salt), REPLY)
     assert await server.settled(deadline_ms=PATIENCE_MS)
     return answer
@@ -84,6 +85,11 @@ async def test_ranks_share_blocks_with_a_whole_worker_and_end_together(
         assert again.cache.hbm_tokens == there.cache.dram_tokens == 64
         assert (await hear(one, 2)).cache.computed_tokens == 70
         assert (await hear(two, 2)).cache.dram_tokens == 64
+        # Each rank copies its part of the page that three replies begin in the middle of.
+        three = await asyncio.gather(*(hear(two, 4, siblings="of one") for _ in range(3)))
+        assert sorted(answer.cache.computed_tokens for answer in three) == [0, 0, 70]
+        copied = two._metrics.fork_pages.labels("copied")._value
+        assert copied.get() == 2
         lost = two._metrics.rank_failures._value
         assert lost.get() == 0
         os.kill(the_other(two), signal.SIGKILL)

@@ -194,6 +194,7 @@ def request_from_wire(
         cache_salt=message.cache_salt,
         deadline_ms=message.deadline_ms,
         traceparent=traceparent,
+        siblings=message.siblings,
         hand_over=HandOver() if message.hand_over else None,
     )
 

@@ -80,7 +80,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., has_seed: bool = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., logprobs: _Optional[int] = ..., grammar: _Optional[str] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., min_p: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ...) -> None: ...
 
 class RunRequest(_message.Message):
-    __slots__ = ("request_id", "tokens", "sampling", "share_domain", "no_store", "no_read", "cache_salt", "deadline_ms", "priority", "reply_tokens", "kind", "hand_over")
+    __slots__ = ("request_id", "tokens", "sampling", "share_domain", "no_store", "no_read", "cache_salt", "deadline_ms", "priority", "reply_tokens", "kind", "siblings", "hand_over")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,7 @@ class RunRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     REPLY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    SIBLINGS_FIELD_NUMBER: _ClassVar[int]
     HAND_OVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tokens: bytes
@@ -104,8 +105,9 @@ class RunRequest(_message.Message):
     priority: int
     reply_tokens: int
     kind: str
+    siblings: str
     hand_over: bool
-    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., share_domain: _Optional[str] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., reply_tokens: _Optional[int] = ..., kind: _Optional[str] = ..., hand_over: bool = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., share_domain: _Optional[str] = ..., no_store: bool = ..., no_read: bool = ..., cache_salt: _Optional[bytes] = ..., deadline_ms: _Optional[int] = ..., priority: _Optional[int] = ..., reply_tokens: _Optional[int] = ..., kind: _Optional[str] = ..., siblings: _Optional[str] = ..., hand_over: bool = ...) -> None: ...
 
 class RunReply(_message.Message):
     __slots__ = ("tokens", "logprobs", "cache", "ttft_ms", "queue_ms", "load_ms", "finish_reason")

@@ -3,8 +3,8 @@
 from kvworkers.engine.active import Active, Actives
 from kvworkers.engine.output import OutputStream
 from kvworkers.engine.sampling import Sampler, SamplingParams
-from kvworkers.engine.scheduler import Work
 from kvworkers.engine.sequence import FinishReason, Request, Sequence
+from kvworkers.engine.work import Work
 
 from kvstore.core.errors import Unreachable
 from kvstore.core.names import Root, pack_tokens

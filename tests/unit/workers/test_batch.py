@@ -1,8 +1,8 @@
 import torch
 from kvworkers.engine.batch import build_step
 from kvworkers.engine.sampling import SamplingParams
-from kvworkers.engine.scheduler import Work
 from kvworkers.engine.sequence import Request, Sequence
+from kvworkers.engine.work import Work
 
 from kvstore.core.names import Root, pack_tokens
 

@@ -14,9 +14,10 @@ from kvworkers.engine.engine import Engine
 from kvworkers.engine.output import FirstTokens, Output
 from kvworkers.engine.report import Reporter
 from kvworkers.engine.sampling import SamplingParams
-from kvworkers.engine.scheduler import Scheduler, SchedulerConfig, Work
+from kvworkers.engine.scheduler import Scheduler, SchedulerConfig
 from kvworkers.engine.sequence import FinishReason, Request
-from kvworkers.models.loading import LoadedModel, load_model
+from kvworkers.engine.work import Work
+from kvworkers.models.loading import Copies, LoadedModel, load_model
 from kvworkers.models.step import StepInputs
 from kvworkers.pages.pool import PagePool
 from prometheus_client import CollectorRegistry
@@ -53,7 +54,12 @@ class Tampered:
         self.failures = 0
         self.not_finite = False
         self.steps: list[int] = []
+        self.copies: list[list[tuple[int, int]]] = []
         self._inner = inner
+
+    def copy_pages(self, pages: torch.Tensor, copies: Copies) -> None:
+        self.copies.append(list(copies))
+        self._inner.copy_pages(pages, copies)
 
     def forward(self, step: StepInputs, pages: torch.Tensor) -> torch.Tensor:
         self.steps.append(step.tokens.shape[0])

@@ -36,3 +36,33 @@ def test_old_replies_are_forgotten_and_a_running_one_always_has_more_to_come(see
     for generated in (0, 100, 400):
         longer = [tokens for tokens in recent if tokens > generated]
         assert abs(forecast.tokens(generated, 10_000) - sum(longer) / len(longer)) <= 1
+
+
+def test_a_reply_that_was_cut_is_no_length() -> None:
+    forecast = Forecast()
+    for tokens in (100, 200, 400):
+        forecast.ended(tokens)
+    for _ in range(50):
+        forecast.ended(16, cut=True)
+    # Each counts as the mean of the longer ones: 234, and not as 16.
+    assert forecast.tokens(0, 1_000) == 234
+    forecast.ended(250, cut=True)
+    assert forecast.tokens(300, 1_000) == 400, "as the one that is longer than 250"
+
+
+def test_where_none_was_longer_a_cut_reply_counts_as_what_it_has() -> None:
+    forecast = Forecast()
+    forecast.ended(5)
+    forecast.ended(8, cut=True)
+    assert forecast.tokens(0, 1_000) == 7
+    assert forecast.tokens(6, 1_000) == 8
+
+
+def test_cut_replies_are_forgotten_as_others_are() -> None:
+    forecast = Forecast()
+    for tokens in range(300):
+        forecast.ended(tokens)
+        forecast.ended(tokens // 2, cut=True)
+    for _ in range(256):
+        forecast.ended(40)
+    assert forecast.tokens(0, 1_000) == 40

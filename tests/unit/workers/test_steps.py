@@ -4,9 +4,9 @@ import pytest
 import torch
 from kvworkers.engine.batch import build_step
 from kvworkers.engine.sampling import Sampler, SamplingParams
-from kvworkers.engine.scheduler import Work
 from kvworkers.engine.sequence import Request, Sequence
 from kvworkers.engine.steps import Launched, StepRunner
+from kvworkers.engine.work import Work
 from kvworkers.models import LoadedModel, load_model
 from kvworkers.models.step import Carried
 

@@ -158,6 +158,24 @@ async def test_everybody_gets_the_plain_models_tokens_through_swaps(
         assert it.rig.metric("kvstore_worker_preempted") == 0
 
 
+async def test_replies_that_share_pages_are_swapped_and_stay_what_each_is_alone(
+    loaded: LoadedModel,
+) -> None:
+    # Each has private slots of its own for what it shared: they come back as separate pages.
+    drawn = [
+        ask(PROMPTS[2], max_tokens=OUT, temperature=1.0, seed=n, ignore_eos=True, no_store=True,
+            siblings="one")
+        for n in range(7)
+    ]  # fmt: skip
+    async with rig(loaded, pages=400) as roomy:
+        alone = [await run(roomy.engine, one) for one in drawn]
+    async with storm(loaded) as it:
+        replies = await asyncio.gather(*(run(it.rig.engine, one) for one in drawn))
+        assert [reply.tokens for reply in replies] == [reply.tokens for reply in alone]
+        assert it.rig.metric("kvstore_worker_fork_pages_total", kind="copied") == 6
+        assert it.preemptions("swap") > 0 and it.mover.back > 0
+
+
 @pytest.mark.parametrize("why", ["no slots", "no bytes", "the node is away", "a bug"])
 async def test_where_swapping_is_not_possible_it_is_computed_anew(
     loaded: LoadedModel, why: str

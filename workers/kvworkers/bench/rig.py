@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -17,7 +17,7 @@ from kvstore.directory.events import TierKind
 from kvstore.directory.policies import DEFAULT_POLICY, make_policy
 from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
-from kvstore.testing.node import start_node
+from kvstore.testing.node import RunningNode, start_node
 from kvworkers.engine.cache import StoreConfig, StoreLink
 from kvworkers.engine.engine import Engine
 from kvworkers.engine.output import FirstTokens, Output
@@ -113,11 +113,30 @@ class Rig:
         return [draw.randrange(self.model.spec.vocab_size) for _ in range(count)]
 
 
+async def _connect(model: LoadedModel, node: RunningNode) -> AsyncClient:
+    return await AsyncClient.connect(
+        node.run_dir,
+        namespace=model.spec.namespace,
+        payload_bytes=model.forms.stored.payload_bytes,
+        shares=model.spec.layout.kv_heads,
+        config=ClientConfig(call_ms=10_000, connect_ms=30_000),
+    )
+
+
 @contextlib.asynccontextmanager
 async def rig(
-    model: LoadedModel, *, arena_bytes: int, step_tokens: int, batch: int, max_pages: int = 0
+    model: LoadedModel,
+    *,
+    arena_bytes: int,
+    step_tokens: int,
+    batch: int,
+    max_pages: int = 0,
+    node_options: Sequence[str] = (),
 ) -> AsyncIterator[Rig]:
-    """Start a node, pages as memory allows (at most `max_pages`), and an engine over both."""
+    """Start a node, pages as memory allows (at most `max_pages`), and an engine over both.
+
+    `node_options` go to `kvstore node` as they are.
+    """
     spec = model.spec
     pages = await asyncio.to_thread(fit_pages, model, step_tokens=step_tokens)
     pages = min(pages, max_pages) if max_pages else pages
@@ -135,16 +154,11 @@ async def rig(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(model.release)
         node = stack.enter_context(
-            await asyncio.to_thread(start_node, arena_bytes=arena_bytes, deadline_s=120.0)
+            await asyncio.to_thread(
+                start_node, arena_bytes=arena_bytes, options=node_options, deadline_s=120.0
+            )
         )
-        client = await AsyncClient.connect(
-            node.run_dir,
-            namespace=spec.namespace,
-            payload_bytes=model.forms.stored.payload_bytes,
-            shares=spec.layout.kv_heads,
-            config=ClientConfig(call_ms=10_000, connect_ms=30_000),
-        )
-        await stack.enter_async_context(client)
+        client = await stack.enter_async_context(await _connect(model, node))
         mover = make_mover(held.memory, model.forms)
         stack.push_async_callback(asyncio.to_thread, mover.close)
         if isinstance(mover, DeviceMover) and not await asyncio.to_thread(

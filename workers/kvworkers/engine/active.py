@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from kvstore.core.errors import KvStoreError
 from kvworkers.engine.output import FirstTokens, OutputStream
 from kvworkers.engine.sampling import Sampler
-from kvworkers.engine.scheduler import Work
 from kvworkers.engine.sequence import Sequence as Run
 from kvworkers.engine.steps import Launched
+from kvworkers.engine.work import Work
 
 
 @dataclass(eq=False, slots=True)

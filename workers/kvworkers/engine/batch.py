@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kvstore.core.limits import BLOCK_TOKENS
-from kvworkers.engine.scheduler import Work
 from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.engine.work import Work
 from kvworkers.models.step import Carried, StepInputs
 
 

@@ -24,16 +24,19 @@ from kvstore.core.names import Root
 from kvstore.directory.events import Loaded
 from kvworkers.engine.active import Active, Actives, Flight
 from kvworkers.engine.cache import StoreLink
+from kvworkers.engine.forks import Forks
 from kvworkers.engine.moves import Moves
 from kvworkers.engine.output import Output, OutputStream
 from kvworkers.engine.prefix import PrefixStore
 from kvworkers.engine.rates import RateFit
 from kvworkers.engine.report import Reporter, load_of, measure
 from kvworkers.engine.sampling import Sampled, Sampler
-from kvworkers.engine.scheduler import Scheduler, Work
+from kvworkers.engine.scheduler import Scheduler
 from kvworkers.engine.sequence import FinishReason, Request, SequenceState
 from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.engine.siblings import awaits_first
 from kvworkers.engine.steps import StepRunner
+from kvworkers.engine.work import Work
 from kvworkers.models.loading import LoadedModel
 from kvworkers.pages.pool import PagePool
 
@@ -81,14 +84,13 @@ class Engine:
         self._actives = Actives()
         self._wake = asyncio.Event()
         self._moves = Moves(
-            scheduler,
-            self._prefix,
-            self._actives,
-            reporter,
-            wake=self._wake.set,
-            retire=self._retire,
-            broken=self._break,
-        )
+            scheduler, self._prefix, self._actives, reporter,
+            wake=self._wake.set, retire=self._retire, broken=self._break,
+        )  # fmt: skip
+        self._forks = Forks(
+            scheduler, pool, self._prefix, self._runner, reporter,
+            take=self._take, retire=self._retire, broken=self._break, wake=self._wake.set,
+        )  # fmt: skip
         self._idle = asyncio.Event()
         self._draining = False
         self._failing_steps = 0
@@ -190,8 +192,9 @@ class Engine:
                 self._fail(late, Unreachable("the request's deadline passed"))
             for run in self._scheduler.make_room(now_ms, self._prefix.prices):
                 self._moves.leave(self._actives[run])
-            for run in self._scheduler.admit(now_ms):
-                self._moves.begin(self._actives[run])
+            admitted = [self._actives[run] for run in self._scheduler.admit(now_ms)]
+            for active in self._forks.begin(admitted):
+                self._moves.begin(active)
             works = self._scheduler.plan(self._moves.follows)
             if flight is not None and not self._ahead(works):
                 works = []  # What the step before chose is seen first.
@@ -267,7 +270,8 @@ class Engine:
         sampling = [work for work in flight.works if work.samples]
         good = [not flight.loads or w.sequence.computed >= w.start for w in sampling]
         try:
-            sampled = await self._runner.collect(flight.launched, good)
+            keep = [awaits_first(work.sequence) for work in sampling]
+            sampled = await self._runner.collect(flight.launched, good, keep)
         except Exception as error:  # task boundary, as above
             self._step_failed(flight.actives, error)
             return
@@ -310,6 +314,11 @@ class Engine:
         run = active.run
         if run.first_token_ms is None:
             self._first_token(active, now_ms)
+            if awaits_first(run) and run.family is not None:
+                run.family.first = sampled
+                # Before this may be its end: its pages are there.
+                forks = self._scheduler.fork(run, now_ms)
+                self._forks.begin([self._actives[one] for one in forks])
         if run.ends_with(sampled.token, self._model.spec.eos_token_ids):
             self._end(active, FinishReason.STOP)
             return

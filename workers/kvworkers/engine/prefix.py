@@ -66,6 +66,14 @@ class PrefixStore:
         if run.request.hand_over is not None and link is not None and run.hbm_blocks:
             self._store_named(run, link, range(run.hbm_blocks))
 
+    def begin_fork(self, run: Run) -> None:
+        """Take note that whoever a run forks from gives its prompt to the store, if to anybody."""
+        link = self._link()
+        run.stored = run.hbm_blocks if run.keeps else 0
+        if run.request.no_read or link is None:
+            run.store_reason = MissReason.DISABLED
+        self.begin_hand_over(run)
+
     def settle_chunk(self, run: Run) -> None:
         """Give the store the blocks that are computed so far of such a prompt.
 

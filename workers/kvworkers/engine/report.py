@@ -9,8 +9,9 @@ from kvstore.directory.publisher import Publisher
 from kvstore.observe.metrics import WorkerMetrics
 from kvworkers.engine.output import FirstTokens
 from kvworkers.engine.rates import LoadFit, RateFit, Rates
-from kvworkers.engine.scheduler import Scheduler, Work
+from kvworkers.engine.scheduler import Scheduler
 from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.engine.work import Work
 from kvworkers.pages.pool import PageChange, PagePool
 
 
@@ -53,6 +54,11 @@ class Reporter:
         places = held * BLOCK_TOKENS
         self._metrics.kv_waste.set(scheduler.spare_places / places if places else 0.0)
         self._metrics.preempted.set(scheduler.preempted)
+
+    def forked(self, *, shared: int, copied: int) -> None:
+        """Count the pages that replies to one prompt share, and those copied for them."""
+        self._metrics.fork_pages.labels("shared").inc(shared)
+        self._metrics.fork_pages.labels("copied").inc(copied)
 
     def preempted(self, *, swapped: bool) -> None:
         """Count one request that made way."""

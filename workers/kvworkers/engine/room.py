@@ -6,7 +6,7 @@ from operator import attrgetter
 from kvstore.core.limits import BLOCK_TOKENS
 from kvworkers.engine.forecast import Forecast
 from kvworkers.engine.preemption import AHEAD_PAGES, Candidate, Prices, choose
-from kvworkers.engine.sequence import Sequence, SequenceState
+from kvworkers.engine.sequence import FinishReason, Sequence, SequenceState
 from kvworkers.pages.pool import PagePool
 
 
@@ -20,8 +20,8 @@ class Room:
         self._forecast = Forecast()
 
     def ended(self, sequence: Sequence) -> None:
-        """Learn from a reply that came to its end."""
-        self._forecast.ended(sequence.generated)
+        """Learn from a reply that came to its end, or to its `max_tokens`."""
+        self._forecast.ended(sequence.generated, cut=sequence.finish is FinishReason.LENGTH)
 
     def fresh(
         self, sequence: Sequence, own: int, running: Seq[Sequence], now_ms: float

@@ -11,7 +11,7 @@ import hashlib
 import math
 import secrets
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import torch
@@ -134,6 +134,8 @@ class Sampled:
 
     token: int
     logprobs: Logprobs | None = None
+    logits: Tensor | None = field(default=None, compare=False, repr=False)
+    """The row that it was chosen from, on the host, where others choose from it as well."""
 
 
 class Sampler:

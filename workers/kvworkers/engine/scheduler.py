@@ -26,6 +26,8 @@ from kvstore.core.names import BlockName
 from kvworkers.engine.preemption import Prices
 from kvworkers.engine.room import Room
 from kvworkers.engine.sequence import Away, FinishReason, Sequence, SequenceState
+from kvworkers.engine.siblings import Families, full_pages, last_page
+from kvworkers.engine.work import Work, never, plan_step
 from kvworkers.pages.pool import PageKey, PagePool, PageUse
 from kvworkers.stream.gate import Gate
 
@@ -58,21 +60,6 @@ class SchedulerConfig:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Part of a step: compute tokens `[start, start + count)` of one sequence."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    samples: bool
-    """Whether the last of them is the last known token, so that the next one is chosen."""
-
-
-def _never(sequence: Sequence) -> bool:
-    return False
-
-
 NAMED_AT_ONCE: Final = 64
 """Blocks that become known by name on a token's way out: a third of a millisecond."""
 
@@ -84,6 +71,7 @@ class Scheduler:
         self.config = config
         self._pool = pool
         self._room = Room(pool, overcommit=config.overcommit)
+        self._families = Families()
         self._turns = 0
         self._waiting: deque[Sequence] = deque()
         self._out: list[Sequence] = []
@@ -148,6 +136,7 @@ class Scheduler:
         self._turns += 1
         sequence.turn = self._turns
         self._waiting.append(sequence)
+        self._families.join(sequence)
 
     def make_room(self, now_ms: float, prices: Callable[[], Prices] = Prices) -> list[Sequence]:
         """Give running sequences a page for their next token; return who has to make way for it.
@@ -178,9 +167,10 @@ class Scheduler:
     def admit(self, now_ms: float) -> list[Sequence]:
         """Give pages to those whose turn it is; returns them in state LOADING.
 
-        Its own pages are matched here: `hbm_blocks`, `computed` and `pages` are set. Stops at the
-        first one that does not fit (no overtaking for memory); those held back for a
-        prefix are overtaken. Those that made way come first, and nobody before them.
+        Its own pages are matched here: `hbm_blocks`, `computed` and `pages` are set; `branch` of
+        one that forks. Stops at the first one that does not fit (no overtaking for memory); those
+        held back for a prefix are overtaken. Those that made way come first, and nobody before
+        them.
         """
         admitted: list[Sequence] = []
         while self._out and len(self._running) < self.config.max_running:
@@ -200,6 +190,28 @@ class Scheduler:
         self._waiting.extendleft(reversed(held))
         return admitted
 
+    def fork(self, source: Sequence, now_ms: float) -> list[Sequence]:
+        """Give pages to those who wait for the prompt of `source`, whose first token is there.
+
+        Returned as `admit` returns them. They overtake: there are few, and each takes a page.
+        """
+        forks: list[Sequence] = []
+        family = source.family
+        for one in [] if family is None or self._out else list(family.members):
+            waits = one.state is SequenceState.WAITING and one.finish is None
+            if waits and len(self._running) < self.config.max_running:
+                if not self._give_pages(one, now_ms):
+                    break
+                self._waiting.remove(one)
+                forks.append(one)
+        return forks
+
+    def forked(self, sequence: Sequence, *, now_ms: float) -> None:
+        """Take note that K and V of the prompt stand in the pages of one that forks."""
+        assert sequence.state is SequenceState.LOADING and not sequence.in_step
+        sequence.forked = True
+        self._runs(sequence, sequence.prompt_tokens, now_ms)
+
     def next_hold_end_ms(self, now_ms: float) -> float | None:
         """Return when the next sequence held back for a prefix will have waited enough.
 
@@ -212,32 +224,13 @@ class Scheduler:
         ]
         return min((end for end in ends if end > now_ms), default=None)
 
-    def plan(self, follows: Callable[[Sequence], bool] = _never) -> list[Work]:
+    def plan(self, follows: Callable[[Sequence], bool] = never) -> list[Work]:
         """Choose what the next step computes; empty when nothing is ready.
 
         Steps that were begun (`launch`) and not ended count as computed. `follows` is asked of a
         sequence with a gate: whether a step is to begin behind its load.
         """
-        budget = self.config.step_tokens
-        ready = [
-            (s, max(s.launched, s.computed), s.pending_tokens)
-            for s in self._running
-            if s.finish is None
-            and (s.state is SequenceState.RUNNING or (s.gate and follows(s)))
-            and not s.lacks_page
-        ]
-        works = [Work(s, start, 1, True) for s, start, pending in ready if pending == 1]
-        budget -= len(works)
-        assert budget >= 0
-        for sequence, start, pending in ready:
-            if pending <= 1:
-                continue
-            count = min(budget, pending)
-            if count == 0:
-                break
-            works.append(Work(sequence, start, count, count == pending))
-            budget -= count
-        return works
+        return plan_step(self._running, self.config.step_tokens, follows)
 
     def launch(self, works: Iterable[Work]) -> None:
         """Take note that `works` were begun: the next plan goes on behind them."""
@@ -318,6 +311,7 @@ class Scheduler:
             self._waiting.remove(sequence)
         if sequence.finish in (FinishReason.STOP, FinishReason.LENGTH):
             self._room.ended(sequence)
+        self._families.leave(sequence)
         self._forget_computing(sequence, 0)
         use = PageUse(sequence.request.kind, sequence.root.hex(), depth_cost)
         self._pool.release(sequence.pages, now_ms=now_ms, use=use)
@@ -325,6 +319,8 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
 
     def _must_hold(self, sequence: Sequence, now_ms: float) -> bool:
+        if sequence.family is not None and sequence.family.computes():
+            return True  # Without an end of its own: who computes it goes on, fails or makes way.
         if sequence.request.no_read:
             return False
         known = self._pool.count_prefix(sequence.root, sequence.names[: sequence.hit_limit])
@@ -336,14 +332,26 @@ class Scheduler:
             sequence.held_since_ms = now_ms
         return now_ms - sequence.held_since_ms < self.config.hold_ms
 
+    def _matched(self, sequence: Sequence) -> tuple[list[int], list[int] | None]:
+        """Return held pages with its beginning; for one that forks, the page to copy as well."""
+        family = sequence.family
+        source = None if family is None or sequence.preemptions else family.source()
+        if source is not None:
+            pages, last = full_pages(source), last_page(source)
+            self._pool.share(pages + last)
+            return pages, last
+        if sequence.request.no_read:
+            return [], None
+        return self._pool.match(sequence.root, sequence.names[: sequence.reuse_limit]), None
+
     def _give_pages(self, sequence: Sequence, now_ms: float) -> bool:
-        own: list[int] = []
-        if not sequence.request.no_read:
-            own = self._pool.match(sequence.root, sequence.names[: sequence.reuse_limit])
+        own, shared = self._matched(sequence)
         fresh = self._room.fresh(sequence, len(own), self._running, now_ms)
         if fresh is None:
-            self._pool.release(own, now_ms=now_ms)
+            self._pool.release(own + (shared or []), now_ms=now_ms)
             return False
+        if shared is not None:
+            sequence.branch = list(zip(shared, fresh, strict=True))
         sequence.pages = own + fresh
         sequence.published = len(own)
         if not sequence.preemptions:

@@ -27,6 +27,7 @@ from kvstore.directory.events import TierKind
 from kvstore.rpc.convert import check_id
 from kvworkers.engine.handover import HandOver
 from kvworkers.engine.sampling import SamplingParams
+from kvworkers.engine.siblings import Copies, Family
 from kvworkers.stream.gate import Gate
 
 
@@ -75,6 +76,8 @@ class Request:
     """Of the whole request, from its arrival; 0: none."""
     traceparent: str = ""
     """Its place in a trace (`kvstore.observe.tracing`); empty: none."""
+    siblings: str = ""
+    """Requests of one prompt that say the same here share its pages; empty: none."""
     hand_over: HandOver | None = None
     """Another worker goes on: blocks are stored as each chunk ends, and this hears of it."""
 
@@ -88,6 +91,7 @@ class Request:
                 f"cache_salt has {len(self.cache_salt)} bytes; {MAX_EXTRA_KEY_BYTES} allowed"
             )
         check_id(self.kind, "kind")
+        check_id(self.siblings, "siblings")
         if self.deadline_ms < 0:
             raise BadInput(f"deadline_ms must not be negative, got {self.deadline_ms}")
 
@@ -173,6 +177,12 @@ class Sequence:
     """A copy may be writing its pages, or reading them on their way out."""
     gate: Gate | None = None
     """That load, where a step may begin behind it before its end."""
+    family: Family | None = None
+    """Those it shares its prompt with."""
+    branch: Copies | None = None
+    """While it forks: pages to copy, each held once more until that is done."""
+    forked: bool = False
+    """Whether its whole prompt came out of another's pages."""
     _table: "NDArray[np.int32] | None" = None
 
     def __post_init__(self) -> None:
@@ -299,12 +309,14 @@ class Sequence:
         cached = self.hbm_blocks + sum(self.loaded.values())
         return CacheUse(
             prompt_tokens=self.prompt_tokens,
-            hbm_tokens=self.hbm_blocks * BLOCK_TOKENS,
+            hbm_tokens=self.prompt_tokens if self.forked else self.hbm_blocks * BLOCK_TOKENS,
             loaded_tokens=loaded,
             miss_reason=self._miss_reason(cached),
         )
 
     def _miss_reason(self, cached: int) -> MissReason:
+        if self.forked:
+            return MissReason.NONE
         if self.prompt_blocks == 0:
             return MissReason.PARTIAL_BLOCK
         if cached == self.prompt_blocks:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kvworkers.engine.batch import build_step
 from kvworkers.engine.sampling import Sampled, Sampler
-from kvworkers.engine.scheduler import Work
 from kvworkers.engine.sequence import Sequence as Run
+from kvworkers.engine.work import Work
 from kvworkers.models.loading import LoadedModel
 
 _log = logging.getLogger(__name__)
@@ -71,14 +71,32 @@ class StepRunner:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._launch, works, samplers, before)
 
-    async def collect(self, step: Launched, good: Sequence[bool]) -> list[Sampled | None]:
-        """Wait for a step; return what each sampler chose.
+    async def copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy pages, each into the one beside it, behind the steps that were begun.
+
+        Returns when that is done: those copied from may be given away, those copied to be written.
+        """
+        loop = asyncio.get_running_loop()
+        done = await loop.run_in_executor(self._thread, self._copy, copies)
+        if done is not None:
+            # Not on the compute thread: steps are begun meanwhile.
+            await asyncio.to_thread(done.synchronize)
+
+    async def choose(self, asked: Sequence[tuple[Sampler, Sampled, int]]) -> list[Sampled]:
+        """Return what each sampler chooses where another chose before, for its position."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, _choose, asked)
+
+    async def collect(
+        self, step: Launched, good: Sequence[bool], keep: Sequence[bool] = ()
+    ) -> list[Sampled | None]:
+        """Wait for a step; return what each sampler chose, with its logits where `keep` says so.
 
         None where it was not asked, since its row is not `good`, and where logits were not finite.
         Where it does not run ahead, no other step may have been begun since.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._collect, step, good)
+        return await loop.run_in_executor(self._thread, self._collect, step, good, keep)
 
     async def close(self) -> None:
         """Wait for whatever was begun: nothing writes the pages any more."""
@@ -118,7 +136,17 @@ class StepRunner:
             except RuntimeError:
                 _log.exception("the device is lost: its steps did not end, and write nothing")
 
-    def _collect(self, step: Launched, good: Sequence[bool]) -> list[Sampled | None]:
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> Any:
+        self._model.copy_pages(self._pages, copies)
+        if self._pages.device.type != "cuda":
+            return None
+        done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record(torch.cuda.current_stream(self._pages.device))
+        return done
+
+    def _collect(
+        self, step: Launched, good: Sequence[bool], keep: Sequence[bool]
+    ) -> list[Sampled | None]:
         if step.done is not None:
             step.done.synchronize()
         best, finite = step.seen.tolist()
@@ -130,8 +158,22 @@ class StepRunner:
                 chosen.append(Sampled(best[row]))
             else:
                 # Drawn on the host, so that a seed gives the same tokens on every device.
-                chosen.append(sampler.sample(step.logits[row].cpu(), position=position))
+                logits = step.logits[row].cpu()
+                sampled = sampler.sample(logits, position=position)
+                kept = bool(keep) and keep[row]
+                chosen.append(replace(sampled, logits=logits.clone()) if kept else sampled)
         return chosen
+
+
+def _choose(asked: Sequence[tuple[Sampler, Sampled, int]]) -> list[Sampled]:
+    chosen: list[Sampled] = []
+    for sampler, first, position in asked:
+        if sampler.params.only_id:
+            chosen.append(Sampled(first.token))
+        else:
+            assert first.logits is not None, "kept where others choose otherwise"
+            chosen.append(sampler.sample(first.logits, position=position))
+    return chosen
 
 
 def _on_its_way(chosen: Tensor) -> tuple[Tensor, Any]:

@@ -1,8 +1,8 @@
 """Several replies of one request, side by side: one stream of chunks, each with its number.
 
-first   ──prefill──▶ first token ──▶ …
-others                    └─begin─▶ …      they find the first one's pages: the prompt is
-                                           computed once
+first   ──placed──▶ prefill ──▶ first token ──▶ …
+others      └─sent to the same worker───┴─fork─▶ …     the prompt is computed once, and they share
+                                                       its pages
 """
 
 import asyncio
@@ -78,15 +78,25 @@ class _Together:
     async def one(
         self, number: int, running: Running, worker: "asyncio.Future[str]", *, first: bool
     ) -> None:
-        """Run one reply; `worker` becomes known with the first token of its group's first one."""
+        """Run one reply; `worker` becomes known when its group's first one is placed.
+
+        Where two workers are to do that one: with its first token, and then it is nobody's.
+        """
+
+        def placed(name: str) -> None:
+            if not worker.done():
+                worker.set_result(name)
+
         try:
-            if not first:
+            if first:
+                running.on_placed = placed
+            else:
                 running.prefer = frozenset(filter(None, [await asyncio.shield(worker)]))
             async with self._slots, aclosing(self._pipeline.run_placed(running)) as chunks:
                 async for chunk in chunks:
-                    if first and not worker.done():
+                    if first:
                         # One that gives first tokens only answers none of them.
-                        worker.set_result("" if running.handed_at else chunk.worker)
+                        placed("" if running.handed_at else chunk.worker)
                     await self.unread.put((number, chunk))
         except Exception as error:  # task boundary: raised where the chunks are read
             await self.unread.put(error)

@@ -148,13 +148,17 @@ class Generation:
     traceparent: str = ""
     """Whose trace it belongs to; empty: one of its own, where tracing is on."""
 
+    siblings: str = ""
+    """Said by all replies to one prompt, so that a worker lets them share its pages."""
+
     def sibling(self, number: int) -> "Generation":
         """Return the request for another reply to the same prompt: `number` further in its seed."""
         seed = self.sampling.seed
         if seed is not None and seed + number >= 1 << 64:
             seed -= 1 << 64
         sampling = replace(self.sampling, seed=None if seed is None else seed + number)
-        return replace(self, request_id=f"{self.request_id}-{number}", sampling=sampling)
+        own_id = f"{self.request_id}-{number}" if number else self.request_id
+        return replace(self, request_id=own_id, sampling=sampling, siblings=self.request_id)
 
     def __post_init__(self) -> None:
         given = sum(part is not None for part in (self.messages, self.text, self.tokens))

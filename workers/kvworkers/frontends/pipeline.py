@@ -229,6 +229,8 @@ class Pipeline:
                 )  # fmt: skip
             if running.entry is not None:
                 running.entry.note(decision, running.retries)
+            if running.on_placed is not None and decision.split is None:
+                running.on_placed(decision.worker)
             try:
                 with self._tracing.begin("attempt", traceparent, worker=decision.worker) as span:
                     chunks = self._from_worker(running, decision, span.traceparent)

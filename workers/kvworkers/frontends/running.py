@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,8 @@ class Running:
     """Workers to be asked first: who has just computed its prompt, or is to take over."""
     computed_by: str = ""
     """Who computed the prompt, once its first token is out."""
+    on_placed: Callable[[str], None] | None = None
+    """Told which worker is to compute the prompt, unless another one is to go on then."""
     handed: bool = False
     """Whether one gave the first token only, and none of those that may go on a token yet."""
     handed_at: float = 0.0
@@ -45,6 +47,8 @@ class Running:
 
     def siblings(self, count: int, decode: Decode) -> "list[Running]":
         """Return `count` replies to this prompt, itself the first. Before any of them runs."""
+        if count == 1:
+            return [self]
         others = [
             replace(
                 self,
@@ -56,6 +60,7 @@ class Running:
             )
             for number in range(1, count)
         ]
+        self.request = self.request.sibling(0)
         return [self, *others]
 
     @property
@@ -95,6 +100,7 @@ class Running:
             deadline_ms=max(1, int(self.left_s * 1_000)),
             priority=request.priority,
             hand_over=first_only,
+            siblings="" if self.output else request.siblings,
         )
 
     def facts(self) -> dict[str, Any]:

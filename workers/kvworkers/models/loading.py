@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,11 +28,19 @@ if TYPE_CHECKING:
     from kvworkers.models.graphs import StepGraphs
 
 
+Copies = Sequence[tuple[int, int]]
+"""Pages to copy, and into which."""
+
+
 class StepLead(Protocol):
     """Who has the other ranks compute a step together with this one."""
 
     def compute(self, step: StepInputs, mine: Callable[[StepInputs], Tensor]) -> Tensor:
         """Send a checked step that lies on the host to all ranks; return what `mine` gives."""
+        ...
+
+    def copy(self, copies: Copies, mine: Callable[[Copies], None]) -> None:
+        """Have all ranks copy pages, each into the one beside it, as `mine` does here."""
         ...
 
 
@@ -112,6 +120,19 @@ class LoadedModel:
             return self.graphs.forward(step)
         return last_of(self._parts(step.on(self.device), pages, None))
 
+    def copy_pages(self, pages: Tensor, copies: Copies) -> None:
+        """Copy pages of `page_view`, each into the one beside it, on every rank.
+
+        Behind the steps before it and ahead of those after it; no page is both.
+        """
+        if not copies:
+            return
+        with torch.inference_mode():
+            if self.lead is not None:
+                self.lead.copy(copies, partial(copy_pages, pages))
+            else:
+                copy_pages(pages, copies)
+
     def capture(self, pages: Tensor, *, batch: int, max_pages: int) -> None:
         """Capture short appends and decode steps of up to `batch` sequences over `pages`.
 
@@ -159,6 +180,12 @@ class LoadedModel:
             )
         logits: Tensor = output.logits[0]
         yield logits.float()
+
+
+def copy_pages(pages: Tensor, copies: Copies) -> None:
+    """Copy pages, each into the one beside it: no other memory is taken for it."""
+    for source, target in copies:
+        pages[target].copy_(pages[source])
 
 
 def last_of(parts: Iterator[Tensor]) -> Tensor:

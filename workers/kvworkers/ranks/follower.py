@@ -1,7 +1,7 @@
 """A rank that is not the first: loads its part of the model, then does what rank 0 says.
 
     reader thread:    frames, in the order in which rank 0 sent them
-    compute thread:   steps, one after another
+    compute thread:   steps and copies of pages, one after another
     event loop:       copies, each behind the steps that were sent before it
 
 It holds nothing that anybody would miss: when rank 0 is gone, or anything fails, its process ends.
@@ -29,7 +29,7 @@ from kvworkers.models.step import Carried
 from kvworkers.pages.sizing import DevicePages, new_pages
 from kvworkers.ranks.channel import Channel
 from kvworkers.ranks.collective import Collective
-from kvworkers.ranks.messages import Frame, Kind, Orders, step_of
+from kvworkers.ranks.messages import Frame, Kind, Orders, copies_of, step_of
 from kvworkers.ranks.mover import PartMover
 from kvworkers.stream.device_mover import DeviceMover
 
@@ -91,8 +91,9 @@ class Follower:
             self._take(frame, descriptor)
 
     def _take(self, frame: Frame, descriptor: int | None) -> None:
-        if frame.kind is Kind.STEP:
-            self._last_step = self._loop.run_in_executor(self._compute, self._step, frame)
+        if frame.kind in (Kind.STEP, Kind.COPY):
+            does = self._step if frame.kind is Kind.STEP else self._copy
+            self._last_step = self._loop.run_in_executor(self._compute, does, frame)
             self._last_step.add_done_callback(self._stepped)
         elif frame.kind is Kind.MOVE:
             self._task(self._move(frame, self._last_step, self._mapping))
@@ -108,6 +109,14 @@ class Follower:
             tokens = self._collective.from_first(torch.empty_like(step.tokens, device=self._device))
             step = replace(step, carried=Carried(tokens, torch.arange(tokens.shape[0])))
         self._model.forward(step, self._view)
+        return self._said_when_done(number)
+
+    def _copy(self, frame: Frame) -> Any:
+        """Copy pages behind the steps before it: a later load may write what it copies from."""
+        self._model.copy_pages(self._view, copies_of(frame))
+        return self._said_when_done(frame.number("number"))
+
+    def _said_when_done(self, number: int) -> Any:
         done: Any = None
         if self._device.type == "cuda":
             done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

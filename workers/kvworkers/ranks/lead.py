@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from kvstore.core.errors import BadInput, Unreachable
+from kvworkers.models.loading import Copies
 from kvworkers.models.step import Carried, StepInputs, on_device
 from kvworkers.ranks.channel import Channel
 from kvworkers.ranks.collective import Collective
-from kvworkers.ranks.messages import Frame, Kind, move_frame, step_frame
+from kvworkers.ranks.messages import Frame, Kind, copy_frame, move_frame, step_frame
 
 _log = logging.getLogger(__name__)
 
@@ -104,12 +105,7 @@ class Lead:
         One that follows a load waits for it first: the others have no gate to wait at.
         """
         step.pass_layer(0)  # A load of several ranks brings all layers at once.
-        with self._lock:
-            self._check()
-            self._number += 1
-            number = self._number
-            frame = step_frame(number, step)  # Raises for one that is too large: nothing is lost.
-            self._begun.append((number, time.monotonic()))
+        frame = self._next(lambda number: step_frame(number, step))
         try:
             self._tell(frame)
             if step.carried is not None:
@@ -122,6 +118,25 @@ class Lead:
             # The others are at some place of this step: nothing can be computed with them again.
             self._lose(f"rank 0 failed in a step: {type(error).__name__}: {error}")
             raise
+
+    def copy(self, copies: Copies, mine: Callable[[Copies], None]) -> None:
+        """Have all ranks copy pages between this step and the next; `mine` does it here."""
+        frame = self._next(lambda number: copy_frame(number, copies))
+        try:
+            self._tell(frame)
+            mine(copies)
+        except BaseException as error:
+            self._lose(f"rank 0 failed in a copy: {type(error).__name__}: {error}")
+            raise
+
+    def _next(self, framed: Callable[[int], Frame]) -> Frame:
+        """Return the frame of what is begun next, whose end is waited for from now on."""
+        with self._lock:
+            self._check()
+            self._number += 1
+            frame = framed(self._number)  # Raises for one that is too large: nothing is lost.
+            self._begun.append((self._number, time.monotonic()))
+        return frame
 
     def move(
         self,

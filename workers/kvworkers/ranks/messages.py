@@ -1,7 +1,7 @@
 """What ranks say to each other, as frames: facts in JSON, arrays as bytes behind them. Pure.
 
     rank n ─ hello ▶  ◀ orders ─ loaded ▶  ◀ go ─ ready ▶                            once
-    rank 0 ─ step ▶ stepped ◀        ─ map ▶ reached ◀        ─ move ▶ moved ◀       any number
+    rank 0 ─ step, copy ▶ stepped ◀  ─ map ▶ reached ◀        ─ move ▶ moved ◀       any number
     rank 0 ─ end ▶                   failed ◀
 
 A frame on the socket: u32 bytes of the head, u32 bytes of the arrays, head, arrays.
@@ -42,6 +42,8 @@ class Kind(StrEnum):
     GO = "go"
     READY = "ready"
     STEP = "step"
+    COPY = "copy"
+    """Pages into others, between two steps; answered as a step is."""
     STEPPED = "stepped"
     MAP = "map"
     """Comes with the descriptor of an arena."""
@@ -128,6 +130,18 @@ def step_of(frame: Frame) -> StepInputs:
         raise BadInput(f"a step without {', '.join(missing)}")
     tensors: dict[str, Any] = {n: torch.from_numpy(frame.arrays[n]) for n in _STEP_ARRAYS}
     return StepInputs(**tensors)
+
+
+def copy_frame(number: int, copies: Sequence[tuple[int, int]]) -> Frame:
+    """Return the order to copy pages, each into the one beside it."""
+    pairs = np.array(copies, dtype=np.int64)
+    return Frame(Kind.COPY, {"number": number}, {"sources": pairs[:, 0], "targets": pairs[:, 1]})
+
+
+def copies_of(frame: Frame) -> list[tuple[int, int]]:
+    """Return the pages to copy, and into which."""
+    sources, targets = frame.arrays["sources"].tolist(), frame.arrays["targets"].tolist()
+    return list(zip(sources, targets, strict=True))
 
 
 def move_frame(

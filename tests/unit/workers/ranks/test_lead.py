@@ -14,7 +14,7 @@ from kvworkers.models.step import Carried, StepInputs
 from kvworkers.ranks.channel import Channel
 from kvworkers.ranks.collective import Collective
 from kvworkers.ranks.lead import Lead, Member
-from kvworkers.ranks.messages import Frame, Kind, step_of
+from kvworkers.ranks.messages import Frame, Kind, copies_of, step_of
 from kvworkers.stream.gate import Gate
 from torch import Tensor
 
@@ -133,6 +133,30 @@ def test_a_step_behind_a_load_is_sent_when_every_rank_has_loaded(make: Make) -> 
     computing.join(PATIENCE_S)
     assert scene.lost == [], "waiting for a load is no step of a rank"
     scene.rank.send(Frame(Kind.STEPPED, {"number": 1}))
+
+
+def test_pages_are_copied_by_all_between_two_steps(make: Make) -> None:
+    scene, mine = make(0.2), list[list[tuple[int, int]]]()
+    scene.lead.compute(make_step(([5], 0, [0])), logits)
+    scene.lead.copy([(3, 8), (3, 9)], lambda copies: mine.append(list(copies)))
+    scene.lead.compute(make_step(([6], 1, [0])), logits)
+    frames = [scene.hear() for _ in range(3)]
+    assert [frame.kind for frame in frames] == [Kind.STEP, Kind.COPY, Kind.STEP]
+    assert [frame.number("number") for frame in frames] == [1, 2, 3]
+    assert copies_of(frames[1]) == [(3, 8), (3, 9)] and mine == [[(3, 8), (3, 9)]]
+    scene.rank.send(Frame(Kind.STEPPED, {"number": 1}))
+    assert scene.told.wait(5) and "step 2" in scene.lost[0], "its end is waited for as a step's"
+
+
+def test_a_rank_that_cannot_be_told_to_copy_is_lost(make: Make) -> None:
+    scene = make(30.0)
+    with pytest.raises(RuntimeError):
+        scene.lead.copy([(0, 1)], broken)
+    assert scene.lost == ["rank 0 failed in a copy: RuntimeError: a bug"]
+
+
+def broken(copies: object) -> None:
+    raise RuntimeError("a bug")
 
 
 def test_a_copy_ends_when_every_rank_has_copied(make: Make) -> None:

@@ -11,6 +11,8 @@ from kvworkers.ranks.messages import (
     Kind,
     Orders,
     check_lengths,
+    copies_of,
+    copy_frame,
     move_frame,
     pack,
     step_frame,
@@ -46,6 +48,12 @@ def test_a_step_arrives_as_it_was_sent() -> None:
         sent, came = getattr(step, name), getattr(there, name)
         assert came.dtype == sent.dtype and came.tolist() == sent.tolist(), name
     there.check(pages=16, vocab_size=199, max_model_tokens=512)
+
+
+def test_pages_to_copy_arrive_in_their_order() -> None:
+    frame = over_the_wire(copy_frame(9, [(3, 11), (3, 7), (0, 2)]))
+    assert frame.kind is Kind.COPY and frame.number("number") == 9
+    assert copies_of(frame) == [(3, 11), (3, 7), (0, 2)]
 
 
 def test_a_step_without_sampled_rows_and_one_with_carried_tokens() -> None:

@@ -9,7 +9,8 @@ from kvworkers.frontends.generation import Chunk
 class Usage:
     """Adds up one request's replies: `choices` to each of its prompts, numbered in that order.
 
-    A prompt counts once however many replies it has, with what its first reply found cached.
+    A prompt counts once however many replies it has, with what the reply found cached that found
+    least: what others found may be what that one computed.
     """
 
     def __init__(self, prompts: Sequence[int], choices: int) -> None:
@@ -22,8 +23,9 @@ class Usage:
     def note(self, number: int, chunk: Chunk) -> None:
         """Take in one reply's next chunk."""
         self._output[number] = chunk.output_tokens
-        if chunk.cache is not None and number % self._choices == 0:
-            self._cached[number] = chunk.cache.cached_tokens
+        if chunk.cache is not None:
+            prompt, found = number // self._choices, chunk.cache.cached_tokens
+            self._cached[prompt] = min(found, self._cached.get(prompt, found))
 
     def as_json(self) -> dict[str, Any]:
         """Return OpenAI's `usage` of what came so far."""
