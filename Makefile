@@ -174,8 +174,8 @@ $(SGLANG_DIR)/.ready: tests/engines/requirements-sglang.txt
 
 # LMCache's own list of packages asks for CUDA; an environment of its own without them.
 .PHONY: test-lmcache
-test-lmcache: $(LMCACHE_VENV)/.ready ## LMCache's own factory and objects drive our adapter, on CPU (2 GB, minutes)
-	$(LMCACHE_VENV)/bin/python -m pytest tests/engines/test_lmcache_engine.py $(PYTEST_ARGS)
+test-lmcache: $(LMCACHE_VENV)/.ready ## LMCache's own factory and storage manager drive our adapter, on CPU (2 GB, minutes)
+	$(LMCACHE_VENV)/bin/python -m pytest tests/engines/test_lmcache_engine.py tests/engines/test_lmcache_storage.py $(PYTEST_ARGS)
 
 $(LMCACHE_VENV)/.ready: tests/engines/requirements-lmcache.txt pyproject.toml
 	@test -x $(LMCACHE_VENV)/bin/python || $(PYTHON) -m venv $(LMCACHE_VENV)
