@@ -20,16 +20,22 @@ class Engine:
 
     def __init__(
         self, python: str, model: Path, log: Path, run_dir: Path | None = None,
-        role: str = "kv_both", more: Mapping[str, str] | None = None,
+        role: str = "kv_both", more: Mapping[str, str] | None = None, *,
+        settings: Mapping[str, Any] | None = None, arguments: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Start it with `python` of vLLM's environment and `more` in its own; wait."""
-        connector = json.dumps({"run_dir": str(run_dir)}) if run_dir else "-"
+        """Start it with `python` of vLLM's environment and `more` in its own; wait.
+
+        `settings` are further ones of the connector, `arguments` further ones of vLLM's `LLM`.
+        """
+        connector = json.dumps({"run_dir": str(run_dir), **(settings or {})}) if run_dir else "-"
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **(more or {}),
         }  # fmt: skip
         script = Path(__file__).with_name("vllm_process.py")
-        command = [python, str(script), str(model), connector, role]
+        command = [
+            python, str(script), str(model), connector, role, json.dumps(arguments or {})
+        ]  # fmt: skip
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,

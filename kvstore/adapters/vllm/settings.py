@@ -30,6 +30,8 @@ class Settings:
     """Stores that wait in the background; each holds its blocks. More are dropped, counted."""
     store_output: bool = True
     """Whether generated tokens are stored too: the next turn of a conversation begins with them."""
+    layerwise: bool = False
+    """Load in the step that computes, a layer ahead of it, instead of whole requests before it."""
 
     def __post_init__(self) -> None:
         if not self.run_dir:
