@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -174,14 +173,3 @@ def drain(there: Setup) -> list[dict[str, Any]]:
         _, _, payload = there.events.recv_multipart()
         events += msgspec.msgpack.decode(payload)[1]
     return events
-
-
-def test_steps_planned_ahead_of_their_results_are_refused_by_name(
-    there: Setup, tmp_path: Path
-) -> None:
-    """vLLM would take a token that such a step computed over a load that failed."""
-    with pytest.raises(AssertionError, match="--no-async-scheduling"):
-        Engine(
-            PYTHON, ensure_model(), tmp_path / "log", there.node.run_dir, settings=LAYERWISE,
-            arguments={"async_scheduling": True},
-        )  # fmt: skip

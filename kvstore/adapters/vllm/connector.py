@@ -27,7 +27,7 @@ from kvstore.adapters.vllm.engine_pages import engine_pages
 from kvstore.adapters.vllm.identity import model_layout, model_namespace, weights_digest
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.scheduler_side import SchedulerSide, StepPlan
-from kvstore.adapters.vllm.settings import read_settings
+from kvstore.adapters.vllm.settings import check_schedule, read_settings
 from kvstore.adapters.vllm.stats import KvStoreProm, KvStoreStats
 from kvstore.adapters.vllm.versions import check_engine
 from kvstore.adapters.vllm.worker_side import WorkerSide
@@ -57,9 +57,7 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         self._layerwise = settings.layerwise
         self._block_tokens = _check(vllm_config, kv_cache_config)
-        if settings.layerwise and vllm_config.scheduler_config.async_scheduling:
-            # vLLM would take the token of a step that it had planned over the rubbish.
-            raise Unsupported("layerwise with asynchronous scheduling: set --no-async-scheduling")
+        check_schedule(settings, ahead=bool(vllm_config.scheduler_config.async_scheduling))
         model = vllm_config.model_config
         namespace = model_namespace(
             model.hf_text_config,
