@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 DICE = random.Random(9)
-PROMPTS = [[DICE.randrange(1000, 40000) for _ in range(440)] for _ in range(9)]
+PROMPTS = [[DICE.randrange(1000, 40000) for _ in range(440)] for _ in range(6)]
 """More than the arena holds; of each, 416 tokens are whole blocks before the last token."""
 NEW = [DICE.randrange(1000, 40000) for _ in range(70)]
 LAYERWISE = {"layerwise": True, "load_ms": 1}

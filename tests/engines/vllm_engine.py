@@ -3,6 +3,7 @@
 import json
 import os
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
-REPLY_S = 180.0
+REPLY_S = 400.0
 STORED_S = 20.0
 
 
@@ -39,7 +40,7 @@ class Engine:
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env=environment,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         self._log = log
         self._read(START_S)
@@ -79,7 +80,7 @@ class Engine:
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # its core is a process of its own
             self._process.wait(10)
         self._process.stdout.close()
 
