@@ -137,6 +137,8 @@ test-slow: $(READY) ## What is longer than the suite's budget
 test-engines: test-sglang test-lmcache $(READY) $(VLLM_VENV)/.ready $(ENVOY_VENV)/.ready $(SERVE_VENV)/.ready ## Real engines over a real node: vLLM on CPU, Envoy, Ray Serve, SGLang's and LMCache's own classes (7 GB, minutes)
 	KVSTORE_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 	KVSTORE_SERVE_PYTHON=$(abspath $(SERVE_VENV))/bin/python \
+	KVSTORE_LMCACHE_PYTHON=$(abspath $(LMCACHE_VENV))/bin/python \
+	KVSTORE_LMCACHE_BESIDE=$(abspath $(LMCACHE_VENV))/beside-vllm \
 	KVSTORE_ENVOY=$$($(ENVOY_VENV)/bin/python -c 'import envoy, pathlib; print(pathlib.Path(envoy.__file__).parent / "_bin" / "envoy")') \
 	$(BIN)/python -m pytest -s tests/engines $(PYTEST_ARGS)
 
@@ -174,13 +176,16 @@ $(SGLANG_DIR)/.ready: tests/engines/requirements-sglang.txt
 
 # LMCache's own list of packages asks for CUDA; an environment of its own without them.
 .PHONY: test-lmcache
-test-lmcache: $(LMCACHE_VENV)/.ready ## LMCache's own factory and objects drive our adapter, on CPU (2 GB, minutes)
-	$(LMCACHE_VENV)/bin/python -m pytest tests/engines/test_lmcache_engine.py $(PYTEST_ARGS)
+test-lmcache: $(LMCACHE_VENV)/.ready ## LMCache's own factory and storage manager drive our adapter, on CPU (2 GB, minutes)
+	$(LMCACHE_VENV)/bin/python -m pytest tests/engines/test_lmcache_engine.py tests/engines/test_lmcache_storage.py $(PYTEST_ARGS)
 
 $(LMCACHE_VENV)/.ready: tests/engines/requirements-lmcache.txt pyproject.toml
 	@test -x $(LMCACHE_VENV)/bin/python || $(PYTHON) -m venv $(LMCACHE_VENV)
 	@$(LMCACHE_VENV)/bin/python -m pip install --no-input 'torch==2.13.0'
 	@$(LMCACHE_VENV)/bin/python -m pip install --no-input --no-deps 'lmcache==0.5.6'
+	@# For vLLM's environment, whose pins differ: LMCache's connector, and what it imports that vLLM does not.
+	@$(LMCACHE_VENV)/bin/python -m pip install --no-input --no-deps --upgrade --target $(LMCACHE_VENV)/beside-vllm \
+	  'lmcache==0.5.6' sortedcontainers
 	@$(LMCACHE_VENV)/bin/python -m pip install --no-input -r tests/engines/requirements-lmcache.txt \
 	  'grpcio>=1.78.0' 'grpcio-health-checking>=1.78.0' 'click>=8.1' 'rich>=13.7' 'xxhash>=3.4'
 	@touch $@

@@ -193,7 +193,10 @@ def rows(case: str, spent: dict[str, list[Spent]], work: Workload, base: dict[st
 
 
 def scheduler_row(run: str, spent: list[Spent], row: Callable[..., Any]) -> dict[str, Any]:
-    """Return the share of the scheduler's thread that the connector took, its waits included."""
+    """Return the share of a step that the connector took of the scheduler's thread.
+
+    Waits for answers are apart and in the sum: there the thread computes nothing, and is late.
+    """
     counts: dict[str, float] = {}
     for one in spent:
         counts = added(counts, one.counts)
@@ -207,6 +210,7 @@ def scheduler_row(run: str, spent: list[Spent], row: Callable[..., Any]) -> dict
         run, "scheduler_share", inside / wall, "of a step", limit=STEP_BAR,
         us_a_step=round(inside * 1e6 / steps, 1), us_a_request=round(inside * 1e6 / requests, 1),
         waited_share=round(waited / wall, 5), waited_us_a_request=round(waited * 1e6 / requests, 1),
+        with_waits=round((inside + waited) / wall, 5),
         requests=int(requests), lookups=int(counts["kvstore_vllm_lookups_total"]),
         stored_blocks=int(counts.get("kvstore_vllm_stored_blocks_total", 0)),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from kvstore.core.errors import BadInput
+from kvstore.core.layout import BlockLayout, Codec
 from kvstore.core.names import BlockName
 
 HASH_VECTORS: Final = {
@@ -193,6 +194,65 @@ class StoreConformance:
             assert time.monotonic() < ends_s, "it did not come back"
             store.store(names, payloads)
             time.sleep(0.05)
+
+
+Cells = dict[tuple[int, int], tuple[bytes, bytes]]
+"""By (head, layer): K and V of 16 tokens, each `[16, D]` row after row."""
+
+
+class LayoutConformance:
+    """Whether an engine's pages become blocks of the one layout (docs/formats.md) and pages again.
+
+    `Pages` below is whatever holds 16 tokens of all layers in the engine's own arrangement.
+    """
+
+    layouts: Sequence[BlockLayout] = (
+        BlockLayout(layers=2, kv_heads=3, head_dim=64, codec=Codec.RAW32),
+        BlockLayout(layers=3, kv_heads=1, head_dim=128, codec=Codec.RAW16),
+        BlockLayout(layers=1, kv_heads=8, head_dim=64, codec=Codec.RAW16),
+    )
+
+    def fill(self, layout: BlockLayout, cells: Cells) -> Any:
+        """Return pages that hold `cells`."""
+        raise NotImplementedError
+
+    def read(self, layout: BlockLayout, pages: Any) -> Cells:
+        """Return what pages hold."""
+        raise NotImplementedError
+
+    def store(self, layout: BlockLayout, pages: Any, target: memoryview) -> None:
+        """Write pages as one block, padding included; `target` holds another's bytes."""
+        raise NotImplementedError
+
+    def load(self, layout: BlockLayout, source: memoryview) -> Any:
+        """Return new pages with the block's bytes."""
+        raise NotImplementedError
+
+    def test_pages_become_blocks_of_the_one_layout_and_pages_again(self) -> None:
+        for layout in self.layouts:
+            cells = _cells_of(layout)
+            block = bytearray(b"\xee" * layout.block_bytes)
+            self.store(layout, self.fill(layout, cells), memoryview(block))
+            payload = b"".join(
+                b"".join(cells[head, layer])
+                for head in range(layout.kv_heads)
+                for layer in range(layout.layers)
+            )
+            assert bytes(block) == payload.ljust(layout.block_bytes, b"\0")
+            assert self.read(layout, self.load(layout, memoryview(block))) == cells
+
+
+def _cells_of(layout: BlockLayout) -> Cells:
+    """Return bytes that tell every row of every cell apart."""
+
+    def codes(*place: int) -> bytes:
+        return hashlib.shake_128(repr((layout, place)).encode()).digest(layout.codes_bytes)
+
+    return {
+        (head, layer): (codes(head, layer, 0), codes(head, layer, 1))
+        for head in range(layout.kv_heads)
+        for layer in range(layout.layers)
+    }
 
 
 class HashConformance:

@@ -21,6 +21,7 @@ from kvworkers.models.provision import ensure_model
 from kvstore import Client, Namespace
 from kvstore.directory.events import TierKind
 from kvstore.testing.node import RunningNode, new_run_dir, start_node
+from tests.engines.disk_damage import damage
 from tests.engines.vllm_engine import Engine
 
 PYTHON = os.environ.get("KVSTORE_VLLM_PYTHON", "")
@@ -148,12 +149,7 @@ def test_blocks_that_were_corrupted_on_disk(
     second: Engine, host: Host, alone: dict[str, Any]
 ) -> None:
     host.node.stop()
-    nvme = Path(host._options[1])
-    damaged = 0
-    for path in (path for path in nvme.rglob("*") if path.is_file()):
-        if path.stat().st_size >= 8 << 20:
-            damaged += _damage(path)
-    assert damaged, "nothing was stored on disk"
+    assert damage(Path(host._options[1])) > 0, "nothing was stored on disk"
     host.start()
     second.forget()
     time.sleep(3.0)  # the sessions come back
@@ -170,17 +166,3 @@ def corrupt_blocks(node: RunningNode) -> int:
     any_model = Namespace(weights_digest="w", kv_dtype="float32", layers=1, kv_heads=1, head_dim=64)
     with Client.connect(node.run_dir, namespace=any_model, payload_bytes=8192, shares=1) as client:
         return client.stats().tiers[TierKind.NVME].corrupt
-
-
-def _damage(path: Path) -> int:
-    """Flip a byte in every 64 KiB that is not empty; return how many."""
-    flipped = 0
-    with path.open("r+b") as file:
-        for at in range(65_000, path.stat().st_size, 65_536):
-            file.seek(at)
-            byte = file.read(1)
-            if byte and byte != b"\0":
-                file.seek(at)
-                file.write(bytes([byte[0] ^ 0xFF]))
-                flipped += 1
-    return flipped

@@ -2,7 +2,8 @@
 
 python tier_process.py ROLE TIER_CONFIG: `store` fills chunks through the manager, `load` brings
 them back, `miss` asks for what nobody stored, `events` stores, has the node cleared, and says what
-vLLM would publish. Prints one JSON line.
+vLLM would publish. Prints one JSON line. `serve` reads orders, one JSON object a line, until its
+input ends, and answers each with a line: {"store": [number, …]}, {"load": [number, …]}.
 """
 
 # pyright: reportMissingImports=false
@@ -23,6 +24,9 @@ def main() -> None:
     role, tier = sys.argv[1], json.loads(sys.argv[2])
     manager, view = manager_over(tier, events=role == "events")
     try:
+        if role == "serve":
+            serve(manager, view, replies)
+            return
         roles = {"store": stored, "load": loaded, "miss": missed, "events": published}
         found = roles[role](manager, view)
         replies.write(json.dumps(found) + "\n")
@@ -55,10 +59,10 @@ def manager_over(tier: dict[str, Any], *, events: bool) -> tuple[Any, Any]:
     return manager, np.asarray(manager.primary_tier.get_kv_memoryview())
 
 
-def keys() -> list[Any]:
+def keys(numbers: Any = range(8)) -> list[Any]:
     from vllm.v1.kv_offload.base import make_offload_key
 
-    return [make_offload_key(bytes([number]) * 32, 0) for number in range(8)]
+    return [make_offload_key(number.to_bytes(2, "big") * 16, 0) for number in numbers]
 
 
 def context(name: str) -> Any:
@@ -152,6 +156,59 @@ def published(manager: Any, view: Any) -> dict[str, Any]:
         "places": sorted({(one.medium, one.locality, one.ownership) for one in told}),
         "seconds": seconds,
     }
+
+
+def serve(manager: Any, view: Any, replies: Any) -> None:
+    """Carry out orders. Chunks are more than the CPU tier holds, so loads come from the node."""
+    for at, line in enumerate(sys.stdin):
+        order = json.loads(line)
+        request = context(f"r{at}")
+        manager.on_new_request(request)
+        work = put if "store" in order else fetch
+        answer = work(manager, view, request, order.get("store") or order["load"])
+        manager.on_request_finished(request)
+        replies.write(json.dumps(answer) + "\n")
+        replies.flush()
+
+
+def put(manager: Any, view: Any, request: Any, numbers: list[int]) -> dict[str, Any]:
+    """Store chunks, and wait until vLLM's cascade to the node has ended."""
+    output = manager.prepare_store(keys(numbers), request)
+    chunks = dict(zip(output.keys_to_store, output.store_spec.chunk_ids, strict=True))
+    for number, key in zip(numbers, keys(numbers), strict=True):
+        if key in chunks:
+            view[int(chunks[key])] = np.frombuffer(row_of(number), view.dtype)
+    if chunks:
+        manager.complete_store(list(chunks), request)
+    until(manager, lambda: not manager.has_pending_work())
+    return {"stored": len(chunks)}
+
+
+def fetch(manager: Any, view: Any, request: Any, numbers: list[int]) -> dict[str, Any]:
+    """Look chunks up until vLLM knows, load those there; say how many, and how many are right."""
+    from vllm.v1.kv_offload.base import LookupResult
+
+    verdicts: dict[Any, Any] = {}
+    slowest = 0.0
+
+    def known() -> bool:
+        nonlocal slowest
+        for key in keys(numbers):
+            began = time.perf_counter()
+            verdicts[key] = manager.lookup(key, request)
+            slowest = max(slowest, time.perf_counter() - began)
+        return all(one in (LookupResult.HIT, LookupResult.MISS) for one in verdicts.values())
+
+    until(manager, known)
+    here = [n for n, key in zip(numbers, keys(numbers), strict=True)
+            if verdicts[key] is LookupResult.HIT]  # fmt: skip
+    right = 0
+    if here:
+        spec = manager.prepare_load(keys(here), request)
+        rows = zip(here, spec.chunk_ids, strict=True)
+        right = sum(view[int(chunk)].tobytes() == row_of(number) for number, chunk in rows)
+        manager.complete_load(keys(here), request)
+    return {"here": len(here), "right": right, "slowest_ms": slowest * 1e3}
 
 
 def missed(manager: Any, view: Any) -> dict[str, Any]:

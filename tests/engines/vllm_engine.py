@@ -3,6 +3,7 @@
 import json
 import os
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 300.0
-REPLY_S = 180.0
+REPLY_S = 400.0
 STORED_S = 20.0
 
 
@@ -20,20 +21,26 @@ class Engine:
 
     def __init__(
         self, python: str, model: Path, log: Path, run_dir: Path | None = None,
-        role: str = "kv_both", more: Mapping[str, str] | None = None,
+        role: str = "kv_both", more: Mapping[str, str] | None = None, *,
+        settings: Mapping[str, Any] | None = None, arguments: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Start it with `python` of vLLM's environment and `more` in its own; wait."""
-        connector = json.dumps({"run_dir": str(run_dir)}) if run_dir else "-"
+        """Start it with `python` of vLLM's environment and `more` in its own; wait.
+
+        `settings` are further ones of the connector, `arguments` further ones of vLLM's `LLM`.
+        """
+        connector = json.dumps({"run_dir": str(run_dir), **(settings or {})}) if run_dir else "-"
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **(more or {}),
         }  # fmt: skip
         script = Path(__file__).with_name("vllm_process.py")
-        command = [python, str(script), str(model), connector, role]
+        command = [
+            python, str(script), str(model), connector, role, json.dumps(arguments or {})
+        ]  # fmt: skip
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env=environment,
+                env=environment, start_new_session=True,
             )  # fmt: skip
         self._log = log
         self._read(START_S)
@@ -73,7 +80,7 @@ class Engine:
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)  # its core is a process of its own
             self._process.wait(10)
         self._process.stdout.close()
 

@@ -1,6 +1,6 @@
 """A real vLLM in a process of its own, in its own environment: one JSON object a line each way.
 
-python vllm_process.py MODEL CONNECTOR_CONFIG_OR_- KV_ROLE
+python vllm_process.py MODEL CONNECTOR_CONFIG_OR_- KV_ROLE ENGINE_ARGUMENTS
 → {"arm": "off"}                                   ← {"arm": "off"}
 → {"loop": [[token, …], …], "replies", "clients"}  ← {"s", "cpu_s", "steps"}
 → {"prompts": [[token, …], …], "max_tokens": 8}    ← {"replies": [{"tokens", "cached", "s"}, …]}
@@ -17,10 +17,10 @@ from typing import Any, TextIO
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is no reply
-    model, connector, role = sys.argv[1:4]
+    model, connector, role, arguments = sys.argv[1:5]
     from vllm import LLM
 
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = json.loads(arguments)
     if connector != "-":
         extra["kv_transfer_config"] = {
             "kv_connector": "KvStoreConnector",

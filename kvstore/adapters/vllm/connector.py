@@ -21,11 +21,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvstore.adapters.vllm.block_events import BlockEvents
+from kvstore.adapters.vllm.engine_events import engine_events
 from kvstore.adapters.vllm.engine_pages import engine_pages
 from kvstore.adapters.vllm.identity import model_layout, model_namespace, weights_digest
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.scheduler_side import SchedulerSide, StepPlan
-from kvstore.adapters.vllm.settings import read_settings
+from kvstore.adapters.vllm.settings import check_schedule, read_settings
 from kvstore.adapters.vllm.stats import KvStoreProm, KvStoreStats
 from kvstore.adapters.vllm.versions import check_engine
 from kvstore.adapters.vllm.worker_side import WorkerSide
@@ -53,7 +55,9 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        self._layerwise = settings.layerwise
         self._block_tokens = _check(vllm_config, kv_cache_config)
+        check_schedule(settings, ahead=bool(vllm_config.scheduler_config.async_scheduling))
         model = vllm_config.model_config
         namespace = model_namespace(
             model.hf_text_config,
@@ -65,11 +69,19 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._failures: Counter[str] = Counter()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._layers: dict[str, int] = {}
+        """Layers by vLLM's names, where loads go by layers."""
+        self._events: BlockEvents | None = None
         if role is KVConnectorRole.SCHEDULER:
+            told = vllm_config.kv_events_config
+            if told is not None and told.enable_kv_cache_events:
+                parts = self._block_tokens // BLOCK_TOKENS
+                self._events = BlockEvents(self._link.publisher, parts=parts)
             self._scheduler = SchedulerSide(
                 self._link,
                 block_tokens=self._block_tokens,
                 stores=vllm_config.kv_transfer_config.is_kv_producer,
+                events=self._events,
             )
 
     @property
@@ -82,6 +94,8 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the engine's pages; raises `Unsupported` for a layout that is not served."""
         self._worker = WorkerSide(self._link, engine_pages(kv_caches, self._layout))
+        if self._layerwise:
+            self._layers = {name: layer for layer, name in enumerate(kv_caches)}
 
     def handle_preemptions(self, kv_connector_metadata: StepMetadata) -> None:
         """Cut off stores of requests whose blocks this step may overwrite."""
@@ -89,11 +103,16 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin this step's loads in the background."""
+        if self._layerwise:
+            self._there().load_by_layers(self._plan().loads)
+            return
         for job in self._plan().loads:
             self._there().load(job)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: a request runs only after its whole load."""
+        """Wait for the layer where loads go by layers; else a request runs after its whole load."""
+        if self._layerwise:
+            self._there().wait_for_layer(self._layers[layer_name])
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -103,6 +122,9 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def wait_for_save(self) -> None:
         """Queue this step's stores; their blocks are kept until they are told as finished."""
         plan = self._plan()
+        if self._layerwise and not self._there().end_layers():
+            self._there().drop(plan.stores)
+            return
         for job in plan.stores:
             self._there().store(job)
         if plan.idle:
@@ -118,6 +140,8 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def shutdown(self) -> None:
         """End the session with the node and all threads."""
+        if self._events is not None:
+            self._events.close()
         self._link.close()
         if self._worker is not None:
             self._worker.close()
@@ -164,6 +188,10 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
         )
 
+    def take_events(self) -> list[Any]:
+        """Return what vLLM publishes of blocks that came into the node or went from it."""
+        return [] if self._events is None else engine_events(self._events.take())
+
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:
         """Say whether the request's blocks must be kept until its stores ended."""
         return self._asked().finished(request.request_id), None
@@ -175,6 +203,11 @@ class KvStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._asked().finished(request.request_id), None
 
     # Both
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether graphs have to end between layers: where the forward waits for each."""
+        return bool(extra_config.get("layerwise", False))
 
     def get_kv_connector_stats(self) -> KvStoreStats | None:
         """Return what was counted since the last time."""

@@ -17,7 +17,7 @@ from kvstore.client import AsyncClient
 from kvstore.client.config import ClientConfig
 from kvstore.core.errors import KvStoreError, Refused
 from kvstore.core.layout import BlockLayout
-from kvstore.core.names import Namespace
+from kvstore.core.names import Namespace, Root
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -48,6 +48,11 @@ class NodeLink:
         """Whether asking the node makes sense at this moment."""
         client = self.client
         return client is not None and client.connected and time.monotonic() >= self._open_until
+
+    def publisher(self) -> tuple[str, Root] | None:
+        """Return where the node tells what it holds, and under which root; None: no session yet."""
+        client = self.client
+        return None if client is None else (client.address, client.root)
 
     def submit(self, work: Coroutine[Any, Any, _Result]) -> "Future[_Result]":
         """Run `work` on the link's loop; never waits."""

@@ -39,11 +39,15 @@ class EnginePages:
 
     def load(self, source: memoryview, block: int, part: int) -> None:
         """Copy one block of ours into the `part`-th 16 tokens of the engine's `block`."""
+        for layer in range(self.layout.layers):
+            self.load_layer(source, block, part, layer)
+
+    def load_layer(self, source: memoryview, block: int, part: int, layer: int) -> None:
+        """As `load`, of one layer alone."""
         cells = self._cells(source)
         tokens = slice(part * BLOCK_TOKENS, (part + 1) * BLOCK_TOKENS)
-        for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-            _part(keys, block, tokens)[...] = cells[:, layer, 0]
-            values[block, :, tokens] = cells[:, layer, 1]
+        _part(self._keys[layer], block, tokens)[...] = cells[:, layer, 0]
+        self._values[layer][block, :, tokens] = cells[:, layer, 1]
 
     def store(self, block: int, part: int, target: memoryview) -> None:
         """Copy the `part`-th 16 tokens of the engine's `block` into one of ours, padding zeroed."""

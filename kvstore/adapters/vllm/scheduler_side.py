@@ -15,6 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kvstore.adapters.vllm.block_events import BlockEvents, Placed
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.plan import (
     LoadJob,
@@ -64,8 +65,19 @@ class _Tracked:
 class SchedulerSide:
     """Questions, hits and jobs of all requests; every method but `matched` returns at once."""
 
-    def __init__(self, link: NodeLink, *, block_tokens: int, stores: bool = True) -> None:
-        """`block_tokens` are the engine's; without `stores` only loads are planned."""
+    def __init__(
+        self,
+        link: NodeLink,
+        *,
+        block_tokens: int,
+        stores: bool = True,
+        events: BlockEvents | None = None,
+    ) -> None:
+        """`block_tokens` are the engine's; without `stores` only loads are planned.
+
+        `events` hears of what is loaded and stored, where vLLM publishes events.
+        """
+        self._events = events
         self.counts: Counter[str] = Counter()
         """Since the last `take_counts`."""
         self._link = link
@@ -74,6 +86,9 @@ class SchedulerSide:
         self._stores = stores
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
+        self._layerwise = link.settings.layerwise
+        self._loading: list[str] = []
+        """Requests that load in the step under way, layer by layer."""
         self._running: set[str] = set()
         """Requests that were computed and have not ended: a wait keeps them from going on."""
         self._step_began_ns = self._step_ns = 0
@@ -88,7 +103,7 @@ class SchedulerSide:
         self._spent(began)
 
     def matched(self, request: Any, local_tokens: int) -> tuple[int | None, bool]:
-        """Return (tokens to load, True), (None, False) for "ask again", or (0, False).
+        """Return (tokens to load, whether before the step), or (None, False) for "ask again".
 
         May wait for the answer, at most `patience_ns` in all calls of one step.
         """
@@ -108,7 +123,7 @@ class SchedulerSide:
                 least=self._link.settings.min_load_tokens,
             )
             tracked.state.asked_from = local_tokens
-            answer = (tokens, tokens > 0)
+            answer = (tokens, tokens > 0 and not self._layerwise)
         self._spent(began)
         return answer
 
@@ -117,6 +132,7 @@ class SchedulerSide:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.found is None or external_tokens <= 0:
             return
+        began = time.perf_counter_ns()
         state, ratio = tracked.state, self._ratio
         first = state.asked_from // self._block_tokens
         last = first + external_tokens // self._block_tokens
@@ -126,9 +142,11 @@ class SchedulerSide:
             list(block_ids[first:last]),
             first,
         )
+        self._placed(request, job.names, range(first, last))
         state.loading = frozenset(job.blocks)
         state.stored = last
         self._loads.append(job)
+        self._spent(began)
 
     def sources(self, request: Any, external_tokens: int) -> dict[TierKind, int]:
         """Return how many of the tokens to load the node said to hold in which tier."""
@@ -155,6 +173,8 @@ class SchedulerSide:
         began = time.perf_counter_ns()
         plan = StepPlan(idle=scheduled_tokens == 0)
         plan.loads, self._loads = self._loads, []
+        if self._layerwise:
+            self._loading = [job.request for job in plan.loads]
         for name in preempted:
             if (tracked := self._tracked.get(name)) is not None:
                 tracked.state.stored = 0  # what was sent may have been cut off: offered again
@@ -173,8 +193,12 @@ class SchedulerSide:
         return plan
 
     def loads_ended(self, requests: Iterable[str], bad_blocks: set[int]) -> None:
-        """Note which loads ended; a request one of whose blocks is bad does not load again."""
-        for name in requests:
+        """Note which loads ended; a request one of whose blocks is bad does not load again.
+
+        Loads by layers end with their step and are not named.
+        """
+        by_layers, self._loading = self._loading, []
+        for name in (*requests, *by_layers):
             tracked = self._tracked.get(name)
             if tracked is None:
                 continue
@@ -187,11 +211,13 @@ class SchedulerSide:
 
     def finished(self, name: str) -> bool:
         """Forget a request; True when the worker was given stores and must tell their end."""
+        began = time.perf_counter_ns()
         tracked = self._tracked.pop(name, None)
         self._running.discard(name)
         if not self._running:
             self._patience_ns = patience_ns(running=0, step_ns=0)
         self._loads = [job for job in self._loads if job.request != name]
+        self._spent(began)
         return tracked is not None and tracked.state.stores > 0
 
     def take_counts(self) -> dict[str, int]:
@@ -266,12 +292,13 @@ class SchedulerSide:
         ids = blocks_of(name)
         state.stored = blocks.stop
         state.stores += 1
-        return StoreJob(
-            name,
-            state.names[blocks.start * self._ratio : blocks.stop * self._ratio],
-            list(ids[blocks.start : blocks.stop]),
-            blocks.start,
-        )
+        names = state.names[blocks.start * self._ratio : blocks.stop * self._ratio]
+        self._placed(request, names, blocks)
+        return StoreJob(name, names, list(ids[blocks.start : blocks.stop]), blocks.start)
+
+    def _placed(self, request: Any, names: Sequence[BlockName], blocks: range) -> None:
+        if self._events is not None:
+            self._events.placed(names, placed(request, blocks, self._block_tokens))
 
     def _name_up_to(self, request: Any, state: RequestState, count: int) -> None:
         """Name blocks of generated tokens: they go on from the prompt's last full block."""
@@ -299,3 +326,17 @@ def unserved(request: Any) -> str | None:
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
         return "embeddings"
     return None
+
+
+def placed(request: Any, blocks: range, block_tokens: int) -> list[Placed]:
+    """Return a request's blocks under the hashes that vLLM gave them."""
+    hashes, tokens = request.block_hashes, request.all_token_ids
+    return [
+        Placed(
+            bytes(hashes[at]),
+            bytes(hashes[at - 1]) if at else None,
+            tuple(tokens[at * block_tokens : (at + 1) * block_tokens]),
+            request.cache_salt if not at else None,
+        )
+        for at in blocks
+    ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvstore.client.config import check_deadline
-from kvstore.core.errors import BadInput
+from kvstore.core.errors import BadInput, Unsupported
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Settings:
     """Stores that wait in the background; each holds its blocks. More are dropped, counted."""
     store_output: bool = True
     """Whether generated tokens are stored too: the next turn of a conversation begins with them."""
+    layerwise: bool = False
+    """Load in the step that computes, a layer ahead of it, instead of whole requests before it."""
 
     def __post_init__(self) -> None:
         if not self.run_dir:
@@ -50,3 +52,12 @@ def read_settings(extra: Mapping[str, Any]) -> Settings:
         if type(value) is not kinds[name]:
             raise BadInput(f"kv_connector_extra_config: {name} is {value!r}, not {kinds[name]}")
     return Settings(**{"run_dir": "", **extra})
+
+
+def check_schedule(settings: Settings, *, ahead: bool) -> None:
+    """Raise `Unsupported` where vLLM plans a step ahead of the last one's results, by layers.
+
+    That step would compute over a load that failed, and vLLM would take its token.
+    """
+    if settings.layerwise and ahead:
+        raise Unsupported("layerwise with asynchronous scheduling: set --no-async-scheduling")

@@ -43,10 +43,13 @@ class Following:
     def __init__(
         self,
         *,
+        name_of: Callable[[bytes], BlockName] = tier_name,
         max_followed: int = MAX_FOLLOWED,
         max_awaited: int = MAX_AWAITED,
         max_told: int = MAX_TOLD,
     ) -> None:
+        """`name_of` gives the name under which the node has a key's chunk."""
+        self._name_of = name_of
         self._max_followed = max_followed
         self._max_awaited = max_awaited
         self._max_told = max_told
@@ -66,7 +69,7 @@ class Following:
     def stored(self, keys: Iterable[bytes]) -> None:
         """Take note that chunks were stored."""
         for key in keys:
-            name = tier_name(key)
+            name = self._name_of(key)
             if name in self._keys:
                 continue
             if name in self._tiers:
@@ -162,8 +165,14 @@ class TierEvents:
         self,
         publisher: Callable[[], tuple[str, Root] | None],
         following: Following | None = None,
+        *,
+        engine: str = "vllm-tier",
     ) -> None:
-        """`publisher` says where the node is and under which root, once there is a session."""
+        """`publisher` says where the node is and under which root, once there is a session.
+
+        `engine` is the label under which metrics count what goes wrong.
+        """
+        self._engine = engine
         self._publisher = publisher
         self._following = following or Following()
         self._lock = threading.Lock()
@@ -195,7 +204,7 @@ class TierEvents:
         finally:
             self._lock.release()
         if more:
-            adapter_metrics().refused.labels("vllm-tier").inc(more)
+            adapter_metrics().refused.labels(self._engine).inc(more)
         return told
 
     def close(self) -> None:
@@ -225,7 +234,7 @@ class TierEvents:
             pass
         except Exception:  # task boundary: nobody looks at what this thread raises
             _LOG.exception("following %s failed: nothing is told any more", where[0])
-            adapter_metrics().failures.labels("vllm-tier", "watch").inc()
+            adapter_metrics().failures.labels(self._engine, "watch").inc()
 
     async def _follow(self, where: tuple[str, Root]) -> None:
         with self._lock:
@@ -236,7 +245,7 @@ class TierEvents:
 
     async def _follow_there(self, address: str, root: Root) -> None:
         """Follow until the session is another one's: a new keeper may give another root."""
-        config = WatchConfig(subscriber="vllm-tier", root=root)
+        config = WatchConfig(subscriber=self._engine, root=root)
         async with aclosing(WatchClient(address, "node", config).events()) as events:
             async for event in events:
                 with self._lock:

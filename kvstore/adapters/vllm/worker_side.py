@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from kvstore.adapters.vllm.layer_loads import LayerLoads
 from kvstore.adapters.vllm.link import NodeLink
 from kvstore.adapters.vllm.pages import EnginePages
 from kvstore.adapters.vllm.plan import LoadJob, StoreJob
@@ -33,7 +34,7 @@ class _Queued:
 
 
 class WorkerSide:
-    """Loads and stores of one worker. Every method but `rest` returns at once."""
+    """Loads and stores of one worker. Those methods that may wait say so."""
 
     def __init__(self, link: NodeLink, pages: EnginePages) -> None:
         self.counts: Counter[str] = Counter()
@@ -53,6 +54,30 @@ class WorkerSide:
         self._saving: _Queued | None = None
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="kvstore-load")
         self._writers = ThreadPoolExecutor(1, thread_name_prefix="kvstore-store")
+        self._by_layers = LayerLoads(link, pages)
+
+    def load_by_layers(self, jobs: Sequence[LoadJob]) -> None:
+        """Begin loads that the step waits for, layer by layer."""
+        self._by_layers.begin(jobs)
+
+    def wait_for_layer(self, layer: int) -> None:
+        """Wait until the step's loads have filled a layer, or failed."""
+        self._by_layers.wait(layer)
+
+    def end_layers(self) -> bool:
+        """Wait for the step's loads; say whether what the step computed may be stored."""
+        bad = self._by_layers.finish()
+        with self._lock:
+            self._bad_blocks |= bad
+            self.counts.update(self._by_layers.counts)
+        self._by_layers.counts.clear()
+        return not bad
+
+    def drop(self, jobs: Sequence[StoreJob]) -> None:
+        """Store nothing of these: they may have been computed over a load that failed."""
+        with self._lock:
+            self.counts["dropped_stores"] += len(jobs)
+            self._stored_once.update(job.request for job in jobs)
 
     def load(self, job: LoadJob) -> None:
         """Begin a load; its end is told by `ended`."""
@@ -121,6 +146,7 @@ class WorkerSide:
 
     def close(self) -> None:
         """End the threads; copies under way are finished first."""
+        self._by_layers.close()
         self._readers.shutdown()
         self._writers.shutdown()
 

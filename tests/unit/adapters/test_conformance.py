@@ -3,19 +3,24 @@
 import ctypes
 import signal
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from kvstore.adapters.opaque import Block, OpaqueBlocks, Piece, StoreAddress
+from kvstore.adapters.vllm.pages import EnginePages
 from kvstore.core.engine_hashes import EngineHashes
+from kvstore.core.layout import BlockLayout, Codec
 from kvstore.core.names import BlockName, Namespace, NamespaceKind, Root
 from kvstore.directory.publisher import xor_prefixes
 from kvstore.router.vllm_events import VllmIndex
 from kvstore.testing.conformance import (
     ByteStore,
+    Cells,
     EventConformance,
     HashConformance,
+    LayoutConformance,
     StoreConformance,
 )
 from kvstore.testing.node import RunningNode, start_node
@@ -94,6 +99,40 @@ class TestOpaqueBlocks(StoreConformance):
 
     def resume(self) -> None:
         self.node.signal_node(signal.SIGCONT)
+
+
+class TestPagesOfVllm(LayoutConformance):
+    """vLLM's on a CPU: K of 16 tokens transposed, V row by row, in blocks of 32 tokens."""
+
+    PART = 1
+    """The second half of the engine's block: the first is another's."""
+
+    def fill(self, layout: BlockLayout, cells: Cells) -> Any:
+        element = {Codec.RAW16: np.uint16, Codec.RAW32: np.uint32}[layout.codec]
+        shape = (1, layout.kv_heads, 32, 2 * layout.head_dim)
+        layers = [np.zeros(shape, element) for _ in range(layout.layers)]
+        for (head, layer), both in cells.items():
+            keys, values = (np.frombuffer(one, element).reshape(16, -1) for one in both)
+            k, v = layers[layer][0, head].reshape(2, 2, -1)
+            k[self.PART], v[self.PART] = keys.T.reshape(-1), values.reshape(-1)
+        return layers
+
+    def read(self, layout: BlockLayout, pages: Any) -> Cells:
+        cells: Cells = {}
+        for head in range(layout.kv_heads):
+            for layer in range(layout.layers):
+                k, v = pages[layer][0, head].reshape(2, 2, -1)[:, self.PART]
+                keys = k.reshape(-1, 16).T.tobytes()
+                cells[head, layer] = keys, v.tobytes()
+        return cells
+
+    def store(self, layout: BlockLayout, pages: Any, target: memoryview) -> None:
+        EnginePages(pages, layout, tile=16).store(0, self.PART, target)
+
+    def load(self, layout: BlockLayout, source: memoryview) -> Any:
+        pages = self.fill(layout, {})
+        EnginePages(pages, layout, tile=16).load(source, 0, self.PART)
+        return pages
 
 
 class TestOurHashes(HashConformance):

@@ -10,7 +10,7 @@ from kvworkers.models import digest
 from kvstore.adapters.vllm.identity import model_layout, model_namespace, weights_digest
 from kvstore.adapters.vllm.pages import EnginePages
 from kvstore.adapters.vllm.plan import RequestState, blocks_to_store, patience_ns, usable_hit
-from kvstore.adapters.vllm.settings import read_settings
+from kvstore.adapters.vllm.settings import check_schedule, read_settings
 from kvstore.adapters.vllm.versions import check_engine
 from kvstore.core.errors import BadInput, Unsupported
 from kvstore.core.layout import BlockLayout, Codec
@@ -168,6 +168,14 @@ def test_settings_are_checked_by_name() -> None:
     ):
         with pytest.raises(BadInput, match=said):
             read_settings(wrong)
+
+
+def test_steps_planned_ahead_of_a_load_by_layers_are_refused() -> None:
+    by_layers = read_settings({"run_dir": "x", "layerwise": True})
+    check_schedule(by_layers, ahead=False)
+    check_schedule(read_settings({"run_dir": "x"}), ahead=True)
+    with pytest.raises(Unsupported, match="--no-async-scheduling"):
+        check_schedule(by_layers, ahead=True)
 
 
 def test_another_minor_release_is_refused_by_name() -> None:
