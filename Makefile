@@ -125,7 +125,9 @@ $(OLDEST)/.ready: pyproject.toml
 
 .PHONY: test
 test: $(READY) ## The suite that every change has to pass (minutes on two cores)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not gpu' --ignore tests/e2e $(PYTEST_ARGS)
+	@# Clusters and models take gigabytes and have the cores as their own: one at a time.
+	$(BIN)/python -m pytest -m 'not slow and not gpu' tests/e2e $(PYTEST_ARGS)
 
 .PHONY: test-slow
 test-slow: $(READY) ## What is longer than the suite's budget
