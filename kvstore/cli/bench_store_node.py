@@ -20,6 +20,7 @@ from kvstore.client.replies import slot_refs
 from kvstore.core.names import BlockName, Namespace, chain, pack_tokens
 from kvstore.rpc.channel import open_channel
 from kvstore.rpc.v1 import cache_pb2, types_pb2
+from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
 
 MIB: Final = 1 << 20
 _PATIENCE_S: Final = 20.0
@@ -27,7 +28,7 @@ _READ_BATCH: Final = 32
 LOOKUP_BATCH: Final = 1_024
 PUT_BATCH: Final = 64
 STREAM: Final = "put sealed 2 MiB, two in flight"
-_PUT_LIMIT: Final = "memcpy and then xxh3-128"
+_PUT_LIMIT: Final = "memcpy into an arena and then xxh3-128"
 LOOKUPS: Final = "names looked up, over gRPC"
 _CONFIG: Final = ClientConfig(call_ms=10_000, transfer_ms=60_000)
 _Bytes = NDArray[np.uint8]
@@ -296,9 +297,13 @@ def _fresh(client: AsyncClient, prompt: int) -> list[BlockName]:
 
 
 def _put_limit() -> tuple[list[memoryview], Work]:
-    """Return payloads, and what copies them into memory of as many and sums it."""
+    """Return payloads, and what copies them into an arena of as many and sums them there."""
     private = [memoryview(os.urandom(2 * MIB)) for _ in range(PUT_BATCH)]
-    slots = np.ones((PUT_BATCH, 2 * MIB), np.uint8)
+    descriptor = create_arena(ArenaSize(PUT_BATCH * 2 * MIB, PUT_BATCH))
+    arena = ArenaMapping(descriptor, owner=True)
+    os.close(descriptor)
+    arena.prefault()
+    slots = np.frombuffer(arena.data, np.uint8).reshape(PUT_BATCH, 2 * MIB)
 
     async def limit() -> None:
         for slot, block in zip(slots, private, strict=True):
