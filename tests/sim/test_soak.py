@@ -7,6 +7,7 @@ fall silent; the disk fails and hangs. At the end nobody is left, and nothing ma
 
 import asyncio
 import errno
+import gc
 import os
 import random
 from collections import Counter
@@ -321,9 +322,10 @@ async def live(loop: VirtualLoop, directory: Path, hours: float, seed: int) -> C
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("hours", "seed"), [(0.5, 7), pytest.param(8, 11, marks=pytest.mark.slow)])
 def test_nothing_is_held_when_everybody_has_left(tmp_path: Path, hours: float, seed: int) -> None:
+    gc.collect()  # what other tests left is not ours
     before = len(os.listdir("/proc/self/fd"))
     done = run_virtually(lambda loop: live(loop, tmp_path, hours, seed))
-    assert len(os.listdir("/proc/self/fd")) == before, "descriptors that nobody closed"
+    assert len(os.listdir("/proc/self/fd")) <= before, "descriptors that nobody closed"
     assert done["requests"] > hours * 1_000 and done["sessions"] > hours * 100
     assert min(done[what] for what in ("blocks", "loads", "fetched", "sent")) > hours * 20
     assert min(done[what] for what in ("hang", "reads", "clear", "writes")) > hours

@@ -119,7 +119,7 @@ async def test_a_directory_that_cannot_be_read_is_told_and_refused(tmp_path: Pat
     config = NvmeConfig(directory=tmp_path, capacity_bytes=64 * SLOT_BYTES)
     tier = await NvmeTier.start(config, Lru(), TierMetrics(CollectorRegistry()), device=disk)
     with pytest.raises(Unreachable, match="was not read"):
-        await tier.loaded(PATIENCE_S)
+        await tier.loaded(0.2)
     assert await read(tier, [1]) == [REFUSED]
     assert await write(tier, [block(2)]) == [REFUSED]
     await tier.close()
