@@ -19,6 +19,7 @@ from kvstore.service.store import ArenaStore
 from kvstore.service.store_limits import StoreLimits
 from kvstore.tiers.quotas import Quotas
 from kvstore.transport.arena import ArenaMapping, ArenaSize, create_arena
+from tests.patience import until_so
 
 ROOT = Root(hashlib.sha256(b"root").digest())
 SHAPE = BlockShape(GRANULE_BYTES, 4000, 2)
@@ -79,5 +80,18 @@ def small_store(
     try:
         yield SmallStore(arena, limits)
     finally:
-        arena.close()
+        close_arena(arena)
         os.close(fd)
+
+
+def close_arena(arena: ArenaMapping) -> None:
+    """Unmap as soon as the threads that read it, and have told so, let go of their last view."""
+
+    def closed() -> bool:
+        try:
+            arena.close()
+        except BufferError:
+            return False
+        return True
+
+    until_so(closed)
