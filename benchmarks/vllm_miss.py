@@ -131,8 +131,12 @@ def measure(engine: Engine, node: RunningNode, case: str, rounds: int) -> dict[s
                 ]
                 one = run_once(engine, pids, RUNS[run], prompts, replies, work.clients)
                 was = sums[run]
-                maps = (added(old, new) for old, new in zip(was[1:], one[1:], strict=True))
-                sums[run] = Spent(was.wall_s + one.wall_s, *maps)
+                sums[run] = Spent(
+                    was.wall_s + one.wall_s,
+                    added(was.cpu_s, one.cpu_s),
+                    added(was.steps, one.steps),
+                    added(was.counts, one.counts),
+                )
         if at:
             for run, total in sums.items():
                 spent[run].append(total)

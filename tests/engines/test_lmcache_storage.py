@@ -16,11 +16,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from kvstore import Client, Namespace
 from kvstore.core.errors import KvStoreError
-from kvstore.directory.events import TierKind
-from kvstore.testing.node import RunningNode, new_run_dir, start_node
 from tests.engines.disk_damage import damage
+from tests.engines.host import Host
 
 os.environ.setdefault("LMCACHE_TRACK_USAGE", "false")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
@@ -36,23 +34,6 @@ CHUNK = SHAPE.numel() * 2
 """256 KiB."""
 LAYOUT = api.MemoryLayoutDesc([SHAPE], [torch.bfloat16])
 ANSWER_S = 30.0
-
-
-class Host:
-    """A node over directories that outlive it."""
-
-    def __init__(self, nvme: Path) -> None:
-        self.nvme, self.run_dir = nvme, new_run_dir()
-        self.start()
-
-    def start(self) -> None:
-        options = ["--nvme", str(self.nvme), "--nvme-bytes", "256MiB"]
-        self.node: RunningNode = start_node(self.run_dir, arena_bytes=16 << 20, options=options)
-
-    def corrupt_blocks(self) -> int:
-        other = Namespace(weights_digest="o", kv_dtype="float32", layers=1, kv_heads=1, head_dim=64)
-        with Client.connect(self.run_dir, namespace=other, payload_bytes=8192, shares=1) as client:
-            return client.stats().tiers[TierKind.NVME].corrupt
 
 
 class Manager:
@@ -129,7 +110,7 @@ def until(true: Any, said: str) -> None:
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    host = Host(tmp_path_factory.mktemp("nvme"))
+    host = Host(tmp_path_factory.mktemp("nvme"), arena_bytes=16 << 20)
     yield host
     host.node.stop()
 

@@ -20,8 +20,9 @@ from kvworkers.models.provision import ensure_model
 
 from kvstore import Client, Namespace
 from kvstore.directory.events import TierKind
-from kvstore.testing.node import RunningNode, new_run_dir, start_node
+from kvstore.testing.node import RunningNode
 from tests.engines.disk_damage import damage
+from tests.engines.host import Host
 from tests.engines.vllm_engine import Engine
 
 PYTHON = os.environ.get("KVSTORE_VLLM_PYTHON", "")
@@ -58,23 +59,9 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         engine.close()
 
 
-class Host:
-    """The host's node, which can be started again over the same directories."""
-
-    def __init__(self, nvme: Path) -> None:
-        self.run_dir = new_run_dir()
-        self._options = ["--nvme", str(nvme), "--nvme-bytes", "512MiB"]
-        self.start()
-
-    def start(self) -> None:
-        self.node: RunningNode = start_node(
-            self.run_dir, arena_bytes=ARENA_BYTES, options=self._options
-        )
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    host = Host(tmp_path_factory.mktemp("nvme"))
+    host = Host(tmp_path_factory.mktemp("nvme"), arena_bytes=ARENA_BYTES, nvme_bytes="512MiB")
     yield host
     host.node.stop()
 

@@ -4,6 +4,7 @@ import secrets
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_a_node_that_hangs_costs_the_forward_a_deadline(
     for ours, theirs in zip(one.layers, two.layers, strict=True):
         assert np.array_equal(ours[STORED[:3]], theirs[LOADED[:3]])
     two.close()
+
+
+def test_a_bug_in_a_copy_lets_the_forward_go_on_and_is_counted(
+    engines: tuple[Engine, LayerEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, two = engines
+
+    def broken(source: memoryview, block: int, part: int, layer: int) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(two.worker._pages, "load_layer", broken)
+    two.begin(Request("u"))
+    for layer in range(LAYOUT.layers):
+        two.worker.wait_for_layer(layer)
+    assert two.end() == set(LOADED[:3])
+    seen: Counter[str] = Counter()
+
+    def counted() -> bool:
+        two.worker.load_by_layers([])
+        two.worker.end_layers()
+        seen.update(two.worker.take_counts())
+        return seen["unexpected"] == 1
+
+    until_so(counted)
+    assert (seen["loaded_tokens"], seen["lost_tokens"]) == (0, 96)
 
 
 def test_pages_that_nobody_waits_for_any_more_are_not_written(

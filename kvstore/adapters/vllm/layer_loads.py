@@ -52,6 +52,8 @@ class LayerLoads:
         self._changed = threading.Condition()
         self._layers_done = 0
         self._copying = self._ended = False
+        self._unexpected = 0
+        """Loads that failed by a bug of ours and are not in `counts` yet."""
         self._abandoned = True
         """No step is under way, or nobody waits for it any more: nothing may be copied."""
         self._held: list[_Held] = []
@@ -93,11 +95,13 @@ class LayerLoads:
         """Wait for the last layer; return the engine's blocks that do not hold their bytes."""
         held = self._held
         if not held:
+            self._count_unexpected()
             return set()
         self.wait(self._pages.layout.layers - 1)
         with self._changed:
             good = [0 if self._abandoned else one.good // self._pages.ratio for one in held]
             self._held, self._abandoned = [], True
+        self._count_unexpected()
         bad: set[int] = set()
         for one, count in zip(held, good, strict=True):
             bad.update(one.job.blocks[count:])
@@ -119,12 +123,23 @@ class LayerLoads:
             await asyncio.shield(loop.run_in_executor(self._reader, self._copy, held))
         except Exception:  # task boundary: the forward must be told, whatever happened
             _log.exception("kvstore: a load by layers failed unexpectedly")
-        finally:
             with self._changed:
-                self._ended = self._ended or self._held is held
-                self._changed.notify_all()
+                self._unexpected += 1
+        finally:
+            self._end(held)
         for one in held:
             await self._release(one)
+
+    def _count_unexpected(self) -> None:
+        with self._changed:
+            unexpected, self._unexpected = self._unexpected, 0
+        if unexpected:
+            self.counts["unexpected"] += unexpected
+
+    def _end(self, held: Sequence[_Held]) -> None:
+        with self._changed:
+            self._ended = self._ended or self._held is held
+            self._changed.notify_all()
 
     async def _hold(self, one: _Held) -> None:
         client = self._link.client
@@ -148,6 +163,12 @@ class LayerLoads:
             if self._abandoned or self._held is not held:
                 return
             self._copying = True
+        try:
+            self._copy_layers(held)
+        finally:
+            self._end(held)  # by this thread: the loop may have been stopped
+
+    def _copy_layers(self, held: Sequence[_Held]) -> None:
         layers = self._pages.layout.layers
         for layer in range(layers):
             for one in held:
